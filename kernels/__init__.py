@@ -1,0 +1,1 @@
+"""Stateless operations on tensors: codecs, rotary embedding, attention with log-sum-exp."""
