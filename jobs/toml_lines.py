@@ -1,8 +1,8 @@
 """Where each key of a TOML text stands: the positions that no TOML library for Python gives.
 
-tomllib builds values and keeps no positions; tomlkit keeps the text of every item but not its line. An error about a film must
-name a line, so this module walks the text once more. It relies on tomllib having accepted the text first: it looks for the ends
-of keys and values and judges nothing.
+tomllib builds values and keeps no positions; tomlkit keeps the text of every item but not its line. An error about a film
+must name a line, so this module walks the text once more. It relies on tomllib having accepted the text first: it looks for
+the ends of keys and values and judges nothing.
 
     path                       line of
     ("film", "seed")           the key `seed`
@@ -42,8 +42,8 @@ def key_lines(text: str) -> Mapping[TomlPath, int]:
         text: a TOML document that tomllib accepts.
 
     Returns:
-        Path -> line. The paths are exactly those of the parsed document; a table mentioned several times has its first line,
-        an element of an array of tables the line of its own header.
+        Path -> line. The paths are exactly those of the parsed document; a table mentioned several times has its first
+        line, an element of an array of tables the line of its own header.
     """
     scan = _Scan(text.replace("\r\n", "\n"))
     scan.document()

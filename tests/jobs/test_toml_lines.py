@@ -112,7 +112,7 @@ def test_corner(text: str, expected: dict[TomlPath, int]) -> None:
     assert set(expected) == document_paths(tomllib.loads(text.replace("\r\n", "\n")))
 
 
-# ---- property: a random document, written in random ways, line by line, so that every line number is known by construction
+# ---- property: a random document, written in random ways, so that every line number is known by construction
 
 
 @dataclass
@@ -133,9 +133,27 @@ KEY = st.sampled_from(
     ["a", "b", "shot", "beat", "a-b", "_", "1", "", "x.y", "é", 'quo"te', "ha#sh", "[s]", "e=q", "  "]
 )
 SCALAR = st.sampled_from(
-    ["1", "-2.5e3", "true", "1979-05-27T07:32:00Z", "1979-05-27 07:32:00", "07:32:00", "inf", '""', "''", '"# ] } ,"', "'\\'",
-     '"\\\\"', '"\\""', '"""\n[[x]]\n# no comment\n"""', "'''\n\"\"\"\n'''", '"""a\\"""\n"b" """', '""" ""x"" """', "''''''"]
-)  # fmt: skip
+    [
+        "1",
+        "-2.5e3",
+        "true",
+        "1979-05-27T07:32:00Z",
+        "1979-05-27 07:32:00",
+        "07:32:00",
+        "inf",
+        '""',
+        "''",
+        '"# ] } ,"',
+        "'\\'",
+        '"\\\\"',
+        '"\\""',
+        '"""\n[[x]]\n# no comment\n"""',
+        "'''\n\"\"\"\n'''",
+        '"""a\\"""\n"b" """',
+        '""" ""x"" """',
+        "''''''",
+    ]
+)
 FILLER = st.sampled_from(["", "", "", "\n", "# [c] = \"'''\n", "\n\n  # '''\n\t"])
 BLANK = st.sampled_from(["", "", " ", "\t "])
 
