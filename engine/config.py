@@ -1,0 +1,241 @@
+"""What a rollout is told: model geometry, sampler, history, cache, shot. Frozen data; nothing here touches a tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from longtake.kernels.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Geometry of the transformer: the part of transformer/config.json that the causal model uses."""
+
+    num_heads: int
+    head_dim: int
+    num_layers: int
+    ffn_dim: int
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+
+    @property
+    def dim(self) -> int:
+        """Model width."""
+        return self.num_heads * self.head_dim
+
+    @classmethod
+    def from_hub(cls, config: dict[str, Any], where: str) -> ModelConfig:
+        """Read diffusers' transformer/config.json.
+
+        Raises:
+            ConfigError: it names a feature that the causal model does not have.
+        """
+        if config.get("added_kv_proj_dim") is not None or config.get("image_dim") is not None:
+            raise ConfigError(
+                f"{where}: image cross-attention (added_kv_proj_dim, image_dim) is not supported; "
+                "use a text-to-video model"
+            )
+        if config.get("qk_norm") != "rms_norm_across_heads" or not config.get("cross_attn_norm", True):
+            raise ConfigError(
+                f"{where}: expected qk_norm 'rms_norm_across_heads' and cross_attn_norm true, as all Wan models have"
+            )
+        return cls(
+            num_heads=config["num_attention_heads"],
+            head_dim=config["attention_head_dim"],
+            num_layers=config["num_layers"],
+            ffn_dim=config["ffn_dim"],
+            in_channels=config["in_channels"],
+            out_channels=config.get("out_channels") or config["in_channels"],
+            text_dim=config["text_dim"],
+            freq_dim=config["freq_dim"],
+            patch_size=tuple(config["patch_size"]),
+            eps=config.get("eps", 1e-6),
+        )
+
+    def to_hub(self) -> dict[str, Any]:
+        """The same as diffusers' transformer/config.json."""
+        return {
+            "_class_name": "WanTransformer3DModel",
+            "num_attention_heads": self.num_heads,
+            "attention_head_dim": self.head_dim,
+            "num_layers": self.num_layers,
+            "ffn_dim": self.ffn_dim,
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "text_dim": self.text_dim,
+            "freq_dim": self.freq_dim,
+            "patch_size": list(self.patch_size),
+            "eps": self.eps,
+            "cross_attn_norm": True,
+            "qk_norm": "rms_norm_across_heads",
+            "rope_max_seq_len": 1024,
+            "added_kv_proj_dim": None,
+            "image_dim": None,
+        }
+
+
+WAN_1_3B = ModelConfig(num_heads=12, head_dim=128, num_layers=30, ffn_dim=8960)
+WAN_14B = ModelConfig(num_heads=40, head_dim=128, num_layers=40, ffn_dim=13824)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplerConfig:
+    """Denoising steps of a block, as timesteps in (0, 1000] before the shift, and the level of the commit pass."""
+
+    timesteps: tuple[float, ...] = (1000, 750, 500, 250)
+    shift: float = 5.0
+    context_timestep: float = 0.0
+
+
+class HistoryPolicy(enum.StrEnum):
+    """What a block attends of the history."""
+
+    FULL = "full"
+    WINDOW = "window"
+
+
+class Positions(enum.StrEnum):
+    """Where the blocks that are read stand in time.
+
+    ABSOLUTE: at their latent frames of the shot. RELATIVE: closed up from 0, so that positions never leave the
+    trained range.
+    """
+
+    ABSOLUTE = "absolute"
+    RELATIVE = "relative"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HistoryConfig:
+    """History policy; ``sink_blocks`` and ``recent_blocks`` count what a window keeps besides the block itself."""
+
+    policy: HistoryPolicy = HistoryPolicy.WINDOW
+    sink_blocks: int = 1
+    recent_blocks: int = 6
+    positions: Positions = Positions.RELATIVE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """Codec of the history and budgets in bytes; ``None`` means as much as the plan needs."""
+
+    codec: str = "bf16"
+    device_bytes: int | None = None
+    host_bytes: int | None = None
+    disk_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """A model folder and its settings: longtake.json, read once."""
+
+    path: Path
+    name: str
+    transformer: ModelConfig
+    sampler: SamplerConfig
+    block_frames: int
+    fps: int
+    height: int
+    width: int
+    text_len: int
+    history: HistoryConfig
+    spatial_stride: int = 8
+    temporal_stride: int = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BeatConfig:
+    """The prompt from a moment of the shot on."""
+
+    at_s: float
+    prompt: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShotConfig:
+    """Everything that decides what one shot looks like, resolved: no defaults left to fill in.
+
+    ``beats[0].at_s`` is 0. ``after`` names the shot whose last ``after_blocks`` blocks start this one.
+    """
+
+    name: str
+    model: ModelSpec
+    num_frames: int
+    fps: int
+    height: int
+    width: int
+    seed: int
+    beats: tuple[BeatConfig, ...]
+    sampler: SamplerConfig
+    history: HistoryConfig
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    video_codec: str = "h264"
+    after: str | None = None
+    after_blocks: int = 0
+
+    def frames_of_latents(self, num_latents: int) -> int:
+        """Video frames that the first ``num_latents`` latent frames of the shot decode to."""
+        first = 0 if self.after is not None else 1
+        return max(0, first + (num_latents - first) * self.model.temporal_stride)
+
+    @property
+    def num_latents(self) -> int:
+        """Latent frames that hold ``num_frames``: the first of a clip is one frame, each later ``temporal_stride``."""
+        first = 0 if self.after is not None else 1
+        return first + -(-(self.num_frames - first) // self.model.temporal_stride)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks to render; the last one's surplus frames are not written."""
+        return -(-self.num_latents // self.model.block_frames)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """(C, F, Y, X) of one block of latents."""
+        stride = self.model.spatial_stride
+        return (
+            self.model.transformer.in_channels,
+            self.model.block_frames,
+            self.height // stride,
+            self.width // stride,
+        )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Token rows and columns of one latent frame."""
+        _, patch_y, patch_x = self.model.transformer.patch_size
+        _, _, latent_y, latent_x = self.latent_shape
+        return latent_y // patch_y, latent_x // patch_x
+
+    @property
+    def tokens_per_block(self) -> int:
+        """Tokens of one block: latent frames x rows x columns."""
+        rows, columns = self.grid
+        return self.model.block_frames // self.model.transformer.patch_size[0] * rows * columns
+
+    def beat_of_block(self, block: int) -> int:
+        """Index of the beat that a block is rendered under: the last one that began by the block's first frame."""
+        start_frame = self.frames_of_latents(block * self.model.block_frames)
+        started = [index for index, beat in enumerate(self.beats) if beat.at_s * self.fps <= start_frame]
+        return started[-1]
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A config dataclass as JSON-able data; paths as text, enums as their values."""
+    data: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return data
+
+
+def fingerprint(config: Any) -> str:
+    """Content hash (hex, 16 characters) of a config: equal configs, equal hash, on any machine."""
+    return hashlib.blake2b(json.dumps(to_json(config), sort_keys=True).encode(), digest_size=8).hexdigest()
