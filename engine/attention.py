@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from longtake.kernels.codec import Codec
 from torch import Tensor
 
 from longtake.engine.history import Plan
 from longtake.engine.timing import NO_TIMER, StageTimer
 from longtake.kernels.attention import attend, merge
+from longtake.kernels.codec import Codec
 from longtake.kernels.rotary import Rotary, apply_rotary, rotary_table
 
 
