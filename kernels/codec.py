@@ -1,0 +1,300 @@
+"""What a codec promises, and how one is found by name.
+
+A codec turns the keys and values of one block of one layer into a fixed number of bytes for each head, and back.
+Payloads are self-contained: heads can be dealt to any number of ranks, blocks read in any order. Keys are encoded
+before RoPE and turned when they are read.
+
+    payload of one head:   | K section ................. | V section ................. |
+                           0                             ^ a multiple of 16            P, a multiple of 16
+
+Most codecs treat K and V alike or apart, one tensor at a time: they are TensorCodecs, and `PairCodec` joins two of
+them. make_codec("k=quarot2,v=rtn4") joins any two.
+
+Shape legend: T tokens of a block, H heads, D head dim, P payload bytes, G slots of an arena, N blocks read, X rows of
+the scratch (X >= N*T), B bytes of one tensor's section.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from longtake.kernels.errors import ConfigError
+from longtake.kernels.layout import ALIGNMENT_BYTES
+from longtake.kernels.rotary import Rotary, rotate_pairs
+
+_UNPACK_CHUNK_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockGeometry:
+    """Size of what one payload holds.
+
+    Args:
+        num_tokens: tokens of a block (T).
+        head_dim: channels of a head (D).
+    """
+
+    num_tokens: int
+    head_dim: int
+
+    def __post_init__(self) -> None:
+        if self.num_tokens < 1 or self.head_dim < 1:
+            raise ConfigError(f"a block needs tokens and channels: got {self.num_tokens} x {self.head_dim}.")
+
+
+class Side(Enum):
+    """Which tensor a TensorCodec is for; some treat keys and values differently."""
+
+    K = "k"
+    V = "v"
+
+
+class Codec(ABC):
+    """Keys and values of one block and layer <-> bytes.
+
+    Encoding is deterministic: the same tensors, block, layer and head give the same bytes. Instances are immutable and
+    may be shared by threads. CUDA work goes to the current stream and does not synchronise.
+
+    Args:
+        name: what make_codec was asked for.
+        geometry: the block.
+    """
+
+    name: str
+    geometry: BlockGeometry
+
+    def __init__(self, name: str, geometry: BlockGeometry) -> None:
+        self.name = name
+        self.geometry = geometry
+
+    @property
+    @abstractmethod
+    def payload_bytes(self) -> int:
+        """Bytes of one (block, layer, head), everything included; a multiple of 16."""
+
+    @property
+    def bits_per_element(self) -> float:
+        """Stored bits for one element of K or V."""
+        return self.payload_bytes * 8 / (2 * self.geometry.num_tokens * self.geometry.head_dim)
+
+    @abstractmethod
+    def encode(
+        self, k_THD: Tensor, v_THD: Tensor, out_HP: Tensor, *, block: int, layer: int, first_head: int = 0
+    ) -> None:
+        """Write the payloads of some heads of one block and layer.
+
+        Args:
+            k_THD: [T, H, D] keys after norm, before RoPE; float32, bfloat16 or float16; any strides.
+            v_THD: [T, H, D] values, likewise.
+            out_HP: uint8 [H, P], last dim contiguous, rows aligned to 16 bytes: may be a page of the arena.
+            block: number of the block, layer: of the layer; they seed what is random.
+            first_head: number of the first of these heads among all heads of the model.
+        """
+
+    @abstractmethod
+    def materialise(
+        self, pages_GHP: Tensor, slots_N: Tensor, rotary: Rotary, k_out_HXD: Tensor, v_out_HXD: Tensor
+    ) -> None:
+        """Write N*T rows of keys (turned to their positions) and values.
+
+        Args:
+            pages_GHP: uint8 [G, H, P], the arena; last dim contiguous, aligned to 16 bytes.
+            slots_N: int32 [N] on the same device: which slots, in the order of the rows.
+            rotary: tables of exactly N*T tokens, in the same order.
+            k_out_HXD: [H, X, D] float32, bfloat16 or float16; last dim contiguous; rows from N*T on are left alone.
+            v_out_HXD: likewise.
+        """
+
+    def _check_encode(self, k_THD: Tensor, v_THD: Tensor, out_HP: Tensor) -> None:
+        tokens, dim = self.geometry.num_tokens, self.geometry.head_dim
+        if k_THD.ndim != 3 or k_THD.shape != v_THD.shape or (k_THD.shape[0], k_THD.shape[2]) != (tokens, dim):
+            raise ConfigError(
+                f"codec {self.name} encodes K and V of shape [{tokens}, heads, {dim}]: "
+                f"got {tuple(k_THD.shape)} and {tuple(v_THD.shape)}."
+            )
+        if out_HP.dtype != torch.uint8 or out_HP.shape != (k_THD.shape[1], self.payload_bytes):
+            raise ConfigError(
+                f"codec {self.name} writes uint8 [{k_THD.shape[1]}, {self.payload_bytes}]: "
+                f"got {out_HP.dtype} {tuple(out_HP.shape)}."
+            )
+        _check_aligned(out_HP, "the page")
+
+    def _check_materialise(
+        self, pages_GHP: Tensor, slots_N: Tensor, rotary: Rotary, k_out_HXD: Tensor, v_out_HXD: Tensor
+    ) -> None:
+        tokens, dim = self.geometry.num_tokens, self.geometry.head_dim
+        rows = slots_N.shape[0] * tokens
+        if pages_GHP.dtype != torch.uint8 or pages_GHP.ndim != 3 or pages_GHP.shape[2] != self.payload_bytes:
+            raise ConfigError(
+                f"codec {self.name} reads uint8 pages [slots, heads, {self.payload_bytes}]: "
+                f"got {pages_GHP.dtype} {tuple(pages_GHP.shape)}."
+            )
+        if slots_N.dtype != torch.int32 or slots_N.ndim != 1 or slots_N.device != pages_GHP.device:
+            raise ConfigError(
+                f"slots must be int32 [blocks] on {pages_GHP.device}: "
+                f"got {slots_N.dtype} {tuple(slots_N.shape)} on {slots_N.device}."
+            )
+        if rotary.num_tokens != rows or rotary.head_dim != dim or tokens % rotary.tokens_per_frame:
+            raise ConfigError(
+                f"rotary tables of {rotary.num_tokens} tokens x {rotary.head_dim} do not fit "
+                f"{slots_N.shape[0]} blocks of {tokens} x {dim}."
+            )
+        for out in (k_out_HXD, v_out_HXD):
+            if out.ndim != 3 or out.shape[0] != pages_GHP.shape[1] or out.shape[1] < rows or out.shape[2] != dim:
+                raise ConfigError(
+                    f"the scratch must be [{pages_GHP.shape[1]} heads, >= {rows} rows, {dim}]: got {tuple(out.shape)}."
+                )
+            if out.stride(-1) != 1:
+                raise ConfigError("the scratch's channels must be contiguous.")
+        _check_aligned(pages_GHP, "the arena")
+
+
+def _check_aligned(payload: Tensor, what: str) -> None:
+    strides = payload.stride()
+    if strides[-1] != 1 or any(s % ALIGNMENT_BYTES for s in strides[:-1]) or payload.data_ptr() % ALIGNMENT_BYTES:
+        raise ConfigError(f"{what}'s rows must be contiguous and start at multiples of {ALIGNMENT_BYTES} bytes.")
+
+
+class TensorCodec(ABC):
+    """One tensor, K or V, of one block <-> one section of a payload.
+
+    `pack` and `unpack` are the plain reference, on any device, in float32. A codec with kernels overrides `pack_into`
+    and `unpack_into`, which the pair codec calls, and falls back to these.
+
+    Args:
+        geometry: the block.
+    """
+
+    geometry: BlockGeometry
+
+    def __init__(self, geometry: BlockGeometry) -> None:
+        self.geometry = geometry
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Bytes of one head's section; a multiple of 16."""
+
+    @abstractmethod
+    def pack(self, x_HTD: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Encode heads: float32 [H, T, D] -> uint8 [H, num_bytes]; one seed a head."""
+
+    @abstractmethod
+    def unpack(self, section_B: Tensor) -> Tensor:
+        """Decode sections: uint8 [..., num_bytes] -> float32 [..., T, D]."""
+
+    def pack_into(self, x_THD: Tensor, out_HB: Tensor, seeds: Sequence[int]) -> None:
+        """Encode [T, H, D] of any float type and strides into a section of a page."""
+        out_HB.copy_(self.pack(x_THD.transpose(0, 1).float(), seeds))
+
+    def unpack_into(self, sections_GHB: Tensor, slots_N: Tensor, rotary: Rotary | None, out_HXD: Tensor) -> None:
+        """Decode the sections of the slots, turn by RoPE if asked, and write their N*T rows head-major."""
+        tokens, num_heads, dim = self.geometry.num_tokens, out_HXD.shape[0], self.geometry.head_dim
+        chunk = max(1, _UNPACK_CHUNK_ELEMENTS // (num_heads * tokens * dim))
+        row = 0
+        for slots in torch.split(slots_N, chunk):
+            x_NHTD = self.unpack(sections_GHB.index_select(0, slots))
+            count = x_NHTD.shape[0]
+            x_HXD = x_NHTD.transpose(0, 1).reshape(num_heads, count * tokens, dim)
+            if rotary is not None:
+                frames = tokens // rotary.tokens_per_frame
+                x_HXD = rotate_pairs(x_HXD, rotary.frames(row // tokens * frames, count * frames))
+            out_HXD[:, row : row + count * tokens].copy_(x_HXD)
+            row += count * tokens
+
+
+class PairCodec(Codec):
+    """K by one tensor codec, V by another, one section after the other.
+
+    Args:
+        name: what make_codec was asked for.
+        geometry: the block.
+        k: codec of the keys.
+        v: codec of the values.
+    """
+
+    def __init__(self, name: str, geometry: BlockGeometry, *, k: TensorCodec, v: TensorCodec) -> None:
+        super().__init__(name, geometry)
+        self.k = k
+        self.v = v
+
+    @property
+    def payload_bytes(self) -> int:
+        return self.k.num_bytes + self.v.num_bytes
+
+    def encode(
+        self, k_THD: Tensor, v_THD: Tensor, out_HP: Tensor, *, block: int, layer: int, first_head: int = 0
+    ) -> None:
+        self._check_encode(k_THD, v_THD, out_HP)
+        heads = range(first_head, first_head + k_THD.shape[1])
+        split = self.k.num_bytes
+        self.k.pack_into(k_THD, out_HP[:, :split], [head_seed(block, layer, h, Side.K) for h in heads])
+        self.v.pack_into(v_THD, out_HP[:, split:], [head_seed(block, layer, h, Side.V) for h in heads])
+
+    def materialise(
+        self, pages_GHP: Tensor, slots_N: Tensor, rotary: Rotary, k_out_HXD: Tensor, v_out_HXD: Tensor
+    ) -> None:
+        self._check_materialise(pages_GHP, slots_N, rotary, k_out_HXD, v_out_HXD)
+        split = self.k.num_bytes
+        self.k.unpack_into(pages_GHP[:, :, :split], slots_N, rotary, k_out_HXD)
+        self.v.unpack_into(pages_GHP[:, :, split:], slots_N, None, v_out_HXD)
+
+
+def head_seed(block: int, layer: int, head: int, side: Side) -> int:
+    """A 63-bit seed of one payload section (splitmix64 over its coordinates)."""
+    mask, state = (1 << 64) - 1, 0
+    for part in (block, layer, head, 0 if side is Side.K else 1):
+        state = (state + part + 0x9E3779B97F4A7C15) & mask
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+        state ^= state >> 31
+    return state >> 1
+
+
+# name -> module of longtake.kernels whose `tensor_codec(name, geometry, side)` makes it; imported when first asked for
+_FAMILIES: dict[str, str] = {
+    "fp32": "dense",
+    "bf16": "dense",
+}
+
+
+def codec_names() -> list[str]:
+    """Every plain codec name; any two join as "k=NAME,v=NAME"."""
+    return sorted(_FAMILIES)
+
+
+def _tensor_codec(name: str, geometry: BlockGeometry, side: Side) -> TensorCodec:
+    if name not in _FAMILIES:
+        nearest = difflib.get_close_matches(name, _FAMILIES, n=1, cutoff=0.0)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else ""
+        raise ConfigError(f"unknown codec {name!r}: {hint} Known: {', '.join(codec_names())}; or 'k=NAME,v=NAME'.")
+    family = importlib.import_module(f"longtake.kernels.{_FAMILIES[name]}")
+    make: Callable[[str, BlockGeometry, Side], TensorCodec] = family.tensor_codec
+    return make(name, geometry, side)
+
+
+def make_codec(name: str, geometry: BlockGeometry) -> Codec:
+    """Make a codec by name.
+
+    Args:
+        name: one of codec_names(), for K and V alike, or "k=NAME,v=NAME".
+        geometry: the block.
+
+    Raises:
+        ConfigError: no such codec (the nearest name is given), or it cannot hold this geometry.
+    """
+    key = value = name
+    if "=" in name:
+        parts = dict(part.partition("=")[::2] for part in name.replace(" ", "").split(","))
+        if set(parts) != {"k", "v"}:
+            raise ConfigError(f"codec {name!r}: a mixed codec is written 'k=NAME,v=NAME'.")
+        key, value = parts["k"], parts["v"]
+    return PairCodec(name, geometry, k=_tensor_codec(key, geometry, Side.K), v=_tensor_codec(value, geometry, Side.V))

@@ -1,0 +1,55 @@
+"""Plain storage: `fp32`, exact for float32 compute, and `bf16`, exact for bfloat16 compute.
+
+    section of one head:   | x_TD, row by row | pad to 16 bytes |
+
+Keys are stored before RoPE here too, so a dense cache obeys the same rules as a compressed one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from longtake.kernels.codec import BlockGeometry, Side, TensorCodec
+from longtake.kernels.layout import Field, Layout
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class DenseCodec(TensorCodec):
+    """One tensor stored as it is, rounded to a dtype.
+
+    Args:
+        geometry: the block.
+        dtype: what is stored.
+    """
+
+    def __init__(self, geometry: BlockGeometry, dtype: torch.dtype) -> None:
+        super().__init__(geometry)
+        self.dtype = dtype
+        self.layout = Layout(Field(name="x", dtype=dtype, shape=(geometry.num_tokens, geometry.head_dim)))
+
+    @property
+    def num_bytes(self) -> int:
+        return self.layout.num_bytes
+
+    def pack(self, x_HTD: Tensor, seeds: Sequence[int]) -> Tensor:
+        section = self.layout.empty(x_HTD.shape[:1], x_HTD.device)
+        self.layout.view(section, "x").copy_(x_HTD)
+        return section
+
+    def pack_into(self, x_THD: Tensor, out_HB: Tensor, seeds: Sequence[int]) -> None:
+        used = self.layout.fields[0].num_bytes
+        self.layout.view(out_HB, "x").copy_(x_THD.transpose(0, 1))
+        if used < self.num_bytes:
+            out_HB[:, used:].zero_()
+
+    def unpack(self, section_B: Tensor) -> Tensor:
+        return self.layout.view(section_B, "x").float()
+
+
+def tensor_codec(name: str, geometry: BlockGeometry, side: Side) -> TensorCodec:
+    """Make `fp32` or `bf16`; both sides alike."""
+    return DenseCodec(geometry, _DTYPES[name])

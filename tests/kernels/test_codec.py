@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from longtake.kernels.codec import BlockGeometry, Codec, Side, codec_names, head_seed, make_codec
+from longtake.kernels.errors import ConfigError
+from longtake.kernels.layout import pack_codes, unpack_codes
+from longtake.kernels.rotary import apply_rotary, rotary_table
+
+MINI = BlockGeometry(num_tokens=180, head_dim=64)
+ODD = BlockGeometry(num_tokens=77, head_dim=128)
+EXACT = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def random_kv(geometry: BlockGeometry, heads: int, seed: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    shape = (geometry.num_tokens, heads, geometry.head_dim)
+    return [torch.randn(shape, generator=g).to(dtype) for _ in range(2)]
+
+
+def arena_of(codec: Codec, heads: int, slots: int) -> torch.Tensor:
+    return torch.full((slots, heads, codec.payload_bytes), 0xAB, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("name", codec_names())
+@pytest.mark.parametrize("geometry", [MINI, ODD], ids=["180x64", "77x128"])
+def test_conformance(name: str, geometry: BlockGeometry) -> None:
+    """Any codec: repeatable bytes, heads apart from one another, blocks in any order, nothing written outside."""
+    codec = make_codec(name, geometry)
+    heads, tokens = 2, geometry.num_tokens
+    assert codec.payload_bytes % 16 == 0
+    assert codec.bits_per_element == codec.payload_bytes * 8 / (2 * tokens * geometry.head_dim)
+    arena = arena_of(codec, heads, 4)
+    kv = {slot: random_kv(geometry, heads, slot) for slot in (2, 0)}
+    for slot, (k, v) in kv.items():
+        codec.encode(k, v, arena[slot], block=slot, layer=1)
+    assert (arena[[1, 3]] == 0xAB).all()
+
+    alone = torch.zeros(1, codec.payload_bytes, dtype=torch.uint8)
+    codec.encode(kv[2][0][:, 1:], kv[2][1][:, 1:], alone, block=2, layer=1, first_head=1)
+    assert torch.equal(alone[0], arena[2, 1]), "a head's payload depends on other heads"
+
+    frames = 3 if tokens % 3 == 0 else 7
+    per_frame = tokens // frames
+    rotary = rotary_table([float(5 * f) for f in range(2 * frames)], 1, per_frame, geometry.head_dim)
+    rows = 2 * tokens
+    k_out, v_out = (torch.full((heads, rows + 5, geometry.head_dim), torch.nan) for _ in range(2))
+    codec.materialise(arena, torch.tensor([2, 0], dtype=torch.int32), rotary, k_out, v_out)
+    assert k_out[:, rows:].isnan().all() and v_out[:, rows:].isnan().all()
+    want_k = torch.cat([kv[2][0], kv[0][0]])
+    want_v = torch.cat([kv[2][1], kv[0][1]]).transpose(0, 1)
+    want_k = apply_rotary(want_k, rotary).transpose(0, 1)
+    assert not k_out[:, :rows].isnan().any() and not v_out[:, :rows].isnan().any()
+    for got, want in ((k_out[:, :rows], want_k), (v_out[:, :rows], want_v)):
+        relative = ((got - want).norm() / want.norm()).item()
+        # Gaussian noise has no structure to use: what b bits keep of it is bounded, and 2 bits keep about 65 %
+        assert relative < (0.01 if name in EXACT else 0.75), f"{name}: relative error {relative}"
+
+
+@pytest.mark.parametrize("name", list(EXACT))
+def test_dense_storage_is_exact(name: str) -> None:
+    codec = make_codec(name, MINI)
+    dtype = EXACT[name]
+    k, v = random_kv(MINI, 4, 0, dtype)
+    arena = arena_of(codec, 4, 2)
+    codec.encode(k, v, arena[1], block=0, layer=0)
+    rotary = rotary_table([3, 4, 5], 6, 10, 64)
+    k_out, v_out = (torch.full((4, 180, 64), torch.nan, dtype=dtype) for _ in range(2))
+    codec.materialise(arena, torch.tensor([1], dtype=torch.int32), rotary, k_out, v_out)
+    assert torch.equal(v_out, v.transpose(0, 1))
+    assert torch.equal(k_out, apply_rotary(k, rotary).transpose(0, 1))
+
+
+def test_strided_page_and_scratch() -> None:
+    codec = make_codec("bf16", MINI)
+    k, v = random_kv(MINI, 2, 0)
+    store = torch.zeros(3, 2, codec.payload_bytes + 32, dtype=torch.uint8)
+    page = store[:, :, 16:-16]
+    codec.encode(k, v, page[1], block=0, layer=0)
+    assert (store[:, :, :16] == 0).all() and (store[:, :, -16:] == 0).all()
+    scratch = torch.full((180, 2, 64), torch.nan)
+    rotary = rotary_table([0, 0, 0], 6, 10, 64)
+    codec.materialise(
+        page, torch.tensor([1], dtype=torch.int32), rotary, scratch.transpose(0, 1), scratch.transpose(0, 1).clone()
+    )
+    assert not scratch.isnan().any()
+
+
+def test_mixed_codec_uses_one_for_keys_and_one_for_values() -> None:
+    codec = make_codec("k=bf16, v=fp32", MINI)
+    assert codec.bits_per_element == 24.0
+
+
+def test_unknown_names_are_helped() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'bf16'"):
+        make_codec("bf61", MINI)
+    with pytest.raises(ConfigError, match="k=NAME,v=NAME"):
+        make_codec("k=bf16", MINI)
+
+
+def test_wrong_arguments_are_named() -> None:
+    codec = make_codec("bf16", MINI)
+    k, v = random_kv(MINI, 2, 0)
+    page = torch.zeros(2, codec.payload_bytes, dtype=torch.uint8)
+    with pytest.raises(ConfigError, match=r"\[180, heads, 64\]"):
+        codec.encode(k[:77], v[:77], page, block=0, layer=0)
+    with pytest.raises(ConfigError, match="multiples of 16"):
+        codec.encode(k, v, torch.zeros(2, codec.payload_bytes + 8, dtype=torch.uint8)[:, 8:], block=0, layer=0)
+    out = torch.zeros(2, 180, 64)
+    with pytest.raises(ConfigError, match="int32"):
+        codec.materialise(page[None], torch.tensor([0]), rotary_table([0, 1, 2], 6, 10, 64), out, out)
+    with pytest.raises(ConfigError, match="rotary"):
+        codec.materialise(page[None], torch.tensor([0], dtype=torch.int32), rotary_table([0], 6, 10, 64), out, out)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_codes_pack_and_unpack(bits: int) -> None:
+    codes = torch.randint(0, 2**bits, (3, 5, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    packed = pack_codes(codes, bits)
+    assert packed.shape == (3, 5, 48 * bits // 8)
+    assert torch.equal(unpack_codes(packed, bits), codes)
+
+
+def test_seeds_differ_everywhere() -> None:
+    seeds = {head_seed(b, layer, h, s) for b in range(8) for layer in range(8) for h in range(8) for s in Side}
+    assert len(seeds) == 8 * 8 * 8 * 2 and all(0 <= s < 2**63 for s in seeds)

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from longtake.kernels.errors import ConfigError
+from longtake.kernels.rotary import apply_rotary, axis_pairs, rotary_table
+
+
+def complex_twin(x_THD: torch.Tensor, positions: list[float], height: int, width: int) -> torch.Tensor:
+    """RoPE as complex multiplication in float64, one angle for each token and pair."""
+    head_dim = x_THD.shape[-1]
+    pairs = axis_pairs(head_dim)
+    tokens = [(t, r, c) for t in positions for r in range(height) for c in range(width)]
+    angle = torch.cat(
+        [
+            torch.tensor([p[axis] for p in tokens], dtype=torch.float64)[:, None]
+            * 10000.0 ** (-torch.arange(n, dtype=torch.float64) / n)
+            for axis, n in enumerate(pairs)
+        ],
+        dim=1,
+    )
+    turned = (
+        torch.view_as_complex(x_THD.double().reshape(*x_THD.shape[:-1], -1, 2))
+        * torch.polar(torch.ones_like(angle), angle)[:, None]
+    )
+    return torch.view_as_real(turned).flatten(-2)
+
+
+@pytest.mark.parametrize(("head_dim", "pairs"), [(128, (22, 21, 21)), (64, (12, 10, 10)), (16, (4, 2, 2))])
+def test_split_of_pairs(head_dim: int, pairs: tuple[int, int, int]) -> None:
+    assert axis_pairs(head_dim) == pairs
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("positions", [[0, 1, 2], [7, 3, 100000.5]])
+def test_equals_complex_multiplication(head_dim: int, positions: list[float]) -> None:
+    x = torch.randn(len(positions) * 3 * 5, 2, head_dim, generator=torch.Generator().manual_seed(0))
+    got = apply_rotary(x, rotary_table(positions, 3, 5, head_dim))
+    # angles are reduced in float64, cosines rounded once to float32: a few float32 ulps at any position
+    torch.testing.assert_close(got.double(), complex_twin(x, positions, 3, 5), rtol=0, atol=2e-6)
+
+
+def test_batch_and_dtype_are_kept() -> None:
+    x = torch.randn(2, 12, 3, 64).bfloat16()
+    rotary = rotary_table([5], 3, 4, 64)
+    got = apply_rotary(x, rotary)
+    assert got.dtype == torch.bfloat16 and got.shape == x.shape and got.is_contiguous()
+    torch.testing.assert_close(got[1], apply_rotary(x[1], rotary))
+
+
+def test_frames_are_views_of_the_same_tables() -> None:
+    rotary = rotary_table([0, 1, 2, 3], 2, 2, 64)
+    part = rotary.frames(1, 2)
+    assert part.num_tokens == 8
+    torch.testing.assert_close(part.temporal_YP2, rotary_table([1, 2], 2, 2, 64).temporal_YP2)
+
+
+def test_wrong_size_is_named() -> None:
+    with pytest.raises(ConfigError, match="12 tokens x 64"):
+        apply_rotary(torch.randn(11, 1, 64), rotary_table([0], 3, 4, 64))
