@@ -1,7 +1,7 @@
 """Model folders: where they are, what their longtake.json says, and how their weights become a model.
 
-A folder has the hub's layout: model_index.json, transformer/, vae/, text_encoder/, tokenizer/, scheduler/, and longtake.json
-beside them with what the hub's files do not say (block size, steps, frame rate, default size, history).
+A folder has the hub's layout: model_index.json, transformer/, vae/, text_encoder/, tokenizer/, scheduler/, and
+longtake.json beside them with what the hub's files do not say (block size, steps, frame rate, size, history).
 """
 
 from __future__ import annotations
@@ -35,9 +35,8 @@ def find_model(name: str) -> Path:
     if (folder / "transformer" / "config.json").is_file():
         return folder
     near = difflib.get_close_matches(name, SHIPPED, n=1)
-    hint = (
-        f"did you mean {near[0]!r}?" if near else f"give a folder in the hub's layout or one of: {', '.join(SHIPPED)}"
-    )
+    known = f"give a folder in the hub's layout or one of: {', '.join(SHIPPED)}"
+    hint = f"did you mean {near[0]!r}?" if near else known
     raise ConfigError(f"unknown model {name!r}: {hint}")
 
 

@@ -1,0 +1,208 @@
+"""The rollout against computations that keep no cache, and its promises: determinism, chunks, prefix, beats."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longtake.engine import history, rollout
+from longtake.engine.config import (
+    BeatConfig,
+    CacheConfig,
+    HistoryConfig,
+    HistoryPolicy,
+    ModelConfig,
+    ModelSpec,
+    Positions,
+    SamplerConfig,
+    ShotConfig,
+)
+from longtake.engine.model import CausalWan, TextContext
+from longtake.engine.noise import block_noise
+from longtake.engine.rollout import Prefix, Rollout, open_cache
+from longtake.kernels.rotary import apply_rotary, rotary_table
+
+# float32 rounding, carried through a few blocks of feedback.
+TOLERANCE = 5e-4
+
+GEOMETRY = ModelConfig(num_heads=2, head_dim=32, num_layers=2, ffn_dim=96, text_dim=16, in_channels=4, out_channels=4)
+FULL = HistoryConfig(policy=HistoryPolicy.FULL, positions=Positions.ABSOLUTE)
+WINDOW = HistoryConfig(sink_blocks=1, recent_blocks=2)
+
+
+def make_shot(history_config: HistoryConfig = FULL, codec: str = "fp32", num_blocks: int = 5) -> ShotConfig:
+    sampler = SamplerConfig(timesteps=(1000, 500))
+    spec = ModelSpec(
+        path=Path("unused"),
+        name="test",
+        transformer=GEOMETRY,
+        sampler=sampler,
+        block_frames=2,
+        fps=16,
+        height=48,
+        width=64,
+        text_len=5,
+        history=history_config,
+    )
+    return ShotConfig(
+        name="shot",
+        model=spec,
+        num_frames=1 + 4 * (2 * num_blocks - 1),
+        fps=16,
+        height=48,
+        width=64,
+        seed=11,
+        beats=(BeatConfig(at_s=0, prompt="a"), BeatConfig(at_s=0.8, prompt="b")),
+        sampler=sampler,
+        history=history_config,
+        cache=CacheConfig(codec=codec),
+    )
+
+
+@pytest.fixture(scope="module")
+def model() -> CausalWan:
+    torch.manual_seed(3)
+    model = CausalWan(GEOMETRY).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        scale = 0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
+        parameter.normal_().mul_(scale)
+    return model
+
+
+@pytest.fixture(scope="module")
+def contexts(model: CausalWan) -> list[TextContext]:
+    torch.manual_seed(4)
+    return [model.text_context(torch.randn(1, 5, GEOMETRY.text_dim)) for _ in range(2)]
+
+
+def render(shot: ShotConfig, model: CausalWan, contexts: list[TextContext], prefix: Prefix | None = None) -> Tensor:
+    """All clean blocks [N, C, F, Y, X], the prefix included."""
+    prefix = prefix or Prefix()
+    run = Rollout(shot, model, contexts, open_cache(shot, torch.device("cpu"), len(prefix.latents)), prefix)
+    return torch.stack([run.step() for _ in range(run.total_blocks)])
+
+
+def uncached(shot: ShotConfig, model: CausalWan, contexts: list[TextContext]) -> Tensor:
+    """The same film, all history computed anew for every pass: plain tensors, plain softmax, block after block."""
+    clean: list[Tensor] = []
+    frames = shot.model.block_frames
+    sigmas = [5 * s / (1 + 4 * s) for s in (1.0, 0.5)]
+
+    def rotary(starts: list[int]):  # type: ignore[no-untyped-def]
+        return rotary_table([s + f for s in starts for f in range(frames)], *shot.grid, GEOMETRY.head_dim)
+
+    def flow(block: int, latents: Tensor, timestep: float) -> Tensor:
+        stored: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        out = latents
+        for index in range(block + 1):
+            plan = history.plan(shot.history, index, frames)
+
+            def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, plan: history.Plan = plan) -> Tensor:
+                stored[plan.block, layer] = (k[0], v[0])
+                keys = torch.cat([stored[b, layer][0] for b in (*plan.blocks, plan.block)])
+                values = torch.cat([stored[b, layer][1] for b in (*plan.blocks, plan.block)])
+                keys = apply_rotary(keys, rotary([*plan.starts, plan.start]))
+                queries = apply_rotary(q[0], rotary([plan.start]))
+                scores = torch.einsum("qhd,khd->hqk", queries, keys) * GEOMETRY.head_dim**-0.5
+                return torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)[None]
+
+            x, t = (latents, timestep) if index == block else (clean[index], 0.0)
+            out = model(x[None], torch.full((1, frames), t), contexts[shot.beat_of_block(index)], attend)[0]
+        return out
+
+    with torch.no_grad():
+        for block in range(shot.num_blocks):
+            x0 = torch.zeros(())
+            for step, sigma in enumerate(sigmas):
+                noise = block_noise(shot.seed, shot.name, block, step, shot.latent_shape)
+                noisy = noise if step == 0 else (1 - sigma) * x0 + sigma * noise
+                x0 = noisy - sigma * flow(block, noisy, 1000 * sigma)
+            clean.append(x0)
+    return torch.stack(clean)
+
+
+@pytest.mark.parametrize("history_config", [FULL, WINDOW, replace(WINDOW, positions=Positions.ABSOLUTE)])
+def test_equals_uncached(history_config: HistoryConfig, model: CausalWan, contexts: list[TextContext]) -> None:
+    shot = make_shot(history_config)
+    torch.testing.assert_close(render(shot, model, contexts), uncached(shot, model, contexts), rtol=0, atol=TOLERANCE)
+
+
+def test_equals_one_masked_pass(model: CausalWan, contexts: list[TextContext]) -> None:
+    """With full history at absolute positions the commit passes are one pass under a block-causal mask."""
+    shot = replace(make_shot(), beats=(BeatConfig(at_s=0, prompt="a"),))
+    clean = render(shot, model, contexts)
+    blocks, _, frames = clean.shape[:3]
+    tokens = shot.tokens_per_block
+    film = clean.transpose(0, 1).flatten(1, 2)
+    rotary = rotary_table(range(blocks * frames), *shot.grid, GEOMETRY.head_dim)
+    block_of = torch.arange(blocks * tokens) // tokens
+    mask = block_of[:, None] >= block_of[None, :]
+    seen: dict[int, Tensor] = {}
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen[layer] = k[0]
+        q_HTD, k_HTD = (apply_rotary(x[0], rotary).transpose(0, 1) for x in (q, k))
+        return F.scaled_dot_product_attention(q_HTD, k_HTD, v[0].transpose(0, 1), mask).transpose(0, 1)[None]
+
+    with torch.no_grad():
+        model(film[None], torch.zeros(1, blocks * frames), contexts[0], attend)
+    cache = open_cache(shot, torch.device("cpu"))
+    run = Rollout(shot, model, contexts, cache)
+    for _ in range(blocks - 1):
+        run.step()
+    for layer in range(GEOMETRY.num_layers):
+        with cache.prepare(range(blocks - 1)) as reading:
+            pages, slots = reading.pages(layer)
+            k_bytes = pages[slots.long()].view(torch.float32)[..., : tokens * GEOMETRY.head_dim]
+            stored = k_bytes.unflatten(-1, (tokens, GEOMETRY.head_dim)).permute(0, 2, 1, 3).flatten(0, 1)
+        torch.testing.assert_close(stored, seen[layer][: len(stored)], rtol=0, atol=TOLERANCE)
+
+
+def test_same_film_twice(model: CausalWan, contexts: list[TextContext]) -> None:
+    shot = make_shot(WINDOW, codec="bf16")
+    assert torch.equal(render(shot, model, contexts), render(shot, model, contexts))
+
+
+def test_chunked_history_is_the_same_film(
+    model: CausalWan, contexts: list[TextContext], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shot = make_shot(num_blocks=6)
+    whole = render(shot, model, contexts)
+    monkeypatch.setattr(rollout, "SCRATCH_BYTES", 0)  # one block of history a chunk
+    torch.testing.assert_close(render(shot, model, contexts), whole, rtol=0, atol=TOLERANCE)
+
+
+def test_prompt_changes_the_film_from_its_beat_on(model: CausalWan, contexts: list[TextContext]) -> None:
+    shot = make_shot()
+    film, same = render(shot, model, contexts), render(shot, model, [contexts[0], contexts[0]])
+    changed = [block for block in range(len(film)) if not torch.equal(film[block], same[block])]
+    assert changed == [block for block in range(shot.num_blocks) if shot.beat_of_block(block) == 1] == [2, 3, 4]
+
+
+def test_prefix_is_history(model: CausalWan, contexts: list[TextContext]) -> None:
+    """A shot that starts from another's blocks sees what the other would have seen."""
+    shot = replace(make_shot(), beats=(BeatConfig(at_s=0, prompt="a"),))
+    film = render(shot, model, contexts)
+    later = replace(shot, after="shot", after_blocks=3, num_frames=4 * 2 * 2)
+    continued = render(later, model, contexts, Prefix(latents=tuple(film[:3])))
+    assert len(continued) == 5
+    assert torch.equal(continued[:3], film[:3])
+    alone = render(replace(later, after=None, num_frames=13), model, contexts)
+    assert not torch.allclose(continued[3], alone[0], atol=0.1)
+
+
+def test_window_keeps_the_device_arena_small(model: CausalWan, contexts: list[TextContext]) -> None:
+    shot = make_shot(WINDOW, num_blocks=12)
+    cache = open_cache(shot, torch.device("cpu"))
+    run = Rollout(shot, model, contexts, cache)
+    sizes = set()
+    for _ in range(run.total_blocks):
+        run.step()
+        sizes.add(sum(run.memory().values()))
+    assert len(sizes) == 1
+    assert cache.arena.num_frames == 4
