@@ -1,8 +1,8 @@
 """Where each key of a TOML text stands: the positions that no TOML library for Python gives.
 
-tomllib builds values and keeps no positions; tomlkit keeps the text of every item but not its line. An error about a film
-must name a line, so this module walks the text once more. It relies on tomllib having accepted the text first: it looks for
-the ends of keys and values and judges nothing.
+tomllib builds values and keeps no positions; tomlkit keeps the text of every item but not its line. An error about a
+film must name a line, so this module walks the text once more. It relies on tomllib having accepted the text first: it
+looks for the ends of keys and values and judges nothing.
 
     path                       line of
     ("film", "seed")           the key `seed`

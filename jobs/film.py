@@ -1,0 +1,343 @@
+"""A film: the TOML that a studio writes, read into frozen data. Every mistake is one line: file, line, key, mend.
+
+Film-level settings are defaults; a shot that names the same key overrides it. ``None`` means "as the model says": what
+a model prefers is known only when its folder is read, see `longtake.jobs.resolve`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from longtake.jobs.quantities import format_duration, parse_bytes, parse_duration
+from longtake.jobs.source import Source, Table, nearest, parse_source, quote, read_source
+from longtake.jobs.toml_lines import TomlPath
+
+POLICIES = ("full", "window", "retrieve")
+POSITIONS = ("absolute", "relative")
+SIZES = {"480p": (480, 832), "720p": (720, 1280)}
+DEFAULT_MODEL = "mini"
+MAX_DURATION_S = 7 * 24 * 3600
+MAX_NAME = 64
+
+_SHARED_KEYS = ("model", "codec", "size", "fps", "seed", "steps", "history", "cache")
+_FILM_KEYS = ("title", *_SHARED_KEYS)
+_SHOT_KEYS = ("name", "duration", "prompt", "beat", "after", "after_blocks", *_SHARED_KEYS)
+_HISTORY_KEYS = ("policy", "sink_blocks", "recent_blocks", "top_k", "positions")
+_CACHE_KEYS = ("device", "host", "disk")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class History:
+    """What a block attends of the history."""
+
+    policy: str | None = None
+    sink_blocks: int | None = None
+    recent_blocks: int | None = None
+    top_k: int | None = None
+    positions: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cache:
+    """Budgets of the tiers in bytes."""
+
+    device_bytes: int | None = None
+    host_bytes: int | None = None
+    disk_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What a film sets for all shots and a shot may override."""
+
+    model: str = DEFAULT_MODEL
+    seed: int = 0
+    codec: str | None = None
+    size: tuple[int, int] | None = None
+    fps: int | None = None
+    steps: int | None = None
+    history: History = History()
+    cache: Cache = Cache()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beat:
+    """The prompt from a moment of its shot on."""
+
+    at_s: Fraction
+    prompt: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shot:
+    """One rollout; ``settings`` has the film's defaults filled in."""
+
+    name: str
+    duration_s: Fraction
+    prompt: str
+    beats: tuple[Beat, ...] = ()
+    after: str | None = None
+    after_blocks: int | None = None
+    settings: Settings = Settings()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Film:
+    """A whole film, checked as far as it can be without its models."""
+
+    title: str
+    shots: tuple[Shot, ...]
+    source: Source = field(repr=False, compare=False)
+
+    def shot(self, name: str) -> Shot:
+        """The shot of that name.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        for shot in self.shots:
+            if shot.name == name:
+                return shot
+        names = [shot.name for shot in self.shots]
+        raise self.source.error(("shot",), f"there is no shot {quote(name)}; {nearest(name, names)}")
+
+    def render_order(self) -> tuple[Shot, ...]:
+        """Shots in the film's order, but each one behind the shot it starts from."""
+        ordered: dict[str, Shot] = {}
+        for shot in self.shots:
+            chain = [shot]
+            while chain[-1].after is not None and chain[-1].after not in ordered:
+                chain.append(self.shot(chain[-1].after))
+            ordered.update((link.name, link) for link in reversed(chain) if link.name not in ordered)
+        return tuple(ordered.values())
+
+    def key(self, shot: Shot, *keys: str) -> TomlPath:
+        """Where a shot's setting stands in the file: in the shot, else in ``[film]``, else at the shot itself."""
+        own: TomlPath = ("shot", self.shots.index(shot), *keys)
+        inherited: TomlPath = ("film", *keys)
+        return inherited if own not in self.source.lines and inherited in self.source.lines else own
+
+    def to_json(self) -> dict[str, Any]:
+        """The film with all defaults filled in, as JSON-able data; times are seconds."""
+        data: dict[str, Any] = json.loads(
+            json.dumps(
+                {"title": self.title, "shots": [dataclasses.asdict(shot) for shot in self.shots]},
+                default=lambda value: float(value),
+            )
+        )
+        return data
+
+    @property
+    def content_hash(self) -> str:
+        """Hash (hex, 32 characters) of what the film says: layout, comments and the file's name don't count."""
+        text = json.dumps(self.to_json(), sort_keys=True, ensure_ascii=False)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def load_film(path: str | Path) -> Film:
+    """Read a film.
+
+    Raises:
+        ConfigError: one line that names the file, the line, the key and the mend.
+    """
+    return _read_film(read_source(path))
+
+
+def parse_film(text: str, path: str = "film.toml") -> Film:
+    """Read a film from its text; ``path`` is what errors call it.
+
+    Raises:
+        ConfigError: as `load_film`.
+    """
+    return _read_film(parse_source(text, path))
+
+
+def _read_film(source: Source) -> Film:
+    root = Table(source, (), ("film", "shot"))
+    table = Table(source, ("film",), _FILM_KEYS)
+    title = table.text("title", '"Harbour"') or Path(source.path).stem
+    defaults = _read_settings(table, Settings())
+    num_shots = root.num_tables("shot")
+    if num_shots == 0:
+        raise source.error((), 'no shots; add [[shot]] with name = "arrival", duration = "45s" and prompt = "..."')
+    shots: list[Shot] = []
+    for index in range(num_shots):
+        shot = _read_shot(Table(source, ("shot", index), _SHOT_KEYS), defaults)
+        for other, earlier in enumerate(shots):
+            if earlier.name.lower() == shot.name.lower():
+                line = source.lines["shot", other, "name"]
+                message = f"{quote(shot.name)} names a shot already (line {line}); names differ in more than case"
+                raise source.error(("shot", index, "name"), message)
+        shots.append(shot)
+    film = Film(title=title, shots=tuple(shots), source=source)
+    _check_after(film)
+    return film
+
+
+def _read_shot(table: Table, defaults: Settings) -> Shot:
+    table.required("name", '"arrival"')
+    name = table.value("name", str, '"arrival"')
+    assert name is not None
+    if _NAME.fullmatch(name) is None or len(name) > MAX_NAME:
+        mend = re.sub(r"[^A-Za-z0-9_-]+", "-", name).lstrip("-")[:MAX_NAME].rstrip("-") or "arrival"
+        allowed = f"letters, digits, '-' and '_', at most {MAX_NAME}, not '-' first"
+        raise table.error(
+            "name", f"{quote(name)} has other characters than allowed ({allowed}); write name = {quote(mend)}"
+        )
+    table.required("duration", '"45s"')
+    duration_s = _read_time(table, "duration")
+    assert duration_s is not None
+    if duration_s > MAX_DURATION_S:
+        raise table.error("duration", f"{format_duration(duration_s)} is more than a week; split the shot")
+    table.required("prompt", '"pan right slowly"')
+    prompt = table.text("prompt", '"pan right slowly"')
+    assert prompt is not None
+    after = table.value("after", str, '"arrival"')
+    after_blocks = table.integer("after_blocks", minimum=1, maximum=10**6, example="3")
+    if after_blocks is not None and after is None:
+        raise table.error("after_blocks", 'has no meaning without after; add after = "..." or remove it')
+    return Shot(
+        name=name,
+        duration_s=duration_s,
+        prompt=prompt,
+        beats=_read_beats(table, duration_s),
+        after=after,
+        after_blocks=after_blocks,
+        settings=_read_settings(table, defaults),
+    )
+
+
+def _read_time(table: Table, key: str) -> Fraction | None:
+    """A time above zero."""
+    text = table.value(key, str, '"12s"')
+    if text is None:
+        return None
+    if text.strip().startswith("-"):
+        raise table.error(key, f'{quote(text)} is negative; write {key} = "{text.strip().lstrip("-")}"')
+    try:
+        seconds = parse_duration(text.strip())
+    except ValueError as error:
+        raise table.error(key, str(error)) from error
+    if seconds == 0:
+        raise table.error(key, f'{quote(text)} is zero; write a time above it, like {key} = "12s"')
+    return seconds
+
+
+def _read_beats(shot: Table, duration_s: Fraction) -> tuple[Beat, ...]:
+    beats: list[Beat] = []
+    for index in range(shot.num_tables("beat")):
+        table = Table(shot.source, (*shot.path, "beat", index), ("at", "prompt"))
+        table.required("at", '"12s"')
+        table.required("prompt", '"a red boat enters from the left"')
+        at_s = _read_time(table, "at")
+        prompt = table.text("prompt", '"a red boat enters from the left"')
+        assert at_s is not None and prompt is not None
+        if at_s >= duration_s:
+            end = format_duration(duration_s)
+            raise table.error("at", f"{quote(table.raw('at'))} is not before the shot's end ({end}); lengthen the shot")
+        if beats and at_s <= beats[-1].at_s:
+            before = format_duration(beats[-1].at_s)
+            raise table.error(
+                "at", f"{quote(table.raw('at'))} is not after the beat before it ({before}); order them by time"
+            )
+        beats.append(Beat(at_s=at_s, prompt=prompt))
+    return tuple(beats)
+
+
+def _read_settings(table: Table, defaults: Settings) -> Settings:
+    """The settings of ``[film]`` or a shot, over ``defaults``."""
+    own: dict[str, Any] = {
+        "model": table.text("model", f'"{DEFAULT_MODEL}"'),
+        "seed": table.integer("seed", minimum=0, maximum=2**63 - 1, example="7"),
+        "codec": table.text("codec", '"int4"'),
+        "size": _read_size(table),
+        "fps": table.integer("fps", minimum=1, maximum=240, example="16"),
+        "steps": table.integer("steps", minimum=1, maximum=1000, example="4"),
+    }
+    return dataclasses.replace(
+        defaults,
+        history=_read_history(table, defaults.history),
+        cache=_read_cache(table, defaults.cache),
+        **{key: value for key, value in own.items() if value is not None},
+    )
+
+
+def _read_size(table: Table) -> tuple[int, int] | None:
+    """``[height, width]`` in pixels, or a name."""
+    value = table.raw("size")
+    if value is None:
+        return None
+    if isinstance(value, str):
+        if value not in SIZES:
+            raise table.error("size", f"{quote(value)} is no size; write [height, width] or one of {', '.join(SIZES)}")
+        return SIZES[value]
+    if not isinstance(value, list) or len(value) != 2 or any(type(side) is not int for side in value):
+        raise table.error("size", f"{quote(value)} is no size; write size = [height, width], like [96, 160]")
+    if any(not 16 <= side <= 8192 for side in value):
+        raise table.error("size", f"{quote(value)} is out of bounds; height and width lie between 16 and 8192")
+    return value[0], value[1]
+
+
+def _read_history(parent: Table, defaults: History) -> History:
+    table = Table(parent.source, (*parent.path, "history"), _HISTORY_KEYS)
+    own: dict[str, Any] = {
+        "policy": table.choice("policy", POLICIES),
+        "sink_blocks": table.integer("sink_blocks", minimum=0, maximum=10**6, example="1"),
+        "recent_blocks": table.integer("recent_blocks", minimum=1, maximum=10**6, example="6"),
+        "top_k": table.integer("top_k", minimum=1, maximum=10**6, example="4"),
+        "positions": table.choice("positions", POSITIONS),
+    }
+    merged = dataclasses.replace(defaults, **{key: value for key, value in own.items() if value is not None})
+    meaningless: dict[str | None, tuple[str, ...]] = {
+        "full": ("sink_blocks", "recent_blocks", "top_k"),
+        "window": ("top_k",),
+    }
+    unused = meaningless.get(merged.policy, ())
+    for key in unused:
+        if key in table:
+            raise table.error(key, f'has no meaning with policy = "{merged.policy}"; remove it or change the policy')
+    return dataclasses.replace(merged, **dict.fromkeys(unused))
+
+
+def _read_cache(parent: Table, defaults: Cache) -> Cache:
+    table = Table(parent.source, (*parent.path, "cache"), _CACHE_KEYS)
+    own: dict[str, int] = {}
+    for key in _CACHE_KEYS:
+        text = table.value(key, str, '"6GiB"')
+        if text is None:
+            continue
+        try:
+            own[f"{key}_bytes"] = parse_bytes(text.strip())
+        except ValueError as error:
+            raise table.error(key, str(error)) from error
+    return dataclasses.replace(defaults, **own)
+
+
+def _check_after(film: Film) -> None:
+    """Every ``after`` names another shot, and following them comes to an end."""
+    by_name = {shot.name: shot for shot in film.shots}
+    for shot in film.shots:
+        if shot.after is not None and shot.after not in by_name:
+            mend = (
+                nearest(shot.after, [name for name in by_name if name != shot.name])
+                if len(by_name) > 1
+                else "remove it"
+            )
+            raise film.source.error(film.key(shot, "after"), f"there is no shot {quote(shot.after)}; {mend}")
+    for shot in film.shots:
+        chain = [shot.name]
+        while (after := by_name[chain[-1]].after) is not None and after not in chain:
+            chain.append(after)
+        if after == shot.name:
+            loop = " -> ".join(reversed([*chain, after]))
+            raise film.source.error(
+                film.key(shot, "after"), f"the shots wait for each other ({loop}); remove one after"
+            )
