@@ -1,0 +1,143 @@
+"""Files that are whole and on the disk, or not there: the few system calls that the store and the journal use.
+
+All of them go through a FileOps, so that tests can make any of them fail, fall short or take long.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+
+Bytes = npt.NDArray[np.uint8]
+"""One-dimensional contiguous uint8; the unit of all disk I/O."""
+
+PARTIAL_SUFFIX = ".partial"
+_MAX_BUFFERS = 512
+_CRC_SLICE = 1 << 18
+
+
+class FileOps:
+    """The operating system, call by call. Stateless; any thread."""
+
+    def open(self, path: Path, flags: int) -> int:
+        """A descriptor that child processes do not inherit."""
+        return os.open(path, flags | os.O_CLOEXEC, 0o644)
+
+    def close(self, fd: int) -> None:
+        """Close a descriptor."""
+        os.close(fd)
+
+    def write(self, fd: int, buffers: Sequence[Bytes]) -> int:
+        """Write some of the buffers' bytes and return how many; it may be fewer than given."""
+        return os.writev(fd, [buffer.data for buffer in buffers])
+
+    def read(self, fd: int, buffer: Bytes, offset: int) -> int:
+        """Read into a buffer from an offset and return how many bytes came; 0 at the end of the file."""
+        return os.preadv(fd, [buffer.data], offset)
+
+    def fsync(self, fd: int) -> None:
+        """Force a file or directory to the disk."""
+        os.fsync(fd)
+
+    def truncate(self, fd: int, num_bytes: int) -> None:
+        """Cut a file."""
+        os.ftruncate(fd, num_bytes)
+
+    def replace(self, source: Path, target: Path) -> None:
+        """Rename, replacing the target in one step."""
+        os.replace(source, target)
+
+    def unlink(self, path: Path) -> None:
+        """Remove a file; one that is not there is fine."""
+        path.unlink(missing_ok=True)
+
+
+def crc32c(data: Bytes, crc: int = 0) -> int:
+    """CRC-32C (Castagnoli) of bytes, continued from `crc`.
+
+    Goes in slices so that no other thread waits long for the interpreter.
+    """
+    for first in range(0, data.size, _CRC_SLICE):
+        crc = google_crc32c.extend(crc, data[first : first + _CRC_SLICE])
+    return crc
+
+
+def as_bytes(data: bytes) -> Bytes:
+    """A read-only array over a bytes object."""
+    return np.frombuffer(data, dtype=np.uint8)
+
+
+def write_all(ops: FileOps, fd: int, buffers: Iterable[Bytes]) -> int:
+    """Write all bytes of all buffers at the descriptor's position, however short each system call falls.
+
+    Returns:
+        Bytes written.
+
+    Raises:
+        OSError: a system call failed, or made no progress.
+    """
+    pending = [buffer for buffer in buffers if buffer.size]
+    pending.reverse()
+    total = 0
+    while pending:
+        batch = pending[-1 : -_MAX_BUFFERS - 1 : -1]
+        written = ops.write(fd, batch)
+        if written <= 0:
+            raise OSError(f"write made no progress after {total} bytes")
+        total += written
+        while pending and written >= pending[-1].size:
+            written -= pending.pop().size
+        if written:
+            pending[-1] = pending[-1][written:]
+    return total
+
+
+def read_all(ops: FileOps, fd: int, buffer: Bytes, offset: int) -> int:
+    """Fill a buffer from an offset, stopping early only at the end of the file; returns the bytes read."""
+    done = 0
+    while done < buffer.size:
+        got = ops.read(fd, buffer[done:], offset + done)
+        if got <= 0:
+            break
+        done += got
+    return done
+
+
+def write_file(ops: FileOps, path: Path, buffers: Iterable[Bytes]) -> int:
+    """Write a file that appears under its name only when whole and fsynced.
+
+    Its directory entry is durable after a later `fsync_dir`. A failure leaves neither the file nor a partial one.
+
+    Returns:
+        Bytes written.
+
+    Raises:
+        OSError: as the system reports it.
+    """
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    try:
+        fd = ops.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        try:
+            total = write_all(ops, fd, buffers)
+            ops.fsync(fd)
+        finally:
+            ops.close(fd)
+        ops.replace(partial, path)
+    except OSError:
+        ops.unlink(partial)
+        raise
+    return total
+
+
+def fsync_dir(ops: FileOps, path: Path) -> None:
+    """Make the names in a directory durable."""
+    fd = ops.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        ops.fsync(fd)
+    finally:
+        ops.close(fd)

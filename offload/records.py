@@ -1,0 +1,200 @@
+"""What a journal says: one dataclass a kind of record, each with a version, as JSON."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from longtake.kernels.errors import StorageError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """A writer took the journal over; everything after it belongs to `epoch`."""
+
+    kind: ClassVar[str] = "open"
+    epoch: int
+    config_hash: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockCommitted:
+    """A block's payloads are on the disk.
+
+    Args:
+        block: its number.
+        array: the Zarr array that holds it.
+        first_head: first of the heads that this journal's rank wrote.
+        num_layers, num_heads: shape of the checksums.
+        checksums: CRC-32C of each payload, layer by layer, head by head: L * H little-endian uint32, base64.
+    """
+
+    kind: ClassVar[str] = "block"
+    block: int
+    array: str
+    first_head: int
+    num_layers: int
+    num_heads: int
+    checksums: str
+
+    @property
+    def checksums_LH(self) -> np.ndarray[tuple[int, ...], np.dtype[np.uint32]]:
+        """The checksums as uint32 [L, H]."""
+        raw = np.frombuffer(base64.b64decode(self.checksums), dtype="<u4")
+        return raw.astype(np.uint32).reshape(self.num_layers, self.num_heads)
+
+
+def pack_checksums(checksums_LH: np.ndarray[tuple[int, ...], np.dtype[np.uint32]]) -> str:
+    """The inverse of `BlockCommitted.checksums_LH`."""
+    return base64.b64encode(checksums_LH.astype("<u4").tobytes()).decode()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpointed:
+    """Everything that cannot be re-read was saved after `num_blocks` blocks.
+
+    Args:
+        num_blocks: blocks finished; the next one to render has this number.
+        path: file of the saved state, relative to the journal's folder.
+        checksum: CRC-32C of that file.
+        details: JSON of whoever saves: beat, segments, positions.
+    """
+
+    kind: ClassVar[str] = "checkpoint"
+    num_blocks: int
+    path: str
+    checksum: int
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentWritten:
+    """A segment of video is whole on the disk; it shows blocks up to `num_blocks`."""
+
+    kind: ClassVar[str] = "segment"
+    index: int
+    path: str
+    checksum: int
+    num_blocks: int
+    num_frames: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolledBack:
+    """Blocks from `num_blocks` on, and what was saved after them, no longer count."""
+
+    kind: ClassVar[str] = "rollback"
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Closed:
+    """The writer ended in order."""
+
+    kind: ClassVar[str] = "closed"
+    num_blocks: int
+
+
+Record = Opened | BlockCommitted | Checkpointed | SegmentWritten | RolledBack | Closed
+
+VERSION = 1
+_KINDS: dict[str, type[Record]] = {
+    cls.kind: cls for cls in (Opened, BlockCommitted, Checkpointed, SegmentWritten, RolledBack, Closed)
+}
+
+
+def encode(record: Record) -> bytes:
+    """A record as JSON."""
+    return json.dumps(
+        {"version": VERSION, "kind": record.kind, **asdict(record)}, separators=(",", ":"), sort_keys=True
+    ).encode()
+
+
+def decode(body: bytes) -> Record:
+    """A record from JSON.
+
+    Raises:
+        StorageError: it is of a newer version, or of no known kind or shape.
+    """
+    try:
+        fields = json.loads(body)
+        version, kind = fields.pop("version"), fields.pop("kind")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise StorageError(f"a journal record is not one of ours: {error!r}") from error
+    if version > VERSION or kind not in _KINDS:
+        raise StorageError(
+            f"a journal record of kind {kind!r}, version {version}, is newer than this longtake reads "
+            f"(version {VERSION}); use the longtake that wrote it"
+        )
+    try:
+        return _KINDS[kind](**fields)
+    except TypeError as error:
+        raise StorageError(f"a journal record of kind {kind!r} has the wrong fields: {error}") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class History:
+    """What a journal's records amount to: the state after replaying them in order.
+
+    Args:
+        config_hash: of the last writer; empty when there was none.
+        blocks: committed blocks, number -> record; numbers run from 0 without a gap.
+        checkpoints: those that still count, oldest first.
+        segments: those that still count, in order.
+        closed: whether the last writer ended in order.
+    """
+
+    config_hash: str = ""
+    blocks: dict[int, BlockCommitted]
+    checkpoints: tuple[Checkpointed, ...] = ()
+    segments: tuple[SegmentWritten, ...] = ()
+    closed: bool = False
+
+    @property
+    def num_blocks(self) -> int:
+        """Committed blocks; the next one has this number."""
+        return len(self.blocks)
+
+
+def history(records: Iterable[Record]) -> History:
+    """Replay records.
+
+    Raises:
+        StorageError: blocks out of order, which no writer of ours leaves.
+    """
+    config_hash, closed = "", False
+    blocks: dict[int, BlockCommitted] = {}
+    checkpoints: list[Checkpointed] = []
+    segments: list[SegmentWritten] = []
+    for record in records:
+        closed = isinstance(record, Closed)
+        match record:
+            case Opened():
+                config_hash = record.config_hash
+            case BlockCommitted():
+                if record.block != len(blocks):
+                    raise StorageError(f"the journal commits block {record.block} after {len(blocks)} blocks")
+                blocks[record.block] = record
+            case Checkpointed():
+                checkpoints.append(record)
+            case SegmentWritten():
+                segments = [kept for kept in segments if kept.index < record.index]
+                segments.append(record)
+            case RolledBack():
+                blocks = {block: kept for block, kept in blocks.items() if block < record.num_blocks}
+                checkpoints = [kept for kept in checkpoints if kept.num_blocks <= record.num_blocks]
+                segments = [kept for kept in segments if kept.num_blocks <= record.num_blocks]
+            case Closed():
+                pass
+    return History(
+        config_hash=config_hash,
+        blocks=blocks,
+        checkpoints=tuple(checkpoints),
+        segments=tuple(segments),
+        closed=closed,
+    )
