@@ -1,0 +1,432 @@
+"""Streaming encode and decode over diffusers' AutoencoderKLWan: any split of a clip gives the bits of the whole clip.
+
+The class has no public streaming API: its `decode` and `encode` loop over latents with a private list of convolution
+caches. This is the only file that knows that protocol (diffusers 0.42.1; pyproject.toml pins the minor version, and
+the constructors check what they rely on):
+
+    decoder(x[:, :, i : i + 1], feat_cache=list, feat_idx=[0], first_chunk=i == 0)
+    encoder(video[:, :, chunk], feat_cache=list, feat_idx=[0])          chunks of 1, 4, 4, 4, ... frames
+    list entries: None, then a tensor; in the decoder's time upsampling None, then "Rep", then a tensor
+
+Every latent is one call of one shape, so the split never matters, on any device; tiling and slicing switches of the
+model are ignored. `vae.decode` differs in one thing: it runs the pointwise post_quant_conv on all latents at once. The
+bits are the same wherever that layer's do not depend on the number of frames: on one CPU thread, for latents of 8 or
+more positions. With several threads, or on a GPU, a library may sum in another order for a long clip (1e-6).
+
+Shapes: C latent channels, F latent frames, H and W latent height and width; N video frames, Y and X pixels high and
+wide.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample, patchify, unpatchify
+from torch import Tensor
+
+from longtake.kernels.errors import ConfigError, StorageError
+
+ENCODER_CHUNK_FRAMES = 4  # fixed in AutoencoderKLWan._encode, whatever the configuration
+_ABSENT, _REPEAT, _TENSOR = 0, 1, 2
+_Slot = Tensor | str | None
+
+
+def load_vae(
+    folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> AutoencoderKLWan:
+    """Load the `vae` folder of a model in the hub's layout, frozen and in evaluation mode; never touches the network.
+
+    Args:
+        folder: model folder, the one with model_index.json in it.
+        dtype: floating-point type of weights and caches.
+        device: where it runs.
+
+    Raises:
+        ConfigError: there is no VAE in the folder.
+        StorageError: its files are missing or corrupt.
+    """
+    path = Path(folder) / "vae"
+    if not (path / "config.json").is_file():
+        raise ConfigError("no VAE here: a model folder holds vae/config.json and its safetensors", path=path)
+    try:
+        vae: AutoencoderKLWan = AutoencoderKLWan.from_pretrained(
+            str(path), torch_dtype=dtype, local_files_only=True, use_safetensors=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise StorageError(f"the VAE does not load, copy the folder again: {error}", path=path) from error
+    return vae.to(device).eval().requires_grad_(False)
+
+
+def temporal_stride(vae: AutoencoderKLWan) -> int:
+    """Video frames for each latent frame after the first."""
+    return int(2 ** sum(map(bool, vae.config.temperal_downsample)))
+
+
+def spatial_stride(vae: AutoencoderKLWan) -> int:
+    """Pixels for each latent row or column: counted in the layers, as scale_factor_spatial may disagree with them."""
+    return int(2 ** (len(vae.config.dim_mult) - 1) * (vae.config.patch_size or 1))
+
+
+def num_video_frames(num_latents: int, *, stride: int = 4, warmed_up: bool = False) -> int:
+    """Video frames that `num_latents` latent frames decode to: the first of a clip gives one, every other `stride`.
+
+    Args:
+        num_latents: latent frames.
+        stride: see `temporal_stride`.
+        warmed_up: the decoder had latents before these, so none of them is the first.
+    """
+    if num_latents <= 0:
+        return 0
+    return stride * num_latents if warmed_up else 1 + stride * (num_latents - 1)
+
+
+def normalise(latents_CFHW: Tensor, vae: AutoencoderKLWan) -> Tensor:
+    """The VAE's latents to the transformer's: (x - latents_mean) / latents_std a channel, in float32."""
+    mean_C111, std_C111 = _statistics(vae, latents_CFHW.device)
+    return (latents_CFHW.float() - mean_C111) / std_C111
+
+
+def denormalise(latents_CFHW: Tensor, vae: AutoencoderKLWan) -> Tensor:
+    """The transformer's latents to the VAE's: x * latents_std + latents_mean in float32, then the VAE's dtype."""
+    mean_C111, std_C111 = _statistics(vae, latents_CFHW.device)
+    return (latents_CFHW.float() * std_C111 + mean_C111).to(vae.dtype)
+
+
+def to_uint8(video_3NYX: Tensor) -> Tensor:
+    """Float video in [-1, 1] to frames: (x / 2 + 0.5) * 255 in float32, clamped to [0, 255], rounded half to even.
+
+    Returns: uint8 [N, Y, X, 3] RGB, contiguous, same device.
+    """
+    scaled_3NYX = ((video_3NYX.float() / 2 + 0.5) * 255).clamp_(0, 255).round_()
+    return scaled_3NYX.to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+
+
+def from_uint8(frames_NYX3: Tensor) -> Tensor:
+    """uint8 RGB frames [N, Y, X, 3] to float32 video [3, N, Y, X] in [-1, 1]: x / 127.5 - 1."""
+    return frames_NYX3.permute(3, 0, 1, 2).float() / 127.5 - 1
+
+
+def receptive_latents(vae: AutoencoderKLWan) -> int:
+    """Latents after which a decoder's state no longer depends on anything before them.
+
+    Warming a fresh decoder up with the last `receptive_latents(vae)` latents of a clip gives, bit for bit, the state
+    it had at the clip's end: a checkpoint may keep those latents (megabytes) instead of the caches (gigabytes at
+    480p, see `decoder_state_bytes`).
+
+    Walks the decoder from its end: each temporal convolution reaches two frames back, each time upsampling halves the
+    index. One latent more because the first one fed is decoded as a clip's first.
+    """
+    modules = list(vae.decoder.modules())
+    earliest = 0
+    for module in reversed(_in_time_order(modules)):
+        if isinstance(module, WanResample):
+            earliest = math.floor(earliest / 2) - 2
+        else:
+            earliest -= 2
+    return 1 - earliest
+
+
+def decoder_state_bytes(vae: AutoencoderKLWan, height: int, width: int) -> int:
+    """Bytes of a running decoder's state for latents of this height and width; on the meta device, so at no cost."""
+    twin = StreamingDecoder(_meta_twin(vae))
+    for _ in range(3):
+        twin.warm_up(torch.empty(vae.config.z_dim, 1, height, width, device="meta"))
+    return twin.state_bytes
+
+
+def _statistics(vae: AutoencoderKLWan, device: torch.device) -> tuple[Tensor, Tensor]:
+    shape = (-1, 1, 1, 1)
+    mean = torch.tensor(vae.config.latents_mean, dtype=torch.float32, device=device).view(shape)
+    std = torch.tensor(vae.config.latents_std, dtype=torch.float32, device=device).view(shape)
+    return mean, std
+
+
+def _in_time_order(modules: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """Convolutions that look back and time upsamplings, in the order they run, which is that of their registration."""
+    inside_resample = {id(m.time_conv) for m in modules if isinstance(m, WanResample) and m.mode == "upsample3d"}
+    order: list[torch.nn.Module] = []
+    for module in modules:
+        if isinstance(module, WanCausalConv3d):
+            if module.kernel_size[0] > 1 and id(module) not in inside_resample:
+                order.append(module)
+        elif isinstance(module, WanResample) and module.mode == "upsample3d":
+            order.append(module)
+    return order
+
+
+def _meta_twin(vae: AutoencoderKLWan) -> AutoencoderKLWan:
+    with torch.device("meta"):
+        twin: AutoencoderKLWan = AutoencoderKLWan.from_config(vae.config)
+    return twin.to(vae.dtype).eval()
+
+
+class _Streaming:
+    """The caches of one half of the VAE and what must be known to go on; owned by one thread, one clip at a time."""
+
+    def __init__(self, vae: AutoencoderKLWan, half: str) -> None:
+        counts: Any = getattr(vae, "_cached_conv_counts", None)
+        if not isinstance(counts, dict) or half not in counts:
+            raise ConfigError("this diffusers is not the one longtake streams with: install diffusers 0.42")
+        self.vae = vae
+        self._num_slots = int(counts[half])
+        self._slots: list[_Slot] = [None] * self._num_slots
+        self._size: tuple[int, int] | None = None
+        self._count = 0
+
+    @property
+    def num_latents(self) -> int:
+        """Latent frames seen since the last reset, those of `warm_up` included."""
+        return self._count
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the tensors held now: constant from the third latent on, whatever the clip's length."""
+        return sum(tensor.nbytes for tensor in self._tensors())
+
+    def reset(self) -> None:
+        """Forget the clip: the next input is a clip's first."""
+        self._slots = [None] * self._num_slots
+        self._size = None
+        self._count = 0
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state as a flat dict of tensors that safetensors can write.
+
+        `count` int64 []: latents seen. `size` int64 [2]: height and width, -1 before the first. `marks` uint8
+        [slots]: 0 empty, 1 the time upsampler's repeat mark, 2 a tensor, which is under `slot.NNN`. The tensors are
+        never written to again: no copy is needed.
+        """
+        marks = torch.tensor([_mark(slot) for slot in self._slots], dtype=torch.uint8)
+        state = {
+            "count": torch.tensor(self._count, dtype=torch.int64),
+            "size": torch.tensor(self._size or (-1, -1), dtype=torch.int64),
+            "marks": marks,
+        }
+        for index, slot in enumerate(self._slots):
+            if isinstance(slot, Tensor):
+                state[f"slot.{index:03d}"] = slot
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a saved state: what follows has the bits of the unbroken run. Nothing changes if it raises.
+
+        Args:
+            state: what `state_dict` gave, on any device.
+
+        Raises:
+            StorageError: the state is incomplete.
+            ConfigError: it belongs to another VAE or another dtype.
+        """
+        missing = {"count", "size", "marks"} - state.keys()
+        if missing:
+            raise StorageError(f"the VAE state lacks {', '.join(sorted(missing))}: it was not written whole")
+        marks = state["marks"].tolist()
+        if len(marks) != self._num_slots:
+            raise ConfigError(f"the state is of another VAE: it has {len(marks)} caches, this one {self._num_slots}")
+        slots: list[_Slot] = [None] * self._num_slots
+        for index, mark in enumerate(marks):
+            if mark == _REPEAT:
+                slots[index] = "Rep"
+            elif mark == _TENSOR:
+                slots[index] = self._adopt(state, f"slot.{index:03d}")
+        height, width = state["size"].tolist()
+        self._slots = slots
+        self._size = None if height < 0 else (height, width)
+        self._count = int(state["count"])
+
+    def _adopt(self, state: Mapping[str, Tensor], name: str) -> Tensor:
+        if name not in state:
+            raise StorageError(f"the VAE state lacks {name}: it was not written whole")
+        tensor = state[name]
+        if tensor.dtype != self.vae.dtype:
+            raise ConfigError(f"the state's {name} is {tensor.dtype}, the VAE runs in {self.vae.dtype}: load it alike")
+        return tensor.to(self.vae.device).contiguous()
+
+    def _tensors(self) -> Iterator[Tensor]:
+        return (slot for slot in self._slots if isinstance(slot, Tensor))
+
+    def _keep(self, slots: list[_Slot]) -> None:
+        # A saved tensor comes back contiguous, so a kept one must be, or a resumed run might take another kernel.
+        self._slots = [slot.contiguous() if isinstance(slot, Tensor) else slot for slot in slots]
+
+    def _check_size(self, height: int, width: int) -> None:
+        if self._size is None:
+            self._size = (height, width)
+        elif self._size != (height, width):
+            raise ConfigError(
+                f"the clip is {self._size[0]}x{self._size[1]}, not {height}x{width}: reset() starts another"
+            )
+
+
+class StreamingDecoder(_Streaming):
+    """Decodes a clip latent by latent; equal, bit for bit, to `vae.decode` on the whole clip, and flat in memory.
+
+    Args:
+        vae: its weights are only read; several decoders may share one.
+    """
+
+    def __init__(self, vae: AutoencoderKLWan) -> None:
+        super().__init__(vae, "decoder")
+
+    def decode(self, latents_CFHW: Tensor) -> Tensor:
+        """Decode the clip's next latents.
+
+        Args:
+            latents_CFHW: normalised latents, any float dtype and device; F >= 1.
+
+        Returns: uint8 RGB frames [N, Y, X, 3] on the VAE's device (see `to_uint8`); N is `num_video_frames` of F.
+
+        Raises:
+            ConfigError: the shape does not fit the VAE or the clip so far.
+        """
+        return torch.cat([to_uint8(video_3NYX) for video_3NYX in self._run(latents_CFHW)])
+
+    def decode_float(self, latents_CFHW: Tensor) -> Tensor:
+        """As `decode`, but gives what `vae.decode` gives: [3, N, Y, X] in [-1, 1], in the VAE's dtype."""
+        return torch.cat(list(self._run(latents_CFHW)), dim=1)
+
+    def warm_up(self, latents_CFHW: Tensor) -> None:
+        """Feed latents whose frames exist already and drop the frames: a shot continues another, or a machine was lost.
+
+        With at least `receptive_latents(vae)` latents the state afterwards is that of a decoder which saw the whole
+        clip.
+        """
+        for _ in self._run(latents_CFHW):
+            pass
+
+    @torch.no_grad()
+    def _run(self, latents_CFHW: Tensor) -> Iterator[Tensor]:
+        vae = self.vae
+        if latents_CFHW.dim() != 4 or latents_CFHW.shape[0] != vae.config.z_dim or latents_CFHW.shape[1] < 1:
+            raise ConfigError(
+                f"latents must be [{vae.config.z_dim}, F >= 1, H, W], not {list(latents_CFHW.shape)}: no batch"
+            )
+        self._check_size(latents_CFHW.shape[2], latents_CFHW.shape[3])
+        latents_CFHW = denormalise(latents_CFHW.to(vae.device), vae)
+        for latent_CHW in latents_CFHW.unbind(dim=1):
+            yield self._decode_latent(latent_CHW[None, :, None])
+
+    def _decode_latent(self, latent_1C1HW: Tensor) -> Tensor:
+        vae = self.vae
+        slots = list(self._slots)
+        hidden = vae.post_quant_conv(latent_1C1HW.contiguous())
+        video = vae.decoder(hidden, feat_cache=slots, feat_idx=[0], first_chunk=self._count == 0)
+        if vae.config.patch_size is not None:
+            video = unpatchify(video, patch_size=vae.config.patch_size)
+        self._keep(slots)
+        self._count += 1
+        return torch.clamp(video, min=-1.0, max=1.0)[0]
+
+
+class StreamingEncoder(_Streaming):
+    """Encodes a clip as its frames come; the bits of `vae.encode(video).latent_dist.mode()`, then normalised.
+
+    The first frame gives a latent by itself; after it frames are taken four at a time, and up to three wait for the
+    next call (`num_pending_frames`; `vae.encode` drops such a rest).
+    """
+
+    def __init__(self, vae: AutoencoderKLWan) -> None:
+        super().__init__(vae, "encoder")
+        self._pending_3NYX: Tensor | None = None
+        self._started = False
+
+    @property
+    def num_pending_frames(self) -> int:
+        """Frames received that do not make a latent yet."""
+        return 0 if self._pending_3NYX is None else self._pending_3NYX.shape[1]
+
+    def encode(self, frames_NYX3: Tensor) -> Tensor:
+        """Encode the clip's next frames.
+
+        Args:
+            frames_NYX3: uint8 RGB; an image is a clip of one frame.
+
+        Returns: normalised latents, float32 [C, F, H, W] on the VAE's device; F may be 0.
+
+        Raises:
+            ConfigError: the shape does not fit the VAE or the clip so far.
+        """
+        if frames_NYX3.dim() != 4 or frames_NYX3.shape[3] != 3 or frames_NYX3.dtype != torch.uint8:
+            raise ConfigError(
+                f"frames must be uint8 [N, height, width, 3], not {frames_NYX3.dtype} {list(frames_NYX3.shape)}"
+            )
+        return self.encode_float(from_uint8(frames_NYX3.to(self.vae.device)))
+
+    @torch.no_grad()
+    def encode_float(self, video_3NYX: Tensor) -> Tensor:
+        """As `encode`, from float video [3, N, Y, X] in [-1, 1]."""
+        self._check_video(video_3NYX)
+        video_3NYX = video_3NYX.to(device=self.vae.device, dtype=self.vae.dtype)
+        if self._pending_3NYX is not None:
+            video_3NYX = torch.cat([self._pending_3NYX, video_3NYX], dim=1)
+        latents: list[Tensor] = []
+        while video_3NYX.shape[1] >= (needed := ENCODER_CHUNK_FRAMES if self._started else 1):
+            latents.append(self._encode_chunk(video_3NYX[None, :, :needed]))
+            video_3NYX = video_3NYX[:, needed:]
+        pending_3NYX = video_3NYX.clone(memory_format=torch.contiguous_format)
+        self._pending_3NYX = pending_3NYX if pending_3NYX.shape[1] else None
+        if not latents:
+            stride = spatial_stride(self.vae)
+            size = (video_3NYX.shape[2] // stride, video_3NYX.shape[3] // stride)
+            return torch.empty((self.vae.config.z_dim, 0, *size), dtype=torch.float32, device=self.vae.device)
+        return normalise(torch.cat(latents, dim=1), self.vae)
+
+    def reset(self) -> None:
+        super().reset()
+        self._pending_3NYX = None
+        self._started = False
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """As the decoder's, and `pending` [3, n, Y, X]: the frames that wait, if any."""
+        state = super().state_dict()
+        if self._pending_3NYX is not None:
+            state["pending"] = self._pending_3NYX
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        pending = self._adopt(state, "pending") if "pending" in state else None
+        super().load_state_dict(state)
+        self._pending_3NYX = pending
+        self._started = self._count > 0
+
+    def _tensors(self) -> Iterator[Tensor]:
+        yield from super()._tensors()
+        if self._pending_3NYX is not None:
+            yield self._pending_3NYX
+
+    def _check_video(self, video_3NYX: Tensor) -> None:
+        stride = spatial_stride(self.vae)
+        if video_3NYX.dim() != 4 or video_3NYX.shape[0] != 3 or video_3NYX.shape[1] < 1:
+            raise ConfigError(
+                f"video must be [3, N >= 1, height, width], not {list(video_3NYX.shape)}: one clip, no batch"
+            )
+        height, width = video_3NYX.shape[2:]
+        if height % stride or width % stride:
+            raise ConfigError(
+                f"frames of {width}x{height} do not divide by the VAE's {stride} pixels a latent: crop or scale them"
+            )
+        self._check_size(height, width)
+
+    def _encode_chunk(self, video_13NYX: Tensor) -> Tensor:
+        vae = self.vae
+        slots = list(self._slots)
+        video_13NYX = video_13NYX.contiguous()
+        if vae.config.patch_size is not None:
+            video_13NYX = patchify(video_13NYX, patch_size=vae.config.patch_size)
+        moments = vae.quant_conv(vae.encoder(video_13NYX, feat_cache=slots, feat_idx=[0]))
+        mean_CFHW: Tensor = moments[0].chunk(2, dim=0)[0]
+        self._keep(slots)
+        self._started = True
+        self._count += mean_CFHW.shape[1]
+        return mean_CFHW
+
+
+def _mark(slot: _Slot) -> int:
+    if slot is None:
+        return _ABSENT
+    return _TENSOR if isinstance(slot, Tensor) else _REPEAT

@@ -1,0 +1,311 @@
+"""Streaming VAE: the bits of the whole clip, whatever the split, and from a saved state on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from longtake.engine.vae import (
+    StreamingDecoder,
+    StreamingEncoder,
+    decoder_state_bytes,
+    denormalise,
+    from_uint8,
+    load_vae,
+    normalise,
+    num_video_frames,
+    receptive_latents,
+    spatial_stride,
+    temporal_stride,
+    to_uint8,
+)
+from longtake.kernels.errors import ConfigError, StorageError
+
+CHANNELS, HEIGHT, WIDTH, LATENTS = 4, 3, 5, 6
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """With several threads the whole-clip reference itself cuts its first, 1x1x1, convolution by clip length."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "wan2.1": {"dim_mult": [1, 2, 2], "temperal_downsample": [True, True]},
+    "wan2.1-deep": {"dim_mult": [1, 1, 2, 2], "temperal_downsample": [False, True, True]},
+    "early-time": {"dim_mult": [1, 1, 2, 2], "temperal_downsample": [True, False, True]},
+    "half-time": {"dim_mult": [1, 2, 2], "temperal_downsample": [False, True]},
+    "no-time": {"dim_mult": [1, 2], "temperal_downsample": [False]},
+    "wan2.2": {
+        "dim_mult": [1, 2, 2, 2],
+        "temperal_downsample": [False, True, True],
+        "is_residual": True,
+        "patch_size": 2,
+        "in_channels": 12,
+        "out_channels": 12,
+        "decoder_base_dim": 12,
+    },
+    "residual": {"dim_mult": [1, 2, 2], "temperal_downsample": [True, True], "is_residual": True},
+}
+FOUR_FRAMES = [name for name in CONFIGS if name not in ("half-time", "no-time")]
+
+
+def make_vae(name: str, seed: int = 0) -> AutoencoderKLWan:
+    torch.manual_seed(seed)
+    vae = AutoencoderKLWan(
+        base_dim=8,
+        z_dim=CHANNELS,
+        num_res_blocks=1,
+        latents_mean=[0.3, -0.2, 0.1, 0.5],
+        latents_std=[1.7, 0.6, 2.1, 1.1],
+        **CONFIGS[name],
+    )
+    with torch.no_grad():  # biases and gammas away from 0 and 1, and activations that fill [-1, 1] and leave it
+        for parameter in vae.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return vae.eval().requires_grad_(False)
+
+
+def make_latents(num: int = LATENTS, seed: int = 1) -> Tensor:
+    return torch.randn(CHANNELS, num, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def make_frames(vae: AutoencoderKLWan, num: int, seed: int = 2) -> Tensor:
+    stride = spatial_stride(vae)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (num, HEIGHT * stride, WIDTH * stride, 3), generator=generator, dtype=torch.uint8)
+
+
+def whole_decode(vae: AutoencoderKLWan, latents_CFHW: Tensor) -> Tensor:
+    video: Tensor = vae.decode(denormalise(latents_CFHW, vae)[None]).sample[0]
+    return video
+
+
+def whole_encode(vae: AutoencoderKLWan, frames_NYX3: Tensor) -> Tensor:
+    return normalise(vae.encode(from_uint8(frames_NYX3)[None]).latent_dist.mode()[0], vae)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("cuts", [tuple(range(1, LATENTS)), (3,), (1, 5)], ids=["each", "blocks", "uneven"])
+def test_decode_has_the_bits_of_the_whole_clip(name: str, cuts: tuple[int, ...]) -> None:
+    vae, latents = make_vae(name), make_latents()
+    whole = whole_decode(vae, latents)
+    assert whole.shape[1] == num_video_frames(LATENTS, stride=temporal_stride(vae))
+    assert whole.shape[2:] == (HEIGHT * spatial_stride(vae), WIDTH * spatial_stride(vae))
+    assert whole.min() < -0.2 and whole.max() > 0.2
+    decoder = StreamingDecoder(vae)
+    pieces = [decoder.decode_float(latents[:, start:end]) for start, end in pairwise((0, *cuts, LATENTS))]
+    assert torch.equal(torch.cat(pieces, dim=1), whole)
+    assert decoder.num_latents == LATENTS
+
+
+def test_frames_are_the_rounded_video() -> None:
+    vae, latents = make_vae("wan2.1"), make_latents()
+    decoder = StreamingDecoder(vae)
+    frames = torch.cat([decoder.decode(latents[:, :2]), decoder.decode(latents[:, 2:])])
+    assert torch.equal(frames, to_uint8(whole_decode(vae, latents)))
+    assert frames.dtype == torch.uint8 and frames.is_contiguous()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("cuts", [tuple(range(1, 13)), (1, 5, 9), (3, 4, 11)], ids=["each", "fours", "uneven"])
+def test_encode_has_the_bits_of_the_whole_clip(name: str, cuts: tuple[int, ...]) -> None:
+    vae = make_vae(name)
+    frames = make_frames(vae, 13)
+    whole = whole_encode(vae, frames)
+    encoder = StreamingEncoder(vae)
+    pieces = [encoder.encode(frames[start:end]) for start, end in pairwise((0, *cuts, 13))]
+    assert torch.equal(torch.cat(pieces, dim=1), whole)
+    assert encoder.num_latents == whole.shape[1] and encoder.num_pending_frames == 0
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_decode_goes_on_from_a_saved_state(name: str, at: int, tmp_path: Path) -> None:
+    vae, latents = make_vae(name), make_latents()
+    whole = whole_decode(vae, latents)
+    first = StreamingDecoder(vae)
+    head = first.decode_float(latents[:, :at])
+    save_file(first.state_dict(), tmp_path / "state.safetensors")
+    first.warm_up(latents[:, at:])  # the saved state must not follow the live one
+    second = StreamingDecoder(vae)
+    second.load_state_dict(load_file(tmp_path / "state.safetensors"))
+    assert second.num_latents == at
+    assert torch.equal(torch.cat([head, second.decode_float(latents[:, at:])], dim=1), whole)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("at", [1, 3, 8])
+def test_encode_goes_on_from_a_saved_state(name: str, at: int, tmp_path: Path) -> None:
+    vae = make_vae(name)
+    frames = make_frames(vae, 13)
+    first = StreamingEncoder(vae)
+    head = first.encode(frames[:at])
+    save_file(first.state_dict(), tmp_path / "state.safetensors")
+    second = StreamingEncoder(vae)
+    second.load_state_dict(load_file(tmp_path / "state.safetensors"))
+    assert second.num_pending_frames == first.num_pending_frames
+    assert torch.equal(torch.cat([head, second.encode(frames[at:])], dim=1), whole_encode(vae, frames))
+
+
+def test_an_empty_state_starts_a_clip() -> None:
+    vae, latents = make_vae("wan2.1"), make_latents(2)
+    empty, decoder = StreamingDecoder(vae).state_dict(), StreamingDecoder(vae)
+    expected = decoder.decode(latents)
+    decoder.load_state_dict(empty)
+    assert torch.equal(decoder.decode(latents), expected)
+
+
+def test_a_snapshot_is_not_written_to_by_what_follows() -> None:
+    decoder, latents = StreamingDecoder(make_vae("wan2.1")), make_latents()
+    decoder.warm_up(latents[:, :2])
+    state = decoder.state_dict()
+    copies = {name: tensor.clone() for name, tensor in state.items()}
+    decoder.warm_up(latents[:, 2:])
+    assert all(torch.equal(state[name], copies[name]) for name in copies)
+
+
+def test_memory_is_flat_in_clip_length() -> None:
+    vae = make_vae("wan2.1-deep")
+    decoder = StreamingDecoder(vae)
+    sizes = []
+    for seed in range(8):
+        decoder.warm_up(make_latents(1, seed))
+        sizes.append(decoder.state_bytes)
+    assert len(set(sizes[2:])) == 1
+    assert sizes[-1] == sum(t.nbytes for name, t in decoder.state_dict().items() if name.startswith("slot."))
+    assert sizes[-1] == decoder_state_bytes(vae, HEIGHT, WIDTH)
+
+
+@pytest.mark.parametrize("name", ["wan2.1", "half-time", "residual"])
+def test_recent_latents_rebuild_the_state(name: str) -> None:
+    vae = make_vae(name)
+    reach = receptive_latents(vae)
+    latents = torch.randn(CHANNELS, reach + 5, 1, 2, generator=torch.Generator().manual_seed(3))
+    whole, rebuilt, short = StreamingDecoder(vae), StreamingDecoder(vae), StreamingDecoder(vae)
+    whole.warm_up(latents[:, :-2])
+    rebuilt.warm_up(latents[:, 3:-2])
+    short.warm_up(latents[:, -5:-2])
+    ours, theirs = rebuilt.state_dict(), whole.state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs if key != "count")
+    expected = whole.decode_float(latents[:, -2:])
+    assert torch.equal(rebuilt.decode_float(latents[:, -2:]), expected)
+    assert not torch.equal(short.decode_float(latents[:, -2:]), expected)
+
+
+def test_warm_up_makes_every_later_latent_a_later_one() -> None:
+    vae = make_vae("wan2.1")
+    decoder = StreamingDecoder(vae)
+    decoder.warm_up(make_latents(3))
+    assert decoder.decode(make_latents(2)).shape[0] == num_video_frames(2, warmed_up=True) == 8
+    decoder.reset()
+    assert decoder.decode(make_latents(2)).shape[0] == num_video_frames(2) == 5
+    assert num_video_frames(0) == num_video_frames(0, warmed_up=True) == 0
+
+
+@pytest.mark.parametrize("name", ["wan2.1", "wan2.2"])
+def test_bfloat16_does_not_depend_on_the_split(name: str) -> None:
+    vae, latents = make_vae(name).to(torch.bfloat16), make_latents()
+    first, second = StreamingDecoder(vae), StreamingDecoder(vae)
+    whole = first.decode(latents)
+    split = [second.decode(latents[:, :4])]
+    third = StreamingDecoder(vae)
+    third.load_state_dict(second.state_dict())
+    assert torch.equal(torch.cat([*split, third.decode(latents[:, 4:])]), whole)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_no_split_changes_a_bit(dtype: torch.dtype) -> None:
+    vae = make_vae("wan2.1-deep").to("cuda", dtype)
+    latents = torch.randn(CHANNELS, 9, 12, 20, device="cuda")
+    first, second = StreamingDecoder(vae), StreamingDecoder(vae)
+    whole = first.decode_float(latents)
+    head = second.decode_float(latents[:, :4])
+    third = StreamingDecoder(vae)
+    third.load_state_dict({name: tensor.cpu() for name, tensor in second.state_dict().items()})
+    assert torch.equal(torch.cat([head, third.decode_float(latents[:, 4:])], dim=1), whole)
+    # TF32, and another order of sums in the whole clip's first layer
+    tolerance = 1e-3 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(whole, whole_decode(vae, latents), atol=tolerance, rtol=0)
+
+
+def test_uint8_rounds_half_to_even_and_clamps() -> None:
+    values = torch.tensor([-2.0, -1.0, 0.0, 1.0, 3.0, 2 * 0.5 / 255 - 1, 2 * 1.5 / 255 - 1])
+    frames = to_uint8(values.double().view(1, 1, 1, -1).expand(3, 1, 1, -1))
+    assert frames.shape == (1, 1, 7, 3) and frames.is_contiguous()
+    assert frames[0, 0, :5, 0].tolist() == [0, 0, 128, 255, 255]  # 127.5 goes to the even 128
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 256, 1).expand(1, 1, 256, 3)
+    assert torch.equal(to_uint8(from_uint8(levels)), levels)
+
+
+def test_normalise_and_denormalise_are_inverse() -> None:
+    vae, latents = make_vae("wan2.1"), make_latents()
+    torch.testing.assert_close(normalise(denormalise(latents, vae), vae), latents)
+    assert denormalise(latents, vae)[1, 0, 0, 0] == latents[1, 0, 0, 0] * 0.6 + -0.2
+
+
+def test_bad_shapes_are_named() -> None:
+    vae = make_vae("wan2.1")
+    decoder, encoder = StreamingDecoder(vae), StreamingEncoder(vae)
+    with pytest.raises(ConfigError, match=r"\[4, F >= 1, H, W\]"):
+        decoder.decode(torch.zeros(3, 1, 2, 2))
+    with pytest.raises(ConfigError, match="no batch"):
+        decoder.decode(torch.zeros(1, CHANNELS, 1, 2, 2))
+    decoder.decode(torch.zeros(CHANNELS, 1, 2, 2))
+    with pytest.raises(ConfigError, match="reset"):
+        decoder.decode(torch.zeros(CHANNELS, 1, 2, 3))
+    with pytest.raises(ConfigError, match="do not divide"):
+        encoder.encode(torch.zeros(1, 6, 8, 3, dtype=torch.uint8))
+    with pytest.raises(ConfigError, match="uint8"):
+        encoder.encode(torch.zeros(1, 8, 8, 3))
+
+
+def test_a_state_that_does_not_fit_changes_nothing() -> None:
+    vae, latents = make_vae("wan2.1"), make_latents()
+    decoder = StreamingDecoder(vae)
+    decoder.warm_up(latents[:, :2])
+    state = decoder.state_dict()
+    expected = decoder.decode(latents[:, 2:3])
+    decoder.load_state_dict(state)
+    other = StreamingDecoder(make_vae("wan2.1-deep"))
+    with pytest.raises(ConfigError, match="another VAE"):
+        decoder.load_state_dict(other.state_dict())
+    torn = {name: tensor for name, tensor in state.items() if name != "slot.003"}
+    with pytest.raises(StorageError, match=r"slot\.003"):
+        decoder.load_state_dict(torn)
+    with pytest.raises(StorageError, match="marks"):
+        decoder.load_state_dict({name: tensor for name, tensor in state.items() if name != "marks"})
+    half = {name: tensor.half() if name.startswith("slot") else tensor for name, tensor in state.items()}
+    with pytest.raises(ConfigError, match="float16"):
+        decoder.load_state_dict(half)
+    assert torch.equal(decoder.decode(latents[:, 2:3]), expected)
+
+
+def test_load_vae_from_a_model_folder(tmp_path: Path) -> None:
+    vae, latents = make_vae("wan2.1"), make_latents(2)
+    vae.save_pretrained(tmp_path / "vae")
+    loaded = load_vae(tmp_path)
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert torch.equal(StreamingDecoder(loaded).decode(latents), StreamingDecoder(vae).decode(latents))
+    assert load_vae(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
+    weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(StorageError, match="does not load"):
+        load_vae(tmp_path)
+    weights.unlink()
+    with pytest.raises(StorageError, match="does not load"):
+        load_vae(tmp_path)
+    with pytest.raises(ConfigError, match="no VAE here"):
+        load_vae(tmp_path / "elsewhere")
