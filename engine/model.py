@@ -190,13 +190,21 @@ class Block(nn.Module):
         normed = modulated_norm(x_BTM, scale, shift, self.eps)
         return self.attn1.query(normed), *self.attn1.key_value(normed)
 
-    def after(self, x_BTM: Tensor, attended_BTHD: Tensor, mod_BF6M: Tensor, k_BHKD: Tensor, v_BHKD: Tensor) -> Tensor:
+    def after(
+        self,
+        x_BTM: Tensor,
+        attended_BTHD: Tensor,
+        mod_BF6M: Tensor,
+        k_BHKD: Tensor,
+        v_BHKD: Tensor,
+        text_mask: Tensor | None,
+    ) -> Tensor:
         """Output projection, cross-attention and feed-forward; returns the next [B, T, M]."""
         _, _, gate, ffn_shift, ffn_scale, ffn_gate = self.modulation(mod_BF6M)
         x = gated_add(x_BTM, self.attn1.to_out[0](attended_BTHD.flatten(2)), gate)
         normed = F.layer_norm(x.float(), x.shape[-1:], self.norm2.weight.float(), self.norm2.bias.float(), self.eps)
         q_BHTD = self.attn2.query(normed.to(x.dtype)).transpose(1, 2)
-        crossed = F.scaled_dot_product_attention(q_BHTD, k_BHKD, v_BHKD).transpose(1, 2).flatten(2)
+        crossed = F.scaled_dot_product_attention(q_BHTD, k_BHKD, v_BHKD, text_mask).transpose(1, 2).flatten(2)
         x = x + self.attn2.to_out[0](crossed)
         update = self.ffn(modulated_norm(x, ffn_scale, ffn_shift, self.eps))
         return gated_add(x, update, ffn_gate)
@@ -253,7 +261,14 @@ class CausalWan(nn.Module):
         pairs = (block.attn2.key_value(text) for block in self.blocks)  # type: ignore[union-attr, operator]
         return [(k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()) for k, v in pairs]
 
-    def forward(self, latents_BCFYX: Tensor, timesteps_BF: Tensor, context: TextContext, attend: Attend) -> Tensor:
+    def forward(
+        self,
+        latents_BCFYX: Tensor,
+        timesteps_BF: Tensor,
+        context: TextContext,
+        attend: Attend,
+        text_mask_B1TK: Tensor | None = None,
+    ) -> Tensor:
         """Predict the flow ``noise - clean`` of a block.
 
         Args:
@@ -261,6 +276,7 @@ class CausalWan(nn.Module):
             timesteps_BF: float [B, F], sigma * 1000 of each latent frame.
             context: from :meth:`text_context`.
             attend: self-attention, called once a layer in layer order.
+            text_mask_B1TK: bool, which text tokens each token sees, where a clip holds several prompts; None: all.
 
         Returns:
             Flow [B, C, F, Y, X] in the dtype of the weights.
@@ -271,7 +287,7 @@ class CausalWan(nn.Module):
         for layer, (block, (k_text, v_text)) in enumerate(zip(self.blocks, context, strict=True)):
             assert isinstance(block, Block)
             attended = attend(layer, *block.before(x, mod_BF6M))
-            x = block.after(x, attended, mod_BF6M, k_text, v_text)
+            x = block.after(x, attended, mod_BF6M, k_text, v_text, text_mask_B1TK)
         shift, scale = (self.scale_shift_table.float() + temb[:, :, None]).unbind(2)
         x = self.proj_out(modulated_norm(x, scale, shift, self.config.eps))
         return self.unpatchify(x, grid.shape[2:])
