@@ -86,7 +86,10 @@ class SegmentWritten:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolledBack:
-    """Blocks from `num_blocks` on, and what was saved after them, no longer count."""
+    """The history has `num_blocks` blocks: this journal's next block has that number.
+
+    Its own blocks from there on, and what was saved after them, no longer count. A rank that joins later begins so.
+    """
 
     kind: ClassVar[str] = "rollback"
     num_blocks: int
@@ -143,7 +146,8 @@ class History:
 
     Args:
         config_hash: of the last writer; empty when there was none.
-        blocks: committed blocks, number -> record; numbers run from 0 without a gap.
+        blocks: blocks that this journal's rank committed, number -> record; a rank that joined late lacks the first.
+        num_blocks: blocks of the history as this rank knows it; the next one has this number.
         checkpoints: those that still count, oldest first.
         segments: those that still count, in order.
         closed: whether the last writer ended in order.
@@ -151,14 +155,10 @@ class History:
 
     config_hash: str = ""
     blocks: dict[int, BlockCommitted]
+    num_blocks: int = 0
     checkpoints: tuple[Checkpointed, ...] = ()
     segments: tuple[SegmentWritten, ...] = ()
     closed: bool = False
-
-    @property
-    def num_blocks(self) -> int:
-        """Committed blocks; the next one has this number."""
-        return len(self.blocks)
 
 
 def history(records: Iterable[Record]) -> History:
@@ -167,7 +167,7 @@ def history(records: Iterable[Record]) -> History:
     Raises:
         StorageError: blocks out of order, which no writer of ours leaves.
     """
-    config_hash, closed = "", False
+    config_hash, closed, num_blocks = "", False, 0
     blocks: dict[int, BlockCommitted] = {}
     checkpoints: list[Checkpointed] = []
     segments: list[SegmentWritten] = []
@@ -177,15 +177,17 @@ def history(records: Iterable[Record]) -> History:
             case Opened():
                 config_hash = record.config_hash
             case BlockCommitted():
-                if record.block != len(blocks):
-                    raise StorageError(f"the journal commits block {record.block} after {len(blocks)} blocks")
+                if record.block != num_blocks:
+                    raise StorageError(f"the journal commits block {record.block} after {num_blocks} blocks")
                 blocks[record.block] = record
+                num_blocks += 1
             case Checkpointed():
                 checkpoints.append(record)
             case SegmentWritten():
                 segments = [kept for kept in segments if kept.index < record.index]
                 segments.append(record)
             case RolledBack():
+                num_blocks = record.num_blocks
                 blocks = {block: kept for block, kept in blocks.items() if block < record.num_blocks}
                 checkpoints = [kept for kept in checkpoints if kept.num_blocks <= record.num_blocks]
                 segments = [kept for kept in segments if kept.num_blocks <= record.num_blocks]
@@ -194,6 +196,7 @@ def history(records: Iterable[Record]) -> History:
     return History(
         config_hash=config_hash,
         blocks=blocks,
+        num_blocks=num_blocks,
         checkpoints=tuple(checkpoints),
         segments=tuple(segments),
         closed=closed,

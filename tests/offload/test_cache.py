@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 
 from longtake.kernels.errors import CapacityError, ConfigError
 from longtake.offload.cache import CacheBudget, KVCache
 from longtake.offload.shape import ModelKVShape
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Opaque:
-    """Payloads of random bytes."""
-
-    name: str = "opaque"
-    payload_bytes: int = 48
-
+from tests.offload.payloads import Opaque
 
 SHAPE = ModelKVShape(num_layers=3, num_heads=2, codec=Opaque())
 

@@ -1,0 +1,323 @@
+"""The disk tier: payloads in a Zarr v3 array that plain zarr reads.
+
+    kv.zarr/<codec>    [block, layer, head, bytes] uint8, bytes + crc32c codecs, chunks as in layout.py
+
+zarr makes and grows the array (its metadata); chunk files are written and read here, because a chunk under these codecs
+is its bytes in C order followed by their CRC-32C, and going through zarr would copy them twice and lets a missing file
+read as zeros. What exists is the journal's to say.
+
+Legend: L layers, H heads of this rank, P payload bytes, l and h those of a chunk.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.codecs import BytesCodec, Crc32cCodec
+
+from longtake.kernels.errors import ConfigError, StorageError
+from longtake.offload.checksums import EqualParts
+from longtake.offload.durable import DurableStore
+from longtake.offload.errors import MissingChunkError, from_os_error
+from longtake.offload.files import PARTIAL_SUFFIX, Bytes, FileOps, as_bytes, crc32c, fsync_dir, read_all, write_file
+from longtake.offload.layout import CRC_BYTES, Chunk, ChunkLayout
+
+Checksums = npt.NDArray[np.uint32]
+Payloads = npt.NDArray[np.uint8]
+
+GROW_BLOCKS = 4096
+
+
+class BlockStore:
+    """One codec's array, as one rank sees it. Any number of threads may write and read different chunks at once."""
+
+    def __init__(
+        self, root: Path, *, array: str, layout: ChunkLayout, heads: range | None = None, ops: FileOps | None = None
+    ) -> None:
+        """Bind to an array that `create` made.
+
+        Args:
+            root: the Zarr group's folder.
+            array: the array's name.
+            layout: its chunks.
+            heads: of the model, that this rank keeps; None: all.
+            ops: the system calls to use.
+
+        Raises:
+            ConfigError: the heads cut a chunk in two.
+        """
+        self.root = root
+        self.array = array
+        self.layout = layout
+        self.heads = range(layout.model_heads) if heads is None else heads
+        self.chunks = tuple(layout.chunks(self.heads))
+        self._ops = ops or FileOps()
+        self._parts = EqualParts(layout.payload_bytes)
+
+    @classmethod
+    def create(
+        cls,
+        root: Path,
+        *,
+        array: str,
+        layout: ChunkLayout,
+        heads: range | None = None,
+        num_blocks: int | None = None,
+        ops: FileOps | None = None,
+    ) -> BlockStore:
+        """Make the array if it is not there, check it if it is.
+
+        Only the rank that has head 0 writes metadata, so that ranks cannot race.
+
+        Args:
+            num_blocks: blocks to make room for in the array's shape; None: a stride of GROW_BLOCKS.
+
+        Raises:
+            ConfigError: the array there is of another model, codec or chunking.
+            StorageError, DiskFullError: the metadata cannot be written.
+        """
+        store = cls(root, array=array, layout=layout, heads=heads, ops=ops)
+        try:
+            (root / array).mkdir(parents=True, exist_ok=True)
+            if store.heads.start == 0:
+                store._create_metadata(num_blocks or GROW_BLOCKS)
+        except OSError as error:
+            if isinstance(error, StorageError):
+                raise
+            raise from_os_error(error, "making the Zarr array", path=root / array) from error
+        return store
+
+    def _create_metadata(self, num_blocks: int) -> None:
+        files = DurableStore(self.root, ops=self._ops)
+        zarr.open_group(files, mode="a")
+        if (self.root / self.array / "zarr.json").exists():
+            found = layout_of(self.root, self.array)
+            if found != self.layout:
+                raise ConfigError(f"the array holds {found}, not {self.layout}", path=self.root / self.array)
+            self.grow(num_blocks)
+            return
+        zarr.create_array(
+            files,
+            name=self.array,
+            shape=(num_blocks, self.layout.num_layers, self.layout.model_heads, self.layout.payload_bytes),
+            chunks=(1, self.layout.chunk_layers, self.layout.chunk_heads, self.layout.payload_bytes),
+            dtype="uint8",
+            serializer=BytesCodec(endian=None),
+            compressors=[Crc32cCodec()],
+            filters=None,
+            fill_value=0,
+            chunk_key_encoding={"name": "default", "separator": "."},
+            dimension_names=("block", "layer", "head", "bytes"),
+            config={"write_empty_chunks": True},
+        )
+
+    def grow(self, num_blocks: int) -> None:
+        """Widen the array's shape to hold at least `num_blocks`, in strides; shrinks nothing, touches no chunk."""
+        array = _open_array(DurableStore(self.root, ops=self._ops), self.array)
+        if array.shape[0] < num_blocks:
+            array.resize((-(-num_blocks // GROW_BLOCKS) * GROW_BLOCKS, *array.shape[1:]))
+
+    def path(self, block: int, chunk: Chunk) -> Path:
+        """A chunk's file."""
+        return self.root / self.array / chunk.key(block)
+
+    def write_chunk(self, block: int, chunk: Chunk, payloads_LHP: Payloads) -> Checksums:
+        """Write one chunk of a block: whole and fsynced under its name, or not at all.
+
+        Args:
+            block: its number.
+            chunk: one of `chunks`.
+            payloads_LHP: the block on this rank, contiguous.
+
+        Returns:
+            CRC-32C of its payloads, uint32 [l, h].
+
+        Raises:
+            DiskFullError: no room.
+            StorageError: the disk failed.
+        """
+        path = self.path(block, chunk)
+        pieces = self._pieces(chunk, payloads_LHP)
+        checksums_lh = self._checksums(chunk, pieces)
+        trailer = self._parts.combine(checksums_lh.reshape(-1).tolist())
+        try:
+            write_file(self._ops, path, [*pieces, as_bytes(trailer.to_bytes(CRC_BYTES, "little"))])
+        except OSError as error:
+            raise from_os_error(error, "writing a chunk", path=path, block=block) from error
+        return checksums_lh
+
+    def sync_names(self, block: int) -> None:
+        """Make the names of all chunks written so far durable; call it once a block, before the journal record."""
+        try:
+            fsync_dir(self._ops, self.root / self.array)
+        except OSError as error:
+            raise from_os_error(
+                error, "forcing a folder to the disk", path=self.root / self.array, block=block
+            ) from error
+
+    def read_chunk(self, block: int, chunk: Chunk, out_LHP: Payloads, checksums_LH: Checksums) -> None:
+        """Read one chunk and check it against its own checksum and the journal's.
+
+        Args:
+            out_LHP: the block on this rank, contiguous; only the chunk's part is written.
+            checksums_LH: the journal's, of this rank's heads.
+
+        Raises:
+            MissingChunkError, StorageError: naming block, layer, head and file.
+        """
+        path = self.path(block, chunk)
+        pieces = self._pieces(chunk, out_LHP)
+        trailer = np.empty(CRC_BYTES, dtype=np.uint8)
+        self._read(block, chunk, [*pieces, trailer], 0, whole=True)
+        checksums_lh = self._checksums(chunk, pieces)
+        expected_lh = checksums_LH[chunk.layers.start : chunk.layers.stop, self._own(chunk.heads)]
+        self._compare(block, chunk, chunk.layers, checksums_lh, expected_lh)
+        if self._parts.combine(checksums_lh.reshape(-1).tolist()) != int.from_bytes(trailer.tobytes(), "little"):
+            raise self._damage(
+                block, chunk, chunk.layers[0], chunk.heads[0], "the chunk's own checksum is damaged", path
+            )
+
+    def read_page(self, block: int, layer: int, out_HP: Payloads, checksums_H: Checksums) -> None:
+        """Read one layer of a block on this rank, checked against the journal's checksums.
+
+        Args:
+            out_HP: contiguous.
+            checksums_H: the journal's, of this rank's heads in that layer.
+
+        Raises:
+            MissingChunkError, StorageError: naming block, layer, head and file.
+        """
+        for chunk in self.chunks:
+            if layer in chunk.layers:
+                piece = out_HP[self._own(chunk.heads)].reshape(-1)
+                offset = (layer - chunk.layers.start) * piece.size
+                self._read(block, chunk, [piece], offset, whole=False)
+                layers = range(layer, layer + 1)
+                checksums_lh = self._checksums(chunk, [piece], layers)
+                self._compare(block, chunk, layers, checksums_lh, checksums_H[None, self._own(chunk.heads)])
+
+    def remove(self, block: int) -> None:
+        """Delete this rank's chunks of a block; missing ones are fine."""
+        for chunk in self.chunks:
+            try:
+                self._ops.unlink(self.path(block, chunk))
+            except OSError as error:
+                raise from_os_error(error, "deleting a chunk", path=self.path(block, chunk), block=block) from error
+
+    def remove_orphans(self, num_blocks: int) -> list[Path]:
+        """Delete this rank's chunks that no journal lists: those of blocks from `num_blocks` on, and partial files.
+
+        Returns:
+            What was deleted.
+        """
+        orphans = [path for block, path in self._own_files() if block >= num_blocks or path.suffix == PARTIAL_SUFFIX]
+        try:
+            for path in orphans:
+                self._ops.unlink(path)
+            if orphans:
+                fsync_dir(self._ops, self.root / self.array)
+        except OSError as error:
+            raise from_os_error(error, "deleting orphans", path=self.root / self.array) from error
+        return orphans
+
+    def _own_files(self) -> Iterator[tuple[int, Path]]:
+        grid = {(chunk.layer_index, chunk.head_index) for chunk in self.chunks}
+        for entry in os.scandir(self.root / self.array):
+            parts = entry.name.removesuffix(PARTIAL_SUFFIX).split(".")
+            if len(parts) == 5 and parts[0] == "c" and all(part.isdecimal() for part in parts[1:]):
+                block, layer, head, _ = map(int, parts[1:])
+                if (layer, head) in grid:
+                    yield block, Path(entry.path)
+
+    def _own(self, heads: range) -> slice:
+        return slice(heads.start - self.heads.start, heads.stop - self.heads.start)
+
+    def _pieces(self, chunk: Chunk, payloads_LHP: Payloads) -> list[Bytes]:
+        """The chunk's bytes in file order, as views into the block."""
+        part_lhP = payloads_LHP[chunk.layers.start : chunk.layers.stop, self._own(chunk.heads)]
+        if part_lhP.flags.c_contiguous:
+            return [part_lhP.reshape(-1)]
+        return [part_hP.reshape(-1) for part_hP in part_lhP]
+
+    def _checksums(self, chunk: Chunk, pieces: Iterable[Bytes], layers: range | None = None) -> Checksums:
+        size = self.layout.payload_bytes
+        values = [crc32c(piece[first : first + size]) for piece in pieces for first in range(0, piece.size, size)]
+        return np.array(values, dtype=np.uint32).reshape(len(layers or chunk.layers), len(chunk.heads))
+
+    def _read(self, block: int, chunk: Chunk, buffers: list[Bytes], offset: int, *, whole: bool) -> None:
+        path = self.path(block, chunk)
+        where = f"block {block}, layers {chunk.layers[0]}-{chunk.layers[-1]}, heads {chunk.heads[0]}-{chunk.heads[-1]}"
+        try:
+            fd = self._ops.open(path, os.O_RDONLY)
+        except FileNotFoundError as error:
+            raise MissingChunkError(
+                f"{where}: the journal lists this chunk but its file is missing", block=block, path=path
+            ) from error
+        except OSError as error:
+            raise from_os_error(error, f"opening {where}", path=path, block=block) from error
+        try:
+            size = os.fstat(fd).st_size
+            if size != self.layout.file_bytes:
+                raise StorageError(
+                    f"{where}: the file has {size} bytes, not {self.layout.file_bytes}", block=block, path=path
+                )
+            for buffer in buffers:
+                if read_all(self._ops, fd, buffer, offset) != buffer.size:
+                    raise StorageError(f"{where}: the file ended early", block=block, path=path)
+                offset += buffer.size
+        except StorageError:
+            raise
+        except OSError as error:
+            raise from_os_error(error, f"reading {where}", path=path, block=block) from error
+        finally:
+            self._ops.close(fd)
+
+    def _compare(
+        self, block: int, chunk: Chunk, layers: range, checksums_lh: Checksums, expected_lh: Checksums
+    ) -> None:
+        for layer, head in np.argwhere(checksums_lh != expected_lh).tolist():
+            raise self._damage(
+                block,
+                chunk,
+                layers[layer],
+                chunk.heads[head],
+                f"checksum {checksums_lh[layer, head]:08x}, the journal says {expected_lh[layer, head]:08x}",
+                self.path(block, chunk),
+            )
+
+    def _damage(self, block: int, chunk: Chunk, layer: int, head: int, what: str, path: Path) -> StorageError:
+        return StorageError(f"block {block}, layer {layer}, head {head}: {what}", block=block, path=path)
+
+
+def _open_array(store: DurableStore, name: str) -> zarr.Array[Any]:
+    array = zarr.open_group(store, mode="r" if store.read_only else "r+")[name]
+    if not isinstance(array, zarr.Array):
+        raise StorageError("this is no Zarr array", path=store.root / name)
+    return array
+
+
+def layout_of(root: Path, array: str) -> ChunkLayout:
+    """The chunking of an array on the disk, from its metadata.
+
+    Raises:
+        StorageError: there is no such array, or not one of ours.
+    """
+    try:
+        found = _open_array(DurableStore(root, read_only=True), array)
+    except (KeyError, ValueError, OSError) as error:
+        raise StorageError(f"the array's metadata cannot be read: {error}", path=root / array) from error
+    if len(found.shape) != 4 or found.chunks[0] != 1 or found.chunks[3] != found.shape[3]:
+        raise StorageError(f"the array has shape {found.shape} in chunks {found.chunks}", path=root / array)
+    return ChunkLayout(
+        num_layers=found.shape[1],
+        model_heads=found.shape[2],
+        payload_bytes=found.shape[3],
+        chunk_layers=found.chunks[1],
+        chunk_heads=found.chunks[2],
+    )
