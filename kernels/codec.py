@@ -263,6 +263,10 @@ def head_seed(block: int, layer: int, head: int, side: Side) -> int:
 _FAMILIES: dict[str, str] = {
     "fp32": "dense",
     "bf16": "dense",
+    "int4": "rtn",
+    "int8": "rtn",
+    "rtn2": "rtn",
+    "rtn4": "rtn",
 }
 
 

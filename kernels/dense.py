@@ -14,6 +14,7 @@ from torch import Tensor
 
 from longtake.kernels.codec import BlockGeometry, Side, TensorCodec
 from longtake.kernels.layout import Field, Layout
+from longtake.kernels.rotary import Rotary
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -41,13 +42,19 @@ class DenseCodec(TensorCodec):
         return section
 
     def pack_into(self, x_THD: Tensor, out_HB: Tensor, seeds: Sequence[int]) -> None:
-        used = self.layout.fields[0].num_bytes
         self.layout.view(out_HB, "x").copy_(x_THD.transpose(0, 1))
-        if used < self.num_bytes:
-            out_HB[:, used:].zero_()
+        self.layout.clear_padding(out_HB)
 
     def unpack(self, section_B: Tensor) -> Tensor:
         return self.layout.view(section_B, "x").float()
+
+    def unpack_into(self, sections_GHB: Tensor, slots_N: Tensor, rotary: Rotary | None, out_HXD: Tensor) -> None:
+        if sections_GHB.is_cuda and self.geometry.head_dim in (64, 128):
+            from longtake.kernels import dense_triton
+
+            dense_triton.materialise(sections_GHB, slots_N, rotary, out_HXD, self.geometry.num_tokens, self.dtype)
+        else:
+            super().unpack_into(sections_GHB, slots_N, rotary, out_HXD)
 
 
 def tensor_codec(name: str, geometry: BlockGeometry, side: Side) -> TensorCodec:

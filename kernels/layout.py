@@ -82,8 +82,16 @@ class Layout:
         flat = payload_N[..., offset : offset + field.num_bytes].view(field.dtype)
         return flat.view((*flat.shape[:-1], *field.shape))
 
+    def clear_padding(self, payload_N: Tensor) -> None:
+        """Zero the bytes between fields, so that equal contents are equal bytes; most geometries have none."""
+        ends = [self._places[field.name][0] for field in self.fields[1:]] + [self.num_bytes]
+        for field, end in zip(self.fields, ends, strict=True):
+            start = self._places[field.name][0] + field.num_bytes
+            if start < end:
+                payload_N[..., start:end].zero_()
+
     def empty(self, lead: tuple[int, ...], device: torch.device) -> Tensor:
-        """Zeroed payloads, uint8 [*lead, num_bytes]: padding is always zero, so equal contents are equal bytes."""
+        """Zeroed payloads, uint8 [*lead, num_bytes]."""
         return torch.zeros((*lead, self.num_bytes), dtype=torch.uint8, device=device)
 
 

@@ -156,5 +156,10 @@ def apply_rotary(x_THD: Tensor, rotary: Rotary) -> Tensor:
             f"rotary tables for {rotary.num_tokens} tokens x {rotary.head_dim} channels do not fit a tensor of shape "
             f"{tuple(x_THD.shape)} [..., tokens, heads, channels]."
         )
+    sequence = x_THD.shape[-3:]
+    if x_THD.is_cuda and sequence[2] in (64, 128) and x_THD.stride(-1) == 1 and x_THD.numel() == sequence.numel():
+        from longtake.kernels import rotary_triton
+
+        return rotary_triton.rotate(x_THD.reshape(sequence), rotary).reshape(x_THD.shape)
     turned = rotate_pairs(x_THD.transpose(-3, -2).float(), rotary)
     return turned.transpose(-3, -2).to(x_THD.dtype).contiguous()

@@ -1,0 +1,155 @@
+"""Compile every Triton kernel for an H100/H200 (sm_90) without a GPU: `python -m longtake.kernels.compile_check`.
+
+Prints registers, shared memory and local memory of each variant; exits 1 if one does not compile or spills. Must run
+without TRITON_INTERPRET.
+"""
+
+# Triton has no type stubs.
+# mypy: disable-error-code="import-untyped, no-untyped-call"
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from longtake.kernels import dense_triton, rotary_triton, rtn_triton
+
+ARENA = {
+    "pages": "*u8",
+    "slots": "*i32",
+    "temporal": "*fp32",
+    "spatial": "*fp32",
+    "out": "*bf16",
+    "stride_slot": "i64",
+    "stride_page": "i32",
+    "stride_oh": "i32",
+    "stride_ox": "i32",
+    "tokens": "i32",
+    "tokens_per_frame": "i32",
+}
+UNALIGNED = ("tokens", "tokens_per_frame", "num_heads", "num_keys", "num_queries")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One variant of a kernel.
+
+    Args:
+        name: shown in the report.
+        kernel: the jitted function.
+        types: Triton's type of every run-time argument.
+        constants: value of every compile-time argument.
+        options: num_warps and the like.
+    """
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def cases() -> Iterator[Case]:
+    """Every kernel, in the variants that are used."""
+    for dim, pairs in ((64, 12), (128, 22)):
+        tokens = 4680 if dim == 128 else 180
+        yield Case(
+            name=f"rotate {dim}",
+            kernel=rotary_triton.rotate_kernel,
+            types={"x": "*bf16", "temporal": "*fp32", "spatial": "*fp32", "out": "*bf16", "stride_t": "i32",
+                   "stride_h": "i32", "tokens": "i32", "tokens_per_frame": "i32", "num_heads": "i32"},
+            constants={"D": dim, "PT": pairs, "HEADS": 4, "ROWS": rotary_triton.ROWS},
+        )  # fmt: skip
+        for turned in (pairs, 0):
+            what = "k" if turned else "v"
+            yield Case(
+                name=f"bf16 materialise {what} {dim}",
+                kernel=dense_triton.materialise_kernel,
+                types=ARENA,
+                constants={"D": dim, "PT": turned, "STORED": tl.bfloat16, "HEADS": 4, "ROWS": dense_triton.ROWS},
+            )
+            for bits in (2, 4, 8):
+                yield Case(
+                    name=f"rtn{bits} materialise {what} {dim}",
+                    kernel=rtn_triton.materialise_kernel,
+                    types=ARENA,
+                    constants={"D": dim, "PT": turned, "BITS": bits, "GRID_OFFSET": tokens * dim * bits // 8,
+                               "HEADS": 4, "ROWS": rtn_triton.ROWS},
+                )  # fmt: skip
+        for bits in (2, 4, 8):
+            yield Case(
+                name=f"rtn{bits} encode {dim}",
+                kernel=rtn_triton.encode_kernel,
+                types={"x": "*bf16", "out": "*u8", "stride_t": "i32", "stride_h": "i32", "stride_page": "i32",
+                       "tokens": "i32"},
+                constants={"D": dim, "BITS": bits, "GRID_OFFSET": tokens * dim * bits // 8,
+                           "ROWS": rtn_triton.ENCODE_ROWS},
+                options={"enable_fp_fusion": False},
+            )  # fmt: skip
+
+
+def compile_case(case: Case) -> Any:
+    """Compile one variant; pointers and strides count as multiples of 16, as the wrappers ensure."""
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(case.kernel.arg_names):
+        if name in case.constants:
+            signature[name] = "constexpr"
+            constants[(i,)] = case.constants[name]
+        else:
+            signature[name] = case.types[name]
+            if name not in UNALIGNED:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=case.options)
+
+
+def resources(compiled: Any) -> dict[str, int]:
+    """Registers, stack and local bytes of a compiled kernel, as the disassembler reports them."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        report = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+
+
+def main() -> int:
+    """Compile all cases (or those whose name holds --only); print one line each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--only", default="", help="part of a name")
+    only = parser.parse_args().only
+    if os.environ.get("TRITON_INTERPRET"):
+        raise SystemExit("compile_check compiles: unset TRITON_INTERPRET.")
+    spilled = 0
+    print(
+        f"{'kernel':<28}{'registers':>10}{'shared':>8}{'local':>7}{'16 B loads':>12}{'16 B stores':>13}{'smaller':>9}"
+    )
+    for case in cases():
+        if only not in case.name:
+            continue
+        compiled = compile_case(case)
+        used = resources(compiled)
+        local = used["STACK"] + used["LOCAL"]
+        spilled += local > 0
+        accesses = re.findall(r"\b(ld|st)\.global\.([\w.:]*)", compiled.asm["ptx"])
+        wide = [kind for kind, shape in accesses if "v4.b32" in shape or "v2.b64" in shape]
+        print(
+            f"{case.name:<28}{used['REG']:>10}{compiled.metadata.shared:>8}{local:>7}"
+            f"{wide.count('ld'):>12}{wide.count('st'):>13}{len(accesses) - len(wide):>9}"
+        )
+    return 1 if spilled else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

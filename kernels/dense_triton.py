@@ -1,0 +1,72 @@
+"""Triton twin of dense.py's materialise: a strided copy out of the arena, with RoPE for keys.
+
+Encoding needs no kernel: it is one strided copy.
+
+Shape legend: T tokens of a block, H heads, D head dim, R rows of a tile, N blocks read.
+"""
+
+# Triton has no type stubs and its kernels no types.
+# mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator, no-untyped-call"
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from longtake.kernels.rotary import Rotary
+from longtake.kernels.rotary_triton import heads_per_program, turns
+
+ROWS = 32
+
+
+@triton.jit
+def materialise_kernel(
+    pages, slots, temporal, spatial, out,
+    stride_slot, stride_page, stride_oh, stride_ox, tokens, tokens_per_frame,
+    D: tl.constexpr, PT: tl.constexpr, STORED: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Copy ROWS tokens of one block for HEADS heads; turn them unless PT is 0."""
+    block = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = row < tokens
+    column = tl.arange(0, D)[None, :]
+    if PT:
+        frame = block * (tokens // tokens_per_frame) + row // tokens_per_frame
+        cos, sin = turns(temporal, spatial, frame, row % tokens_per_frame, live, D, PT, ROWS)
+    slot = pages + tl.load(slots + block).to(tl.int64) * stride_slot
+    first = out + (block.to(tl.int64) * tokens + row)[:, None] * stride_ox + column
+    for i in range(HEADS):
+        head = tl.program_id(2) * HEADS + i
+        section = (slot + head * stride_page).to(tl.pointer_type(STORED))
+        tile = tl.load(section + row[:, None] * D + column, mask=live[:, None], other=0.0)
+        if PT:
+            real, imag = tl.split(tl.reshape(tile.to(tl.float32), (ROWS, D // 2, 2)))
+            tile = tl.reshape(tl.join(real * cos - imag * sin, real * sin + imag * cos), (ROWS, D))
+        tl.store(first + head.to(tl.int64) * stride_oh, tile.to(out.dtype.element_ty), mask=live[:, None])
+
+
+def materialise(
+    sections_GHB: Tensor, slots_N: Tensor, rotary: Rotary | None, out_HXD: Tensor, num_tokens: int, stored: torch.dtype
+) -> None:
+    """Copy the slots' sections into N*T rows of each head, turned if tables are given.
+
+    Args:
+        sections_GHB: uint8 [G, H, B], rows of T x D elements of `stored`.
+        slots_N: int32 [N].
+        rotary: tables of N*T tokens, or None.
+        out_HXD: [H, X, D], D 64 or 128, last dim contiguous.
+        num_tokens: T.
+        stored: torch.bfloat16 or torch.float32.
+    """
+    num_heads, dim = out_HXD.shape[0], out_HXD.shape[2]
+    heads = heads_per_program(num_heads)
+    temporal, spatial, per_frame, pairs = sections_GHB, sections_GHB, 1, 0
+    if rotary is not None:
+        temporal, spatial = rotary.temporal_YP2, rotary.spatial_SQ2
+        per_frame, pairs = rotary.tokens_per_frame, temporal.shape[1]
+    materialise_kernel[(triton.cdiv(num_tokens, ROWS), slots_N.shape[0], num_heads // heads)](
+        sections_GHB, slots_N, temporal, spatial, out_HXD,
+        sections_GHB.stride(0), sections_GHB.stride(1), out_HXD.stride(0), out_HXD.stride(1), num_tokens, per_frame,
+        D=dim, PT=pairs, STORED=tl.bfloat16 if stored == torch.bfloat16 else tl.float32, HEADS=heads, ROWS=ROWS,
+    )  # fmt: skip

@@ -1,0 +1,78 @@
+"""RoPE in Triton: the piece shared by every materialise kernel, and the plain rotation of queries and keys.
+
+Shape legend: T tokens of a block, H heads, D head dim, R rows of a tile.
+"""
+
+# Triton has no type stubs and its kernels no types.
+# mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator, no-untyped-call"
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from longtake.kernels.rotary import Rotary
+
+ROWS = 32
+
+
+@triton.jit
+def turns(temporal, spatial, frame_R, place_R, live_R, D: tl.constexpr, PT: tl.constexpr, ROWS: tl.constexpr):
+    """Cosines and sines of a tile's tokens, each [ROWS, D/2], from the two small tables.
+
+    A row of the tile is [PT pairs of the temporal row | D/2 - PT pairs of the spatial row], read as interleaved floats:
+    both borders are multiples of 16 bytes at D = 64 and 128, so every load is 16 bytes wide.
+    """
+    column = tl.arange(0, D)[None, :]
+    time = temporal + frame_R[:, None] * (2 * PT) + column
+    space = spatial + place_R[:, None] * (D - 2 * PT) + (column - 2 * PT)
+    both = tl.load(tl.where(column < 2 * PT, time, space), mask=live_R[:, None], other=0.0)
+    return tl.split(tl.reshape(both, (ROWS, D // 2, 2)))
+
+
+@triton.jit
+def rotate_kernel(
+    x, temporal, spatial, out, stride_t, stride_h, tokens, tokens_per_frame, num_heads,
+    D: tl.constexpr, PT: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Turn x [T, H, D] (any strides but the last) to its positions; out is contiguous."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = row < tokens
+    cos, sin = turns(temporal, spatial, row // tokens_per_frame, row % tokens_per_frame, live, D, PT, ROWS)
+    column = tl.arange(0, D)[None, :]
+    for i in range(HEADS):
+        head = tl.program_id(1) * HEADS + i
+        tile = tl.load(
+            x + row.to(tl.int64)[:, None] * stride_t + head * stride_h + column, mask=live[:, None], other=0.0
+        )
+        real, imag = tl.split(tl.reshape(tile.to(tl.float32), (ROWS, D // 2, 2)))
+        turned = tl.reshape(tl.join(real * cos - imag * sin, real * sin + imag * cos), (ROWS, D))
+        place = out + (row.to(tl.int64)[:, None] * num_heads + head) * D + column
+        tl.store(place, turned.to(out.dtype.element_ty), mask=live[:, None])
+
+
+def heads_per_program(num_heads: int, most: int = 4) -> int:
+    """The largest divisor of the heads up to `most`: a program reads its cosines once for all of them."""
+    return max(n for n in range(1, most + 1) if num_heads % n == 0)
+
+
+def rotate(x_THD: Tensor, rotary: Rotary) -> Tensor:
+    """Triton twin of `apply_rotary` for one sequence.
+
+    Args:
+        x_THD: [T, H, D], D 64 or 128, last dim contiguous.
+        rotary: contiguous tables of exactly those T tokens.
+
+    Returns:
+        The same shape and dtype, contiguous.
+    """
+    tokens, num_heads, dim = x_THD.shape
+    out_THD = torch.empty((tokens, num_heads, dim), dtype=x_THD.dtype, device=x_THD.device)
+    heads = heads_per_program(num_heads)
+    rotate_kernel[(triton.cdiv(tokens, ROWS), num_heads // heads)](
+        x_THD, rotary.temporal_YP2, rotary.spatial_SQ2, out_THD, x_THD.stride(0), x_THD.stride(1), tokens,
+        rotary.tokens_per_frame, num_heads,
+        D=dim, PT=rotary.temporal_YP2.shape[1], HEADS=heads, ROWS=ROWS,
+    )  # fmt: skip
+    return out_THD

@@ -1,0 +1,184 @@
+"""Every Triton kernel against its plain twin: interpreted on the CPU (in a process of its own), real on a GPU.
+
+Outputs are filled with NaN first, arenas with 0xAB. The interpreter truncates bfloat16 stores, so there outputs are
+float32.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from longtake.kernels.codec import BlockGeometry, PairCodec, TensorCodec, make_codec
+from longtake.kernels.rotary import Rotary, apply_rotary, rotary_table
+
+# name of a check -> (absolute tolerance as a share of the largest value, reason)
+TOLERANCE = {
+    "encode": (0.0, "same operations in the same order, fused multiply-add switched off: equal bytes"),
+    "copy": (0.0, "no arithmetic"),
+    "float32": (2e-6, "materialise and RoPE use fused multiply-add: a few float32 ulps of the larger term"),
+    "bfloat16": (2**-8, "float32 results a few ulps apart may round to neighbours: one bfloat16 ulp"),
+}
+CODECS = ["fp32", "bf16", "int4", "rtn2", "int8"]
+
+
+def close(got: torch.Tensor, want: torch.Tensor, check: str) -> None:
+    assert not got.isnan().any(), "not every element was written"
+    bound = TOLERANCE[check][0] * want.float().abs().max().item()
+    error = (got.float() - want.float()).abs().max().item()
+    assert error <= bound, f"{check}: error {error} above {bound}: {TOLERANCE[check][1]}"
+
+
+def structured(tokens: int, heads: int, dim: int, device: str, dtype: torch.dtype) -> torch.Tensor:
+    """[T, H, D] with outlier channels, one constant group, one row of zeros: a view of a wider tensor."""
+    g = torch.Generator().manual_seed(tokens + dim)
+    x = torch.randn(tokens, heads + 1, dim, generator=g)
+    x[:, :, 5] *= 20.0
+    x[3, :, :64] = 0.7
+    x[4] = 0.0
+    return x.to(device, dtype)[:, 1:]
+
+
+def tables(tokens: int, blocks: int, dim: int, device: str) -> Rotary:
+    frames = next(f for f in (3, 7, 1) if tokens % f == 0)
+    positions = [2.0 * i + 11 for i in range(frames * blocks)]
+    return rotary_table(positions, 1, tokens // frames, dim, device)
+
+
+def reference_twin(codec: TensorCodec) -> tuple[Callable[..., None], Callable[..., None]]:
+    """The plain reference's pack_into and unpack_into, whatever the device."""
+    return (
+        lambda *a: TensorCodec.pack_into(codec, *a),
+        lambda *a: TensorCodec.unpack_into(codec, *a),
+    )
+
+
+def kernel_twin(codec: TensorCodec) -> tuple[Callable[..., None], Callable[..., None]]:
+    """The codec's kernels, called directly, so that the interpreter can run them on CPU tensors."""
+    from longtake.kernels import dense_triton, rtn_triton
+    from longtake.kernels.dense import DenseCodec
+    from longtake.kernels.rtn import RoundToNearest
+
+    tokens = codec.geometry.num_tokens
+    if isinstance(codec, DenseCodec):
+        return (
+            lambda *a: codec.pack_into(*a),
+            lambda p, s, r, o: dense_triton.materialise(p, s, r, o, tokens, codec.dtype),
+        )
+    assert isinstance(codec, RoundToNearest)
+    grid = codec.layout.offset("grid")
+
+    def encode(x: torch.Tensor, out: torch.Tensor, seeds: list[int]) -> None:
+        rtn_triton.encode(x, out, codec.bits, grid)
+        codec.layout.clear_padding(out)
+
+    return (
+        encode,
+        lambda p, s, r, o: rtn_triton.materialise(p, s, r, o, tokens, codec.bits, grid),
+    )
+
+
+def check_codec(name: str, tokens: int, dim: int, device: str, out_dtype: torch.dtype) -> None:
+    """Bytes of encode, rows of materialise with and without RoPE, from a strided arena into a strided scratch."""
+    heads, blocks = 3, 2
+    pair = make_codec(name, BlockGeometry(num_tokens=tokens, head_dim=dim))
+    assert isinstance(pair, PairCodec)
+    codec = pair.k
+    size = codec.num_bytes
+    pack, unpack = reference_twin(codec)
+    pack_fast, unpack_fast = kernel_twin(codec)
+    arena, arena_fast = (
+        torch.full((4, heads, size + 32), 0xAB, dtype=torch.uint8, device=device)[:, :, 16:-16] for _ in range(2)
+    )
+    for slot in (3, 1):
+        x = structured(tokens + slot, heads, dim, device, torch.float32 if device == "cpu" else torch.bfloat16)[slot:]
+        pack(x, arena[slot], [0] * heads)
+        pack_fast(x, arena_fast[slot], [0] * heads)
+        assert torch.equal(arena[slot], arena_fast[slot]), f"{name}: payloads differ"
+    assert (arena_fast[[0, 2]] == 0xAB).all()
+
+    slots = torch.tensor([3, 1], dtype=torch.int32, device=device)
+    rows = blocks * tokens
+    for rotary in (tables(tokens, blocks, dim, device), None):
+        want, got = (
+            torch.full((rows + 9, heads, dim + 64), torch.nan, dtype=out_dtype, device=device).transpose(0, 1)[
+                ..., :dim
+            ]
+            for _ in range(2)
+        )
+        unpack(arena, slots, rotary, want)
+        unpack_fast(arena, slots, rotary, got)
+        assert got[:, rows:].isnan().all(), "rows beyond the last were written"
+        exact = name in ("fp32", "bf16") and rotary is None
+        close(got[:, :rows], want[:, :rows], "copy" if exact else str(out_dtype).removeprefix("torch."))
+
+
+def check_rotate(tokens: int, dim: int, device: str, dtype: torch.dtype) -> None:
+    from longtake.kernels import rotary_triton
+
+    x = structured(tokens, 3, dim, device, dtype)
+    rotary = tables(tokens, 1, dim, device)
+    got = rotary_triton.rotate(x, rotary)
+    want = apply_rotary(x.cpu(), tables(tokens, 1, dim, "cpu")).to(device)
+    close(got, want, str(dtype).removeprefix("torch."))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("tokens", "dim"), [(180, 64), (77, 128), (4680, 128), (77, 64)])
+@pytest.mark.parametrize("name", CODECS)
+def test_codec_kernels_equal_their_twins(name: str, tokens: int, dim: int, out_dtype: torch.dtype) -> None:
+    check_codec(name, tokens, dim, "cuda", out_dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("tokens", "dim"), [(180, 64), (77, 128), (4680, 128)])
+def test_rotation_kernel_equals_its_twin(tokens: int, dim: int, dtype: torch.dtype) -> None:
+    check_rotate(tokens, dim, "cuda", dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CODECS)
+def test_wrapper_picks_kernels_and_gives_the_same_bytes_on_cpu_and_gpu(name: str) -> None:
+    codec = make_codec(name, BlockGeometry(num_tokens=180, head_dim=64))
+    pages = {}
+    for device in ("cpu", "cuda"):
+        k = structured(180, 4, 64, "cpu", torch.bfloat16).to(device)
+        pages[device] = torch.zeros(4, codec.payload_bytes, dtype=torch.uint8, device=device)
+        codec.encode(k, k * 2, pages[device], block=0, layer=0)
+    assert torch.equal(pages["cpu"], pages["cuda"].cpu())
+
+
+def test_interpreted_kernels_equal_their_twins() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_kernel_compiles_for_sm_90_without_spills() -> None:
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "longtake.kernels.compile_check"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def main() -> None:
+    """The interpreted run: few, small cases."""
+    for name in CODECS:
+        for tokens, dim in ((77, 128), (36, 64)):
+            check_codec(name, tokens, dim, "cpu", torch.float32)
+            print("ok", name, tokens, dim)
+    check_rotate(77, 128, "cpu", torch.float32)
+    check_rotate(36, 64, "cpu", torch.float32)
+
+
+if __name__ == "__main__":
+    main()
