@@ -1,0 +1,204 @@
+"""The command line. Exit codes: 0 done, 1 failed, 2 bad input (one line says what and how to mend it), 3 interrupted.
+
+Nothing here imports PyTorch before a command needs it: ``longtake --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import pkgutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from longtake.jobs.stopping import EXIT_INTERRUPTED, StopNow, StopSignals
+from longtake.kernels.errors import ConfigError, LongtakeError
+
+if TYPE_CHECKING:
+    from longtake.engine.config import ModelSpec, ShotConfig
+    from longtake.jobs.film import Film
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+
+# UsageError, of click or of the copy of it that newer releases of typer carry
+_USAGE_ERRORS: tuple[type[Any], ...] = typer.BadParameter.__bases__
+
+app = typer.Typer(
+    name="longtake",
+    help="Film-length video from autoregressive diffusion models.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+FilmPath = Annotated[Path, typer.Argument(metavar="FILM.toml", help="The film; docs/film.md has every key.")]
+
+
+def main() -> NoReturn:
+    """Entry point of the console script; never returns."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command and return its exit code; errors that mean something to a user become one line on stderr."""
+    try:
+        code = app(arguments, standalone_mode=False)
+    except _USAGE_ERRORS as error:
+        return _fail(EXIT_BAD_INPUT, f"{error.format_message()} See longtake --help.")
+    except ConfigError as error:
+        return _fail(EXIT_BAD_INPUT, str(error))
+    except LongtakeError as error:
+        return _fail(EXIT_FAILED, str(error))
+    except BrokenPipeError:
+        sys.stderr.close()
+        return EXIT_FAILED
+    except (KeyboardInterrupt, StopNow, typer.Abort):
+        return _fail(EXIT_INTERRUPTED, "interrupted; run the same command again to go on")
+    return code if isinstance(code, int) else EXIT_DONE
+
+
+def _fail(code: int, message: str) -> int:
+    from longtake.jobs.source import one_line
+
+    print(f"longtake: {one_line(message)}", file=sys.stderr)
+    return code
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        print(importlib.metadata.version("longtake"))
+        raise typer.Exit(EXIT_DONE)
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def render(
+    film_path: FilmPath,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where everything goes; run again to go on.")],
+    shot: Annotated[str | None, typer.Option(metavar="NAME", help="Only this shot and those it starts from.")] = None,
+    device: Annotated[str | None, typer.Option(metavar="cpu|cuda", help="Default: cuda if there is one.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Throw away what an earlier run made of the shots.")] = False,
+) -> int:
+    """Render a film on this machine; running the same command again continues it."""
+    from rich.console import Console
+
+    from longtake.jobs import render as rendering
+    from longtake.jobs.film import load_film
+    from longtake.jobs.progress import make_display
+
+    film = load_film(film_path)
+    if shot is not None:
+        film.shot(shot)
+    rendering.make_directory(out)
+    device = rendering.check_device(device)
+    job = rendering.RenderJob(film=film, configs=_resolve(film), directory=out, device=device, only=shot, fresh=fresh)
+    render_shot, join = rendering.engine()
+    display = make_display(Console(), job.num_frames)
+    with StopSignals(lambda name: _note_stop(name, display.note)) as signals, display:
+        renderer = rendering.FilmRenderer(
+            job, render_shot=render_shot, join=join, display=display, stop=signals.requested
+        )
+        finished = renderer.run()
+    if finished:
+        return EXIT_DONE
+    return _fail(EXIT_INTERRUPTED, "stopped at a block boundary; run the same command again to go on")
+
+
+def _note_stop(name: str, note: Callable[[str], None]) -> None:
+    note(f"{name}: finishing the block; once more stops at once")
+
+
+@app.command()
+def plan(
+    film_path: FilmPath,
+    device: Annotated[str, typer.Option(metavar="cpu|cuda", help="cuda: bfloat16; cpu: float32.")] = "cuda",
+    json_path: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write it as JSON; - is stdout.")
+    ] = None,
+) -> None:
+    """Frames, blocks, and bytes on device, host and disk, before anything is rendered."""
+    from rich.console import Console
+
+    from longtake.jobs import plan as planning
+    from longtake.jobs.film import load_film
+    from longtake.jobs.tables import plan_table
+
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {device}: unknown device; write cpu or cuda")
+    configs = _resolve(load_film(film_path))
+    plans = planning.plan_film(configs, "float32" if device == "cpu" else "bfloat16")
+    if json_path is None:
+        Console().print(plan_table(plans))
+        return
+    text = json.dumps(planning.to_json(plans), indent=1) + "\n"
+    if str(json_path) == "-":
+        print(text, end="")
+        return
+    try:
+        json_path.write_text(text)
+    except OSError as error:
+        raise ConfigError(f"--json {json_path}: cannot be written ({error.strerror})") from error
+
+
+@app.command()
+def models() -> None:
+    """The models that a film can name."""
+    from rich.console import Console
+
+    from longtake.engine.weights import SHIPPED, read_spec
+    from longtake.jobs.tables import models_table
+
+    specs: dict[str, ModelSpec | str] = {}
+    for name in SHIPPED:
+        try:
+            specs[name] = read_spec(name)
+        except ConfigError as error:
+            specs[name] = str(error)
+    Console().print(models_table(specs))
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def bench(context: typer.Context) -> int:
+    """Measure: longtake bench NAME [options] --json FILE. Without a name: the list."""
+    names = bench_names()
+    arguments = list(context.args)
+    if not arguments or arguments[0] in ("--help", "-h"):
+        print("usage: longtake bench NAME [options] --json FILE")
+        print("names:", ", ".join(names) if names else "none")
+        return EXIT_DONE
+    if arguments[0] not in names:
+        from longtake.jobs.source import nearest, quote
+
+        raise ConfigError(f"bench {quote(arguments[0])} is unknown; {nearest(arguments[0], names)}")
+    module = importlib.import_module(f"longtake.engine.bench_{arguments[0]}")
+    run_bench: Callable[[list[str]], int | None] = module.main
+    return run_bench(arguments[1:]) or EXIT_DONE
+
+
+def bench_names() -> list[str]:
+    """Names of the benchmarks: the modules ``longtake.engine.bench_*``."""
+    prefix = "bench_"
+    engine = importlib.import_module("longtake.engine")
+    found = (module.name for module in pkgutil.iter_modules(engine.__path__))
+    return sorted(name.removeprefix(prefix) for name in found if name.startswith(prefix))
+
+
+def _resolve(film: Film) -> dict[str, ShotConfig]:
+    from longtake.engine.weights import read_spec
+    from longtake.jobs.resolve import resolve
+
+    return resolve(film, read_spec)

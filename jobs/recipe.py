@@ -1,0 +1,130 @@
+"""DIR/<shot>/config.json: what a shot was rendered from, so that going on with something else is refused.
+
+    {"format": 1, "longtake": "0.1.0", "after": <recipe's hash of the shot it starts from> | null, "config": {...}}
+
+Where the model's folder lies does not count: a run may go on on another machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longtake.engine.config import ShotConfig, to_json
+from longtake.kernels.errors import ConfigError, StorageError
+
+FORMAT = 1
+RECIPE_NAME = "config.json"
+_MAX_DIFFERENCES = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """A shot's resolved configuration and the hash of the recipe that it starts from."""
+
+    config: ShotConfig
+    after: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As written to the file."""
+        return {
+            "format": FORMAT,
+            "longtake": importlib.metadata.version("longtake"),
+            "after": self.after,
+            "config": to_json(self.config),
+        }
+
+    @property
+    def content_hash(self) -> str:
+        """Hash (hex, 32 characters) of everything that decides the shot's frames."""
+        text = json.dumps(_essence(self.to_json()), sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def keep_in(self, directory: Path) -> None:
+        """Write the recipe into the shot's directory, or check it against the one there.
+
+        Raises:
+            ConfigError: the directory holds a shot rendered from something else; says what differs.
+            StorageError: the recipe there is damaged, or none can be written.
+        """
+        path = directory / RECIPE_NAME
+        existing = _read(path)
+        if existing is None:
+            _write(path, self.to_json())
+            return
+        before, now = _essence(existing), _essence(json.loads(json.dumps(self.to_json())))
+        differences = list(_differences(before, now, ""))
+        if differences:
+            listed = "; ".join(differences[:_MAX_DIFFERENCES])
+            more = f" and {len(differences) - _MAX_DIFFERENCES} more" if len(differences) > _MAX_DIFFERENCES else ""
+            raise ConfigError(
+                f"{directory} was rendered from another film ({listed}{more}); "
+                f"undo the change, name another --out, or add --fresh to render the shot anew"
+            )
+
+
+def _essence(data: dict[str, Any]) -> dict[str, Any]:
+    """The part of a recipe's JSON that decides the frames: no version, no paths, no budgets."""
+    config = dict(data["config"])
+    config["model"] = {key: value for key, value in config["model"].items() if key != "path"}
+    config["cache"] = {key: value for key, value in config["cache"].items() if not key.endswith("_bytes")}
+    return {"after": data["after"], **config}
+
+
+def _differences(before: Any, now: Any, key: str) -> Iterator[str]:
+    """``key: before -> now`` for every leaf that differs."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in [*before, *(name for name in now if name not in before)]:
+            yield from _differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for index, pair in enumerate(zip(before, now, strict=True)):
+            yield from _differences(*pair, f"{key}[{index}]")
+    elif before != now:
+        yield (
+            f"the shot before it ({key})"
+            if key == "after" and before and now
+            else f"{key}: {_short(before)} -> {_short(now)}"
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        data: dict[str, Any] = json.loads(path.read_text())
+        if data["format"] != FORMAT:
+            raise ConfigError(
+                f"{path} is of format {data['format']}, this longtake reads {FORMAT}; render with --fresh"
+            )
+        _essence(data)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise StorageError(f"{path} is damaged; render the shot anew with --fresh") from error
+    return data
+
+
+def _write(path: Path, data: dict[str, Any]) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with open(partial, "w") as file:
+            json.dump(data, file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror}; make room or mend the rights") from error

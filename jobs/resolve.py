@@ -1,0 +1,170 @@
+"""From a film to what the engine renders: defaults that only the model knows, and the checks that need it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import TypeAlias
+
+from longtake.engine.config import (
+    BeatConfig,
+    CacheConfig,
+    HistoryConfig,
+    HistoryPolicy,
+    ModelSpec,
+    Positions,
+    SamplerConfig,
+    ShotConfig,
+)
+from longtake.jobs.film import Film, Settings, Shot
+from longtake.jobs.source import quote
+from longtake.kernels.errors import ConfigError
+
+ReadModel: TypeAlias = Callable[[str], ModelSpec]
+
+
+def resolve(film: Film, read_model: ReadModel) -> dict[str, ShotConfig]:
+    """What each shot of a film is, with nothing left to default.
+
+    Args:
+        film: the film.
+        read_model: reads a model by shipped name or absolute folder; its ConfigError gets the film's line.
+
+    Returns:
+        Configurations by shot name, in the order of rendering: each behind the one it starts from.
+
+    Raises:
+        ConfigError: unknown model or codec, a size that the model cannot have, shots that cannot follow each other.
+    """
+    models: dict[str, ModelSpec] = {}
+    for shot in film.shots:
+        name = shot.settings.model
+        if name not in models:
+            try:
+                models[name] = read_model(_model_name(film, name))
+            except ConfigError as error:
+                raise film.source.error(film.key(shot, "model"), str(error)) from error
+    configs: dict[str, ShotConfig] = {}
+    for shot in film.render_order():
+        before = configs[shot.after] if shot.after is not None else None
+        configs[shot.name] = _resolve_shot(film, shot, models[shot.settings.model], before)
+    return configs
+
+
+def _model_name(film: Film, name: str) -> str:
+    """A folder is meant from the film's own; a bare word is a name."""
+    if "/" not in name and not name.startswith(("~", ".")):
+        return name
+    return str((Path(film.source.path).parent / Path(name).expanduser()).absolute())
+
+
+def _resolve_shot(film: Film, shot: Shot, model: ModelSpec, before: ShotConfig | None) -> ShotConfig:
+    settings = shot.settings
+    height, width = settings.size or (model.height, model.width)
+    _check_size(film, shot, model, height, width)
+    fps = settings.fps or model.fps
+    history = _history(film, shot, model.history)
+    config = ShotConfig(
+        name=shot.name,
+        model=model,
+        num_frames=-(-shot.duration_s * fps // 1),
+        fps=fps,
+        height=height,
+        width=width,
+        seed=settings.seed,
+        beats=(
+            BeatConfig(at_s=0.0, prompt=shot.prompt),
+            *(BeatConfig(at_s=float(beat.at_s), prompt=beat.prompt) for beat in shot.beats),
+        ),
+        sampler=_sampler(model, settings.steps),
+        history=history,
+        cache=_cache(settings),
+        after=shot.after,
+        after_blocks=_after_blocks(film, shot, history, before),
+    )
+    _check_codec(film, shot, config)
+    if before is not None and (before.model != model or (before.height, before.width) != (height, width)):
+        message = f"{quote(before.name)} has another model or size; a shot starts from latents of its own kind"
+        raise film.source.error(film.key(shot, "after"), message)
+    if any(other.after == shot.name for other in film.shots):
+        config = dataclasses.replace(config, num_frames=whole_block_frames(config))
+    return config
+
+
+def whole_block_frames(config: ShotConfig) -> int:
+    """Frames of a shot's last block included: a shot that another one continues ends on a block's last frame."""
+    return config.frames_of_latents(config.num_blocks * config.model.block_frames)
+
+
+def _check_size(film: Film, shot: Shot, model: ModelSpec, height: int, width: int) -> None:
+    _, patch_y, patch_x = model.transformer.patch_size
+    unit_y, unit_x = patch_y * model.spatial_stride, patch_x * model.spatial_stride
+    if height % unit_y or width % unit_x:
+        near = [max(1, round(Fraction(side, unit))) * unit for side, unit in ((height, unit_y), (width, unit_x))]
+        units = f"{unit_y}" if unit_y == unit_x else f"{unit_y} and {unit_x}"
+        message = f"{[height, width]} are no multiples of {units}, as {model.name} needs; write size = {near}"
+        raise film.source.error(film.key(shot, "size"), message)
+
+
+def _history(film: Film, shot: Shot, default: HistoryConfig) -> HistoryConfig:
+    wanted = shot.settings.history
+    policy = wanted.policy or default.policy
+    if policy not in list(HistoryPolicy):
+        message = f"{quote(policy)} is not available yet; write one of: {', '.join(HistoryPolicy)}"
+        raise film.source.error(film.key(shot, "history", "policy"), message)
+    if wanted.top_k is not None:
+        raise film.source.error(film.key(shot, "history", "top_k"), 'needs policy = "retrieve", not available yet')
+    full = policy == HistoryPolicy.FULL
+    for key, value in (("sink_blocks", wanted.sink_blocks), ("recent_blocks", wanted.recent_blocks)):
+        if full and value is not None:
+            message = (
+                f'has no meaning with policy = "full", the default of {shot.settings.model}; write policy = "window"'
+            )
+            raise film.source.error(film.key(shot, "history", key), message)
+    return HistoryConfig(
+        policy=HistoryPolicy(policy),
+        sink_blocks=default.sink_blocks if wanted.sink_blocks is None else wanted.sink_blocks,
+        recent_blocks=wanted.recent_blocks or default.recent_blocks,
+        positions=Positions(wanted.positions) if wanted.positions else default.positions,
+    )
+
+
+def _sampler(model: ModelSpec, steps: int | None) -> SamplerConfig:
+    """The model's own steps, or as many evenly spaced ones as asked for."""
+    if steps is None:
+        return model.sampler
+    return dataclasses.replace(model.sampler, timesteps=tuple(1000 * (steps - i) / steps for i in range(steps)))
+
+
+def _cache(settings: Settings) -> CacheConfig:
+    budgets = settings.cache
+    config = CacheConfig(
+        device_bytes=budgets.device_bytes, host_bytes=budgets.host_bytes, disk_bytes=budgets.disk_bytes
+    )
+    return config if settings.codec is None else dataclasses.replace(config, codec=settings.codec)
+
+
+def _check_codec(film: Film, shot: Shot, config: ShotConfig) -> None:
+    """That there is such a codec and that it can hold this geometry."""
+    from longtake.kernels.codec import BlockGeometry, make_codec  # imports torch
+
+    geometry = BlockGeometry(num_tokens=config.tokens_per_block, head_dim=config.model.transformer.head_dim)
+    try:
+        make_codec(config.cache.codec, geometry)
+    except ConfigError as error:
+        raise film.source.error(film.key(shot, "codec"), str(error)) from error
+
+
+def _after_blocks(film: Film, shot: Shot, history: HistoryConfig, before: ShotConfig | None) -> int:
+    """Blocks of the earlier shot that this one starts from: as asked, else as many as its history policy reads."""
+    if before is None:
+        return 0
+    if shot.after_blocks is None:
+        wanted = before.num_blocks if history.policy is HistoryPolicy.FULL else history.recent_blocks
+        return min(wanted, before.num_blocks)
+    if shot.after_blocks > before.num_blocks:
+        message = f"{shot.after_blocks} is more than {quote(before.name)} has; write at most {before.num_blocks}"
+        raise film.source.error(film.key(shot, "after_blocks"), message)
+    return shot.after_blocks

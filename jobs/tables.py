@@ -1,0 +1,90 @@
+"""The tables that the command line prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.table import Table
+
+from longtake.engine.config import ModelSpec
+from longtake.jobs.plan import ShotPlan
+from longtake.jobs.quantities import format_bytes, format_duration
+
+
+def plan_table(plans: list[ShotPlan]) -> Table:
+    """A film's plan, a shot a row."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("shot")
+    for name in (
+        "frames",
+        "time",
+        "blocks",
+        "attends",
+        "codec",
+        "device",
+        "arena",
+        "scratch",
+        "weights",
+        "history",
+        "bf16",
+    ):
+        table.add_column(name, justify="right")
+    for plan in plans:
+        blocks = f"{plan.num_prefix_blocks}+{plan.num_blocks}" if plan.num_prefix_blocks else str(plan.num_blocks)
+        table.add_row(
+            plan.name,
+            str(plan.num_frames),
+            format_duration(plan.num_frames / plan.fps),
+            blocks,
+            str(plan.attended_blocks),
+            f"{plan.codec} ({plan.bits_per_element:.2f} bit)",
+            format_bytes(plan.device_bytes),
+            format_bytes(plan.arena_bytes),
+            format_bytes(plan.scratch_bytes),
+            format_bytes(plan.weights_bytes),
+            format_bytes(plan.history_bytes),
+            format_bytes(plan.dense_history_bytes),
+        )
+    table.add_section()
+    table.add_row(
+        "film",
+        str(sum(plan.num_frames for plan in plans)),
+        format_duration(sum(plan.num_frames / plan.fps for plan in plans)),
+        str(sum(plan.num_blocks for plan in plans)),
+        "",
+        "",
+        format_bytes(max(plan.device_bytes for plan in plans)),
+        *["", "", ""],
+        format_bytes(sum(plan.history_bytes for plan in plans)),
+        format_bytes(sum(plan.dense_history_bytes for plan in plans)),
+    )
+    return table
+
+
+def models_table(specs: Mapping[str, ModelSpec | str]) -> Table:
+    """Models by name; one that cannot be read has the reason instead."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("name", "size", "fps", "block", "steps", "layers", "width", "disk", "folder"):
+        table.add_column(name, overflow="fold")
+    for name, spec in specs.items():
+        if isinstance(spec, str):
+            table.add_row(name, *[""] * 7, spec)
+            continue
+        table.add_row(
+            name,
+            f"{spec.height}x{spec.width}",
+            str(spec.fps),
+            f"{spec.block_frames} latent frames",
+            str(len(spec.sampler.timesteps)),
+            str(spec.transformer.num_layers),
+            str(spec.transformer.dim),
+            format_bytes(folder_bytes(spec.path)),
+            str(spec.path),
+        )
+    return table
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
