@@ -1,0 +1,259 @@
+"""Train mini's transformer and text encoder on latents of the procedural world.
+
+    python -m longtake.engine.mini.train_dit --vae DIR/vae --out DIR --seconds 1200 [--resume DIR]
+
+Flow matching (target ``noise - x0``) by teacher forcing over blocks with a noise level each. Two phases in one run:
+the history is the truth, lightly noised so that small errors do no harm; then, for a share of the batches, the history
+is what the model itself makes of it (one denoising step from a random level of noise), so that it learns to go on from
+its own pictures. Stops by the clock, saves its state, and goes on from there with ``--resume``.
+
+Shape legend: B batch, N blocks, C latent channels, F latent frames, Y, X latent rows and columns, K text tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from longtake.engine.mini.clips import Batch, ClipBuffer
+from torch import Tensor, nn
+from transformers import UMT5Config, UMT5EncoderModel
+
+from longtake.engine.config import ModelConfig
+from longtake.engine.mini.state import load_state, save_state
+from longtake.engine.mini.teacher_forcing import Layout, Rotations, block_mask, make_attend
+from longtake.engine.model import CausalWan
+
+TRANSFORMER = ModelConfig(num_heads=4, head_dim=64, num_layers=6, ffn_dim=640, text_dim=64)
+TEXT = UMT5Config(
+    vocab_size=384,
+    d_model=64,
+    d_kv=16,
+    num_heads=4,
+    d_ff=128,
+    num_layers=2,
+    relative_attention_num_buckets=32,
+    dropout_rate=0.0,
+    pad_token_id=0,
+    eos_token_id=1,
+    decoder_start_token_id=0,
+    is_encoder_decoder=False,
+    use_cache=False,
+)
+LAYOUT = Layout(num_blocks=20, block_frames=3, rows=6, columns=10)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides a training run besides the world."""
+
+    seconds: float = 1200.0
+    horizon_s: float = 1200.0  # of the learning-rate schedule, over all resumed runs
+    batch: int = 32
+    learning_rate: float = 1.2e-3
+    warmup_steps: int = 200
+    final_rate: float = 0.05
+    weight_decay: float = 0.01
+    ema: float = 0.9995
+    shift: float = 3.0
+    history_noise: float = 0.1
+    own_history_from: float = 0.55  # share of the horizon after which the model's own pictures serve as history
+    own_history_share: float = 0.5
+    seed: int = 1
+
+
+class Trainee(nn.Module):
+    """Transformer and text encoder, trained together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer = CausalWan(TRANSFORMER)
+        self.text_encoder = UMT5EncoderModel(TEXT)
+        initialise(self.transformer)
+
+    def encode_text(self, tokens_BNK: Tensor) -> Tensor:
+        """Token ids [B, beats, K], 0 where padded -> embeddings [B, beats * K, E], zero where padded."""
+        tokens = tokens_BNK.flatten(0, 1)
+        mask = (tokens != 0).long()
+        hidden: Tensor = self.text_encoder(input_ids=tokens, attention_mask=mask).last_hidden_state
+        return (hidden * mask[..., None]).unflatten(0, tokens_BNK.shape[:2]).flatten(1, 2)
+
+
+def initialise(model: CausalWan) -> None:
+    """Wan's initialisation: Xavier matrices, small time and text embeddings, zero output."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.xavier_uniform_(model.patch_embedding.weight.flatten(1))
+    embedder = model.condition_embedder
+    for linear in (embedder.text_embedder.linear_1, embedder.text_embedder.linear_2):
+        nn.init.normal_(linear.weight, std=0.02)
+    for linear in (embedder.time_embedder.linear_1, embedder.time_embedder.linear_2):
+        nn.init.normal_(linear.weight, std=0.02)
+    nn.init.zeros_(model.proj_out.weight)
+
+
+def sample_sigmas(count: tuple[int, int], shift: float, device: torch.device) -> Tensor:
+    """Noise levels [B, N]: uniform timesteps, shifted as the sampler shifts them."""
+    uniform = torch.rand(count, device=device)
+    return shift * uniform / (1 + (shift - 1) * uniform)
+
+
+class Trainer:
+    """One training run on one device."""
+
+    def __init__(self, config: TrainConfig, clips: ClipBuffer, device: torch.device) -> None:
+        torch.manual_seed(config.seed)
+        self.config, self.clips, self.device = config, clips, device
+        self.model = Trainee().to(device)
+        self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        decay = [p for p in self.model.parameters() if p.ndim >= 2]
+        plain = [p for p in self.model.parameters() if p.ndim < 2]
+        groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), fused=device.type == "cuda")
+        self.rotations = Rotations(LAYOUT, TRANSFORMER.head_dim, device)
+        self.mask = block_mask(LAYOUT, device)
+        self.step = 0
+        self.elapsed_s = 0.0
+        self.forward: Callable[..., Tensor] = self._forward
+        if device.type == "cuda":
+            self.forward = torch.compile(self._forward, dynamic=False)
+
+    def _forward(
+        self, doubled: Tensor, times_BF: Tensor, tokens: Tensor, cos: Tensor, sin: Tensor, mask: Tensor
+    ) -> Tensor:
+        """Flow of the noisy half [B, C, F, Y, X]."""
+        transformer = self.model.transformer
+        context = transformer.text_context(self.model.encode_text(tokens))
+        attend = make_attend(cos, sin, self.mask)
+        half = doubled.shape[2] // 2
+        return transformer(doubled, times_BF, context, attend, mask)[:, :, half:]
+
+    def progress(self) -> float:
+        """Share of the horizon that is over, 0 .. 1."""
+        return min(1.0, self.elapsed_s / self.config.horizon_s)
+
+    def learning_rate(self) -> float:
+        """Linear warm-up, then a cosine over the horizon."""
+        config = self.config
+        cosine = 0.5 * (1 + math.cos(math.pi * self.progress()))
+        rate = config.final_rate + (1 - config.final_rate) * cosine
+        return config.learning_rate * min(1.0, (self.step + 1) / config.warmup_steps) * rate
+
+    def flow(self, history: Tensor, noisy: Tensor, sigma_BF: Tensor, batch: Batch) -> Tensor:
+        """The model's flow for the noisy blocks, given a clean (or nearly clean) history."""
+        times = torch.cat((torch.zeros_like(sigma_BF), 1000 * sigma_BF), dim=1)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            doubled = torch.cat((history, noisy), dim=2)
+            return self.forward(doubled, times, batch.tokens_BNK, *self.rotations(batch.starts_BN), batch.text_mask)
+
+    def own_history(self, clean: Tensor, batch: Batch) -> Tensor:
+        """A history of the model's own one-step pictures, from a random level of noise, for most of the blocks."""
+        count = batch.starts_BN.shape
+        sigma_BF = (0.35 + 0.45 * torch.rand(count, device=self.device)).repeat_interleave(LAYOUT.block_frames, dim=1)
+        level = sigma_BF[:, None, :, None, None]
+        noisy = torch.lerp(clean, torch.randn_like(clean), level)
+        with torch.no_grad():
+            guess = noisy - level * self.flow(clean, noisy, sigma_BF, batch).float()
+        use = torch.rand(count, device=self.device) < 0.7
+        return torch.where(use.repeat_interleave(LAYOUT.block_frames, dim=1)[:, None, :, None, None], guess, clean)
+
+    def history(self, clean: Tensor, batch: Batch) -> Tensor:
+        """What stands for the past in this batch."""
+        config = self.config
+        if self.progress() > config.own_history_from and torch.rand(()).item() < config.own_history_share:
+            clean = self.own_history(clean, batch)
+        shape = (*batch.starts_BN.shape, 1)
+        level = config.history_noise * torch.rand(shape, device=self.device).square()
+        level = level.expand(-1, -1, LAYOUT.block_frames).flatten(1)[:, None, :, None, None]
+        return torch.lerp(clean, torch.randn_like(clean), level)
+
+    def train_step(self) -> Tensor:
+        """One optimiser step; returns the loss (a device scalar, not read here)."""
+        batch = self.clips.sample(self.config.batch, LAYOUT)
+        clean = batch.latents_BCFYX.float()
+        noise = torch.randn_like(clean)
+        sigma_BN = sample_sigmas(tuple(batch.starts_BN.shape), self.config.shift, self.device)  # type: ignore[arg-type]
+        sigma_BF = sigma_BN.repeat_interleave(LAYOUT.block_frames, dim=1)
+        noisy = torch.lerp(clean, noise, sigma_BF[:, None, :, None, None])
+        flow = self.flow(self.history(clean, batch), noisy, sigma_BF, batch)
+        loss = (flow.float() - (noise - clean)).square().mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        keep = min(self.config.ema, (self.step + 1) / (self.step + 10))
+        parameters = [p.detach() for p in self.model.parameters()]
+        torch._foreach_lerp_(list(self.average.values()), parameters, 1 - keep)
+        self.step += 1
+        return loss.detach()
+
+    def run(self, seconds: float, save_every_s: float, save: Callable[[], None]) -> None:
+        """Train until ``seconds`` have passed, saving from time to time and at the end."""
+        started = last = saved = time.monotonic()
+        losses: list[Tensor] = []
+        while True:
+            self.clips.refresh()
+            losses.append(self.train_step())
+            if len(losses) == 50:
+                loss = torch.stack(losses).mean().item()  # waits for the device
+                now = time.monotonic()
+                self.elapsed_s += now - last
+                last = now
+                rate = self.learning_rate()
+                print(
+                    f"step {self.step} loss {loss:.4f} lr {rate:.2e} clips {self.clips.num_made} "
+                    f"{(now - started):.0f} s of {seconds:.0f}",
+                    flush=True,
+                )
+                losses.clear()
+                if now - saved > save_every_s:
+                    save()
+                    saved = time.monotonic()
+                if now - started > seconds:
+                    break
+        save()
+
+
+def main() -> None:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--vae", type=Path, required=True, help="folder of the trained VAE")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=1200.0, help="of this run")
+    parser.add_argument("--horizon", type=float, default=1200.0, help="seconds of all runs together")
+    parser.add_argument("--resume", type=Path)
+    parser.add_argument("--clips", type=int, default=4096, help="clips kept on the device")
+    parser.add_argument("--first-clips", type=int, default=768, help="clips made before training starts")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    torch.set_float32_matmul_precision("high")
+    device = torch.device(options.device)
+    config = TrainConfig(seconds=options.seconds, horizon_s=options.horizon, batch=options.batch)
+    clips = ClipBuffer(options.vae, options.clips, device)
+    trainer = Trainer(config, clips, device)
+    if options.resume:
+        load_state(options.resume, trainer)
+    clips.fill(options.first_clips)
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    def save() -> None:
+        save_state(options.out, trainer)
+        record = {"config": asdict(config), "step": trainer.step, "elapsed_s": trainer.elapsed_s}
+        (options.out / "training.json").write_text(json.dumps(record, indent=1))
+
+    trainer.run(options.seconds, 120.0, save)
+
+
+if __name__ == "__main__":
+    main()
