@@ -96,6 +96,15 @@ def merge(out_a_HTD: Tensor, lse_a_HT: Tensor, out_b_HTD: Tensor, lse_b_HT: Tens
     Returns:
         out_HTD in the wider of the two dtypes (keep an accumulator in float32 to round once), and lse_HT float32.
     """
+    if out_a_HTD.is_cuda and out_a_HTD.shape[-1] in (64, 128) and out_a_HTD.stride(-1) == out_b_HTD.stride(-1) == 1:
+        from longtake.kernels import attention_triton
+
+        return attention_triton.merge(out_a_HTD, lse_a_HT, out_b_HTD, lse_b_HT)
+    return merge_reference(out_a_HTD, lse_a_HT, out_b_HTD, lse_b_HT)
+
+
+def merge_reference(out_a_HTD: Tensor, lse_a_HT: Tensor, out_b_HTD: Tensor, lse_b_HT: Tensor) -> tuple[Tensor, Tensor]:
+    """The plain twin of `merge`."""
     lse_HT = torch.logaddexp(lse_a_HT, lse_b_HT)
     safe = torch.where(torch.isinf(lse_HT), torch.zeros_like(lse_HT), lse_HT)
     weight_a = torch.exp(lse_a_HT - safe).unsqueeze(-1)

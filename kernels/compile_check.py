@@ -23,7 +23,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from longtake.kernels import dense_triton, rotary_triton, rtn_triton
+from longtake.kernels import attention_triton, dense_triton, rotary_triton, rtn_triton
 
 ARENA = {
     "pages": "*u8",
@@ -38,6 +38,7 @@ ARENA = {
     "tokens": "i32",
     "tokens_per_frame": "i32",
 }
+ROWS = rotary_triton.DEFAULT_LAUNCH.rows
 UNALIGNED = ("tokens", "tokens_per_frame", "num_heads", "num_keys", "num_queries")
 
 
@@ -69,7 +70,15 @@ def cases() -> Iterator[Case]:
             kernel=rotary_triton.rotate_kernel,
             types={"x": "*bf16", "temporal": "*fp32", "spatial": "*fp32", "out": "*bf16", "stride_t": "i32",
                    "stride_h": "i32", "tokens": "i32", "tokens_per_frame": "i32", "num_heads": "i32"},
-            constants={"D": dim, "PT": pairs, "HEADS": 4, "ROWS": rotary_triton.ROWS},
+            constants={"D": dim, "PT": pairs, "HEADS": 4, "ROWS": ROWS},
+        )  # fmt: skip
+        yield Case(
+            name=f"merge {dim}",
+            kernel=attention_triton.merge_kernel,
+            types={"out_a": "*bf16", "lse_a": "*fp32", "out_b": "*bf16", "lse_b": "*fp32", "out": "*bf16",
+                   "lse": "*fp32", "stride_ah": "i32", "stride_at": "i32", "stride_bh": "i32", "stride_bt": "i32",
+                   "num_queries": "i32"},
+            constants={"D": dim, "ROWS": attention_triton.MERGE_ROWS},
         )  # fmt: skip
         for turned in (pairs, 0):
             what = "k" if turned else "v"
@@ -77,7 +86,7 @@ def cases() -> Iterator[Case]:
                 name=f"bf16 materialise {what} {dim}",
                 kernel=dense_triton.materialise_kernel,
                 types=ARENA,
-                constants={"D": dim, "PT": turned, "STORED": tl.bfloat16, "HEADS": 4, "ROWS": dense_triton.ROWS},
+                constants={"D": dim, "PT": turned, "STORED": tl.bfloat16, "HEADS": 4, "ROWS": ROWS},
             )
             for bits in (2, 4, 8):
                 yield Case(
@@ -85,7 +94,7 @@ def cases() -> Iterator[Case]:
                     kernel=rtn_triton.materialise_kernel,
                     types=ARENA,
                     constants={"D": dim, "PT": turned, "BITS": bits, "GRID_OFFSET": tokens * dim * bits // 8,
-                               "HEADS": 4, "ROWS": rtn_triton.ROWS},
+                               "HEADS": 4, "ROWS": ROWS},
                 )  # fmt: skip
         for bits in (2, 4, 8):
             yield Case(

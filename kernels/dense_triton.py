@@ -15,9 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longtake.kernels.rotary import Rotary
-from longtake.kernels.rotary_triton import heads_per_program, turns
-
-ROWS = 32
+from longtake.kernels.rotary_triton import DEFAULT_LAUNCH, Launch, turns
 
 
 @triton.jit
@@ -47,7 +45,13 @@ def materialise_kernel(
 
 
 def materialise(
-    sections_GHB: Tensor, slots_N: Tensor, rotary: Rotary | None, out_HXD: Tensor, num_tokens: int, stored: torch.dtype
+    sections_GHB: Tensor,
+    slots_N: Tensor,
+    rotary: Rotary | None,
+    out_HXD: Tensor,
+    num_tokens: int,
+    stored: torch.dtype,
+    launch: Launch = DEFAULT_LAUNCH,
 ) -> None:
     """Copy the slots' sections into N*T rows of each head, turned if tables are given.
 
@@ -58,15 +62,17 @@ def materialise(
         out_HXD: [H, X, D], D 64 or 128, last dim contiguous.
         num_tokens: T.
         stored: torch.bfloat16 or torch.float32.
+        launch: tile sizes.
     """
     num_heads, dim = out_HXD.shape[0], out_HXD.shape[2]
-    heads = heads_per_program(num_heads)
     temporal, spatial, per_frame, pairs = sections_GHB, sections_GHB, 1, 0
     if rotary is not None:
         temporal, spatial = rotary.temporal_YP2, rotary.spatial_SQ2
         per_frame, pairs = rotary.tokens_per_frame, temporal.shape[1]
-    materialise_kernel[(triton.cdiv(num_tokens, ROWS), slots_N.shape[0], num_heads // heads)](
+    materialise_kernel[launch.grid(num_tokens, slots_N.shape[0], num_heads)](
         sections_GHB, slots_N, temporal, spatial, out_HXD,
         sections_GHB.stride(0), sections_GHB.stride(1), out_HXD.stride(0), out_HXD.stride(1), num_tokens, per_frame,
-        D=dim, PT=pairs, STORED=tl.bfloat16 if stored == torch.bfloat16 else tl.float32, HEADS=heads, ROWS=ROWS,
+        D=dim, PT=pairs, STORED=tl.bfloat16 if stored == torch.bfloat16 else tl.float32,
+        HEADS=launch.heads_of(num_heads), ROWS=launch.rows,
+        num_warps=launch.warps,
     )  # fmt: skip

@@ -7,6 +7,8 @@ Shape legend: T tokens of a block, H heads, D head dim, R rows of a tile.
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator, no-untyped-call"
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +16,31 @@ from torch import Tensor
 
 from longtake.kernels.rotary import Rotary
 
-ROWS = 32
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """How a materialise kernel is cut into programs.
+
+    Args:
+        rows: tokens of a tile, a power of two.
+        heads: most heads a program walks over with the same cosines; the largest divisor of the head count is taken.
+        warps: of a program.
+    """
+
+    rows: int = 32
+    heads: int = 4
+    warps: int = 4
+
+    def grid(self, num_tokens: int, num_blocks: int, num_heads: int) -> tuple[int, int, int]:
+        """Programs along tokens, blocks and heads."""
+        return triton.cdiv(num_tokens, self.rows), num_blocks, num_heads // self.heads_of(num_heads)
+
+    def heads_of(self, num_heads: int) -> int:
+        """Heads of one program."""
+        return max(n for n in range(1, self.heads + 1) if num_heads % n == 0)
+
+
+DEFAULT_LAUNCH = Launch()
 
 
 @triton.jit
@@ -52,27 +78,24 @@ def rotate_kernel(
         tl.store(place, turned.to(out.dtype.element_ty), mask=live[:, None])
 
 
-def heads_per_program(num_heads: int, most: int = 4) -> int:
-    """The largest divisor of the heads up to `most`: a program reads its cosines once for all of them."""
-    return max(n for n in range(1, most + 1) if num_heads % n == 0)
-
-
-def rotate(x_THD: Tensor, rotary: Rotary) -> Tensor:
+def rotate(x_THD: Tensor, rotary: Rotary, launch: Launch = DEFAULT_LAUNCH) -> Tensor:
     """Triton twin of `apply_rotary` for one sequence.
 
     Args:
         x_THD: [T, H, D], D 64 or 128, last dim contiguous.
         rotary: contiguous tables of exactly those T tokens.
+        launch: tile sizes.
 
     Returns:
         The same shape and dtype, contiguous.
     """
     tokens, num_heads, dim = x_THD.shape
     out_THD = torch.empty((tokens, num_heads, dim), dtype=x_THD.dtype, device=x_THD.device)
-    heads = heads_per_program(num_heads)
-    rotate_kernel[(triton.cdiv(tokens, ROWS), num_heads // heads)](
+    tiles, _, groups = launch.grid(tokens, 1, num_heads)
+    rotate_kernel[(tiles, groups)](
         x_THD, rotary.temporal_YP2, rotary.spatial_SQ2, out_THD, x_THD.stride(0), x_THD.stride(1), tokens,
         rotary.tokens_per_frame, num_heads,
-        D=dim, PT=rotary.temporal_YP2.shape[1], HEADS=heads, ROWS=ROWS,
+        D=dim, PT=rotary.temporal_YP2.shape[1], HEADS=launch.heads_of(num_heads), ROWS=launch.rows,
+        num_warps=launch.warps,
     )  # fmt: skip
     return out_THD

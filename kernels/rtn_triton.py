@@ -20,11 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from longtake.kernels.rotary import Rotary
-from longtake.kernels.rotary_triton import heads_per_program, turns
+from longtake.kernels.rotary_triton import DEFAULT_LAUNCH, Launch, turns
 
 GROUP = tl.constexpr(64)
 ENCODE_ROWS = 32
-ROWS = 32
 
 
 @triton.jit
@@ -161,16 +160,17 @@ def materialise(
     num_tokens: int,
     bits: int,
     grid_offset: int,
+    launch: Launch = DEFAULT_LAUNCH,
 ) -> None:
     """Unpack the slots' sections into N*T rows of each head, turned if tables are given."""
     num_heads, dim = out_HXD.shape[0], out_HXD.shape[2]
-    heads = heads_per_program(num_heads)
     temporal, spatial, per_frame, pairs = sections_GHB, sections_GHB, 1, 0
     if rotary is not None:
         temporal, spatial = rotary.temporal_YP2, rotary.spatial_SQ2
         per_frame, pairs = rotary.tokens_per_frame, temporal.shape[1]
-    materialise_kernel[(triton.cdiv(num_tokens, ROWS), slots_N.shape[0], num_heads // heads)](
+    materialise_kernel[launch.grid(num_tokens, slots_N.shape[0], num_heads)](
         sections_GHB, slots_N, temporal, spatial, out_HXD,
         sections_GHB.stride(0), sections_GHB.stride(1), out_HXD.stride(0), out_HXD.stride(1), num_tokens, per_frame,
-        D=dim, PT=pairs, BITS=bits, GRID_OFFSET=grid_offset, HEADS=heads, ROWS=ROWS,
+        D=dim, PT=pairs, BITS=bits, GRID_OFFSET=grid_offset, HEADS=launch.heads_of(num_heads), ROWS=launch.rows,
+        num_warps=launch.warps,
     )  # fmt: skip

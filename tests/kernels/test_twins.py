@@ -14,6 +14,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from longtake.kernels.attention import merge_reference
 from longtake.kernels.codec import BlockGeometry, PairCodec, TensorCodec, make_codec
 from longtake.kernels.rotary import Rotary, apply_rotary, rotary_table
 
@@ -128,6 +129,21 @@ def check_rotate(tokens: int, dim: int, device: str, dtype: torch.dtype) -> None
     close(got, want, str(dtype).removeprefix("torch."))
 
 
+def check_merge(dim: int, device: str, dtype: torch.dtype) -> None:
+    from longtake.kernels import attention_triton
+
+    g = torch.Generator().manual_seed(dim)
+    a, b = (torch.randn(77, 3, dim, generator=g).to(device, dtype).transpose(0, 1) for _ in range(2))
+    lse_a, lse_b = (20 * torch.randn(3, 77, generator=g).to(device) for _ in range(2))
+    lse_a[:, :5] = -torch.inf
+    lse_b[:, 3:9] = -torch.inf
+    got, got_lse = attention_triton.merge(a, lse_a, b, lse_b)
+    want, want_lse = merge_reference(a, lse_a, b, lse_b)
+    close(got, want, str(dtype).removeprefix("torch."))
+    assert torch.equal(got_lse.isneginf(), want_lse.isneginf())
+    torch.testing.assert_close(got_lse, want_lse, rtol=1e-6, atol=1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("tokens", "dim"), [(180, 64), (77, 128), (4680, 128), (77, 64)])
@@ -141,6 +157,13 @@ def test_codec_kernels_equal_their_twins(name: str, tokens: int, dim: int, out_d
 @pytest.mark.parametrize(("tokens", "dim"), [(180, 64), (77, 128), (4680, 128)])
 def test_rotation_kernel_equals_its_twin(tokens: int, dim: int, dtype: torch.dtype) -> None:
     check_rotate(tokens, dim, "cuda", dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_merge_kernel_equals_its_twin(dim: int, dtype: torch.dtype) -> None:
+    check_merge(dim, "cuda", dtype)
 
 
 @pytest.mark.gpu
@@ -178,6 +201,7 @@ def main() -> None:
             print("ok", name, tokens, dim)
     check_rotate(77, 128, "cpu", torch.float32)
     check_rotate(36, 64, "cpu", torch.float32)
+    check_merge(64, "cpu", torch.float32)
 
 
 if __name__ == "__main__":
