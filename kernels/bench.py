@@ -32,7 +32,7 @@ from longtake.kernels.attention import attend, merge
 from longtake.kernels.codec import BlockGeometry, Codec, PairCodec, make_codec
 from longtake.kernels.rotary import Rotary, apply_rotary, rotary_table
 
-FLUSH_BYTES = 256 << 20
+FLUSH_BYTES = 1 << 30  # many times the L2, and slow enough (0.3 ms) that launches queue up ahead of the device
 DEFAULT_CODECS = "bf16,int8,int4,rtn2"
 
 

@@ -6,8 +6,9 @@ import torch
 from longtake.kernels.attention import attend, attend_reference, merge
 from longtake.kernels.errors import ConfigError
 
-# one rounding of the output, and of P before P.V: an ulp of the type at values of about 1
-TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+# half types: one rounding of the output, and of P before P.V: an ulp of the type at values of about 1;
+# float32: sums in another order, log-sum-exp near 10, and CUDA's kernel multiplies in three TF32 parts
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 DTYPES = list(TOLERANCE)
 
 
