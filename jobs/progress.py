@@ -53,7 +53,7 @@ class RateMeter:
         self._marks: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
 
     def mark(self, blocks_done: int, block_s: float) -> float:
-        """Note a finished block and return the rate; as long as only one is known, ``block_s``, its seconds, gives it."""
+        """Note a finished block and return the rate; the first block's is from its own seconds, ``block_s``."""
         self._marks.append((self._clock(), blocks_done))
         (first_s, first_blocks), (last_s, last_blocks) = self._marks[0], self._marks[-1]
         if last_blocks > first_blocks and last_s > first_s:
@@ -89,7 +89,13 @@ def describe(report: Report) -> str:
     """The line of a report: ``arrival block 3/7, frames 33/81, 4.1 fps, ETA 12s, cache 3.20 MiB``."""
     return (
         f"{report.shot} block {report.blocks_done}/{report.num_blocks}, "
-        f"frames {report.frames_done}/{report.num_frames}, {report.frames_per_s:.3g} fps, ETA {format_duration(report.film_eta_s)}, "
+        f"frames {report.frames_done}/{report.num_frames}, {_rate(report)}"
+    )
+
+
+def _rate(report: Report) -> str:
+    return (
+        f"{report.frames_per_s:.3g} fps, ETA {format_duration(report.film_eta_s)}, "
         f"cache {format_bytes(report.device_cache_bytes)}"
     )
 
@@ -153,20 +159,17 @@ class BarDisplay:
 
     def report(self, report: Report) -> None:
         """A block is done."""
-        rate = (
-            f"{report.frames_per_s:.3g} fps  ETA {format_duration(report.film_eta_s)}  "
-            f"cache {format_bytes(report.device_cache_bytes)}"
-        )
         self._bar.update(
             self._task,
             description=f"{report.shot} {report.blocks_done}/{report.num_blocks}",
             completed=report.film_frames_done,
-            rate=rate,
+            rate=_rate(report),
+            refresh=True,
         )
 
     def shot_done(self, shot: str, film_frames_done: int, video: Path) -> None:
         """A shot is finished and its video in place."""
-        self._bar.update(self._task, description=shot, completed=film_frames_done)
+        self._bar.update(self._task, description=shot, completed=film_frames_done, rate="", refresh=True)
         self.note(f"{shot} -> {video}")
 
     def note(self, text: str) -> None:

@@ -1,6 +1,6 @@
 """DIR/<shot>/config.json: what a shot was rendered from, so that going on with something else is refused.
 
-    {"format": 1, "longtake": "0.1.0", "after": <recipe's hash of the shot it starts from> | null, "config": {...}}
+    {"format": 1, "longtake": "0.1.0", "starts_from": <recipe's hash of the shot before> | null, "config": {...}}
 
 Where the model's folder lies does not count: a run may go on on another machine.
 """
@@ -29,14 +29,14 @@ class Recipe:
     """A shot's resolved configuration and the hash of the recipe that it starts from."""
 
     config: ShotConfig
-    after: str | None = None
+    starts_from: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As written to the file."""
         return {
             "format": FORMAT,
             "longtake": importlib.metadata.version("longtake"),
-            "after": self.after,
+            "starts_from": self.starts_from,
             "config": to_json(self.config),
         }
 
@@ -58,8 +58,7 @@ class Recipe:
         if existing is None:
             _write(path, self.to_json())
             return
-        before, now = _essence(existing), _essence(json.loads(json.dumps(self.to_json())))
-        differences = list(_differences(before, now, ""))
+        differences = self._differences(existing)
         if differences:
             listed = "; ".join(differences[:_MAX_DIFFERENCES])
             more = f" and {len(differences) - _MAX_DIFFERENCES} more" if len(differences) > _MAX_DIFFERENCES else ""
@@ -68,13 +67,25 @@ class Recipe:
                 f"undo the change, name another --out, or add --fresh to render the shot anew"
             )
 
+    def is_in(self, directory: Path) -> bool:
+        """Whether the shot in that directory was rendered from this recipe.
+
+        Raises:
+            ConfigError, StorageError: as `keep_in`.
+        """
+        existing = _read(directory / RECIPE_NAME)
+        return existing is not None and not self._differences(existing)
+
+    def _differences(self, existing: dict[str, Any]) -> list[str]:
+        return list(_differences(_essence(existing), _essence(self.to_json()), ""))
+
 
 def _essence(data: dict[str, Any]) -> dict[str, Any]:
     """The part of a recipe's JSON that decides the frames: no version, no paths, no budgets."""
     config = dict(data["config"])
     config["model"] = {key: value for key, value in config["model"].items() if key != "path"}
     config["cache"] = {key: value for key, value in config["cache"].items() if not key.endswith("_bytes")}
-    return {"after": data["after"], **config}
+    return {"starts_from": data["starts_from"], **config}
 
 
 def _differences(before: Any, now: Any, key: str) -> Iterator[str]:
@@ -86,11 +97,8 @@ def _differences(before: Any, now: Any, key: str) -> Iterator[str]:
         for index, pair in enumerate(zip(before, now, strict=True)):
             yield from _differences(*pair, f"{key}[{index}]")
     elif before != now:
-        yield (
-            f"the shot before it ({key})"
-            if key == "after" and before and now
-            else f"{key}: {_short(before)} -> {_short(now)}"
-        )
+        chained = key == "starts_from" and before and now
+        yield "the shot that it starts from changed" if chained else f"{key}: {_short(before)} -> {_short(now)}"
 
 
 def _short(value: Any) -> str:

@@ -9,6 +9,7 @@ keeps what each was made from, and joins the pieces::
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 import tempfile
 import time
@@ -104,7 +105,8 @@ class RenderJob:
     def recipe(self, name: str) -> Recipe:
         """What a shot is rendered from, down to the first shot of its chain."""
         config = self.configs[name]
-        return Recipe(config=config, after=self.recipe(config.after).content_hash if config.after is not None else None)
+        before = self.recipe(config.after).content_hash if config.after is not None else None
+        return Recipe(config=config, starts_from=before)
 
     def shot_directory(self, name: str) -> Path:
         """DIR/<shot>."""
@@ -228,7 +230,9 @@ class FilmRenderer:
     def _join_film(self) -> None:
         """DIR/film.mp4, in the film's order, once every shot of it has its video."""
         videos = [self._job.shot_video(shot.name) for shot in self._job.film.shots]
-        missing = [video.stem for video in videos if not video.exists()]
+        missing = [
+            video.stem for video in videos if not (video.exists() and self._job.recipe(video.stem).is_in(video.parent))
+        ]
         if missing:
             self._display.note(f"{FILM_NAME} waits for: {', '.join(missing)}")
             return
@@ -296,15 +300,15 @@ def check_device(name: str | None) -> str:
     """
     if name == "cpu":
         return name
-    kind, _, index = (name or "cuda").partition(":")
-    if kind != "cuda" or (index and not index.isdecimal()) or (name or "").endswith(":"):
+    known = re.fullmatch(r"cuda(?::(\d{1,4}))?", "cuda" if name is None else name, re.ASCII)
+    if known is None:
         raise ConfigError(f"--device {name}: unknown device; write cpu, cuda or cuda:N")
     import torch  # a second or two
 
     num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name is None:
         return "cuda" if num_devices else "cpu"
-    if int(index or 0) >= num_devices:
+    if int(known[1] or 0) >= num_devices:
         have = f"this machine has {num_devices} CUDA devices" if num_devices else "no CUDA device is usable here"
         raise ConfigError(f"--device {name}: {have} (PyTorch {torch.__version__}); write --device cpu")
     return name

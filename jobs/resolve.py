@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -69,14 +70,14 @@ def _resolve_shot(film: Film, shot: Shot, model: ModelSpec, before: ShotConfig |
     config = ShotConfig(
         name=shot.name,
         model=model,
-        num_frames=-(-shot.duration_s * fps // 1),
+        num_frames=math.ceil(shot.duration_s * fps),
         fps=fps,
         height=height,
         width=width,
         seed=settings.seed,
         beats=(
             BeatConfig(at_s=0.0, prompt=shot.prompt),
-            *(BeatConfig(at_s=float(beat.at_s), prompt=beat.prompt) for beat in shot.beats),
+            *(BeatConfig(at_s=_on_frame(beat.at_s, fps), prompt=beat.prompt) for beat in shot.beats),
         ),
         sampler=_sampler(model, settings.steps),
         history=history,
@@ -96,6 +97,13 @@ def _resolve_shot(film: Film, shot: Shot, model: ModelSpec, before: ShotConfig |
 def whole_block_frames(config: ShotConfig) -> int:
     """Frames of a shot's last block included: a shot that another one continues ends on a block's last frame."""
     return config.frames_of_latents(config.num_blocks * config.model.block_frames)
+
+
+def _on_frame(at_s: Fraction, fps: int) -> float:
+    """The time of the first frame at or after a moment, rounded so that times ``fps`` it is not after that frame."""
+    frame = math.ceil(at_s * fps)
+    seconds = frame / fps
+    return seconds if seconds * fps <= frame else math.nextafter(seconds, 0)
 
 
 def _check_size(film: Film, shot: Shot, model: ModelSpec, height: int, width: int) -> None:

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longtake.jobs.film import Film, parse_film
+from longtake.jobs.status import ShotStatus, State, StatusFile, film_state
+from longtake.kernels.errors import StorageError
+
+
+def film(num_shots: int = 2) -> Film:
+    shot = '[[shot]]\nname = "s{}"\nduration = "9s"\nprompt = "p"\n'
+    return parse_film("".join(shot.format(index) for index in range(num_shots)), "harbour.toml")
+
+
+def entry(state: State = State.RUNNING, **values: Any) -> ShotStatus:
+    return ShotStatus(state=state, num_blocks=7, num_frames=81, **values)
+
+
+def read(directory: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((directory / "status.json").read_text())
+    return data
+
+
+def test_each_update_changes_its_own_shots(tmp_path: Path) -> None:
+    status = StatusFile(tmp_path, film())
+    status.update({"s1": entry(State.DEPEND)})
+    status.update({"s0": entry(State.RUNNING, blocks_done=3, eta_s=4.5)})
+    data = read(tmp_path)
+    assert list(data["shots"]) == ["s0", "s1"]
+    assert (data["title"], data["state"], data["film"], data["video"]) == (
+        "harbour",
+        "RUNNING",
+        film().content_hash,
+        None,
+    )
+    assert data["shots"]["s0"]["eta_s"] == 4.5
+    (tmp_path / "film.mp4").write_text("")
+    status.update({})
+    assert read(tmp_path)["video"] == "film.mp4"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"format": 9}', '{"format": 1, "film": "other", "shots": {"s0": {}}}']
+)
+def test_a_file_that_is_no_status_of_this_film_is_replaced(tmp_path: Path, text: str) -> None:
+    (tmp_path / "status.json").write_text(text)
+    StatusFile(tmp_path, film()).update({"s1": entry()})
+    assert list(read(tmp_path)["shots"]) == ["s1"]
+
+
+def _update_many(directory: str, index: int) -> None:
+    status = StatusFile(Path(directory), film(4))
+    for done in range(20):
+        status.update({f"s{index}": entry(blocks_done=done)})
+
+
+def test_processes_do_not_lose_each_others_updates(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=_update_many, args=(str(tmp_path), index)) for index in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    assert {name: shot["blocks_done"] for name, shot in read(tmp_path)["shots"].items()} == {
+        f"s{i}": 19 for i in range(4)
+    }
+
+
+def test_a_directory_that_is_gone(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"cannot write the status: No such file.*status\.json"):
+        StatusFile(tmp_path / "gone", film()).update({})
+
+
+@pytest.mark.parametrize(
+    ("states", "state"),
+    [
+        (["SUCCEEDED", "RUNNING"], State.RUNNING),
+        (["RUNNING", "DEAD"], State.DEAD),
+        (["SUCCEEDED", "SUCCEEDED"], State.SUCCEEDED),
+        (["PAUSED", "DEPEND"], State.PAUSED),
+        (["WAITING", "DEPEND"], State.WAITING),
+        (["RUNNING", "CHECKPOINT"], State.CHECKPOINT),
+    ],
+)
+def test_the_films_state(states: list[str], state: State) -> None:
+    assert film_state(states) is state
