@@ -22,11 +22,13 @@ from longtake.kernels.errors import ConfigError, LongtakeError
 if TYPE_CHECKING:
     from longtake.engine.config import ModelSpec, ShotConfig
     from longtake.jobs.film import Film
+    from longtake.jobs.render import RenderJob
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 
+_CLICK_INTERRUPTED = 130
 # UsageError, of click or of the copy of it that newer releases of typer carry
 _USAGE_ERRORS: tuple[type[Any], ...] = typer.BadParameter.__bases__
 
@@ -61,6 +63,8 @@ def run(arguments: list[str]) -> int:
         return EXIT_FAILED
     except (KeyboardInterrupt, StopNow, typer.Abort):
         return _fail(EXIT_INTERRUPTED, "interrupted; run the same command again to go on")
+    if code == _CLICK_INTERRUPTED:
+        return _fail(EXIT_INTERRUPTED, "interrupted; run the same command again to go on")
     return code if isinstance(code, int) else EXIT_DONE
 
 
@@ -92,32 +96,33 @@ def render(
     fresh: Annotated[bool, typer.Option("--fresh", help="Throw away what an earlier run made of the shots.")] = False,
 ) -> int:
     """Render a film on this machine; running the same command again continues it."""
-    from rich.console import Console
-
     from longtake.jobs import render as rendering
     from longtake.jobs.film import load_film
-    from longtake.jobs.progress import make_display
 
-    film = load_film(film_path)
-    if shot is not None:
-        film.shot(shot)
-    rendering.make_directory(out)
-    device = rendering.check_device(device)
-    job = rendering.RenderJob(film=film, configs=_resolve(film), directory=out, device=device, only=shot, fresh=fresh)
-    render_shot, join = rendering.engine()
-    display = make_display(Console(), job.num_frames)
-    with StopSignals(lambda name: _note_stop(name, display.note)) as signals, display:
-        renderer = rendering.FilmRenderer(
-            job, render_shot=render_shot, join=join, display=display, stop=signals.requested
+    with StopSignals() as signals:
+        film = load_film(film_path)
+        if shot is not None:
+            film.shot(shot)
+        rendering.make_directory(out)
+        device = rendering.check_device(device)
+        job = rendering.RenderJob(
+            film=film, configs=_resolve(film), directory=out, device=device, only=shot, fresh=fresh
         )
-        finished = renderer.run()
+        finished = _render(job, signals.requested)
     if finished:
         return EXIT_DONE
     return _fail(EXIT_INTERRUPTED, "stopped at a block boundary; run the same command again to go on")
 
 
-def _note_stop(name: str, note: Callable[[str], None]) -> None:
-    note(f"{name}: finishing the block; once more stops at once")
+def _render(job: RenderJob, stop: Callable[[], bool]) -> bool:
+    from rich.console import Console
+
+    from longtake.jobs import render as rendering
+    from longtake.jobs.progress import make_display
+
+    with make_display(Console(), job.num_frames) as display:
+        render_shot, join = rendering.engine()
+        return rendering.FilmRenderer(job, render_shot=render_shot, join=join, display=display, stop=stop).run()
 
 
 @app.command()

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-import sys
 import threading
-from collections.abc import Callable
 from types import FrameType, TracebackType
 
 EXIT_INTERRUPTED = 3
 
+_STDERR = 2
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -24,13 +24,9 @@ class StopSignals:
     The first is remembered (`requested`), so that the block being rendered is finished and checkpointed. The second
     raises `StopNow` in the main thread; what was committed before stays committed. The third leaves without unwinding.
     Opened in another thread it handles nothing, since Python delivers signals to the main thread only.
-
-    Args:
-        notify: is told the signal's name when the first one comes; runs in the signal handler, so it must be short.
     """
 
-    def __init__(self, notify: Callable[[str], None] = lambda name: None) -> None:
-        self._notify = notify
+    def __init__(self) -> None:
         self._num_signals = 0
         self._previous: dict[signal.Signals, object] = {}
 
@@ -55,9 +51,15 @@ class StopSignals:
         self._num_signals += 1
         name = signal.Signals(number).name
         if self._num_signals == 1:
-            self._notify(name)
+            _say(f"{name}: finishing the block; once more stops at once")
         elif self._num_signals == 2:
             raise StopNow(name)
         else:
-            sys.stderr.flush()
             os._exit(EXIT_INTERRUPTED)
+
+
+def _say(text: str) -> None:
+    """A line on stderr without its buffer, which the handler may have interrupted in the middle of a write."""
+    bar = "\n" if os.isatty(_STDERR) else ""
+    with contextlib.suppress(OSError):
+        os.write(_STDERR, f"{bar}longtake: {text}\n".encode())

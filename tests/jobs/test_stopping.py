@@ -12,14 +12,13 @@ from longtake.jobs.stopping import StopNow, StopSignals
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_first_is_remembered_second_stops(number: signal.Signals) -> None:
-    noted: list[str] = []
+def test_first_is_remembered_second_stops(number: signal.Signals, capfd: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(number)
-    with pytest.raises(StopNow), StopSignals(noted.append) as signals:
+    with pytest.raises(StopNow), StopSignals() as signals:
         assert not signals.requested()
         os.kill(os.getpid(), number)
         assert signals.requested()
-        assert noted == [number.name]
+        assert capfd.readouterr().err == f"longtake: {number.name}: finishing the block; once more stops at once\n"
         os.kill(os.getpid(), number)
     assert signal.getsignal(number) is before
 

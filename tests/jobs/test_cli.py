@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from longtake.jobs import cli
+from longtake.jobs import render as rendering
+from longtake.kernels.errors import CapacityError, ConfigError, StorageError
+
+FILM = '[[shot]]\nname = "a"\nduration = "2s"\nprompt = "p"\nmodel = "models/tiny"\n'
+
+
+@pytest.fixture
+def film(tmp_path: Path, model_folder: Path) -> Path:
+    path = tmp_path / "film.toml"
+    path.write_text(FILM)
+    return path
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr, without the name of the program."""
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("longtake: ")
+    return lines[0].removeprefix("longtake: ")
+
+
+def test_help_answers_at_once_and_without_pytorch() -> None:
+    script = (
+        "import sys; from longtake.jobs.cli import run; code = run(['--help']); print('torch' in sys.modules, code)"
+    )
+    started = time.monotonic()
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert time.monotonic() - started < 10  # a loaded machine; alone it is a tenth of a second
+    assert result.stdout.splitlines()[-1] == "False 0"
+    for command in ("render", "plan", "models", "bench"):
+        assert command in result.stdout
+
+
+def test_the_console_script() -> None:
+    result = subprocess.run(["longtake", "--version"], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.strip().count(".") == 2
+
+
+def test_no_command_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([]) == 0
+    assert "Usage: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["render"], "Missing argument 'FILM.toml'."),
+        (["render", "film.toml"], "Missing option '--out'."),
+        (["rendre"], "No such command 'rendre'. Did you mean 'render'?"),
+        (["render", "film.toml", "--out", "x", "--freshh"], "No such option: --freshh"),
+        (["render", "nowhere.toml", "--out", "x"], "nowhere.toml: cannot be read (No such file or directory)"),
+        (["plan", "nowhere.toml"], "nowhere.toml: cannot be read"),
+        (["plan", "nowhere.toml", "--device", "tpu"], "--device tpu: unknown device; write cpu or cuda"),
+        (["bench", "rolout"], 'bench "rolout" is unknown'),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(arguments) == 2
+    assert message in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        (("prompt", "promt"), [], "film.toml:4: shot.promt: unknown key; did you mean \"prompt\"?"),
+        (('prompt = "p"\n', ""), [], "film.toml:1: shot.prompt: missing"),
+        (("2s", "-2s"), [], 'film.toml:3: shot.duration: "-2s" is negative; write duration = "2s"'),
+        (("models/tiny", "minni"), [], "film.toml:5: shot.model: unknown model 'minni': did you mean 'mini'?"),
+        (("models/tiny", "models/gone"), [], "film.toml:5: shot.model: unknown model"),
+        (("models/tiny", "models/tiny\"\ncodec = \"itn4"), [], "film.toml:6: shot.codec: unknown codec 'itn4'"),
+        (("models/tiny", "models/tiny\"\nsize = \"hd"), [], "film.toml:6: shot.size: \"hd\" is no size"),
+        (("2s", "2s"), ["--shot", "b"], 'film.toml:1: shot: there is no shot "b"'),
+        (("2s", "2s"), ["--device", "cuda:999"], "--device cuda:999: "),
+        (("2s", "2s"), ["--device", "tpu"], "--device tpu: unknown device; write cpu, cuda or cuda:N"),
+        (("2s", "2s"), ["--out", "film.toml/x"], "cannot be written (Not a directory)"),
+        (("2s", "2s"), ["--out", "/proc/longtake"], "--out /proc/longtake: cannot be written"),
+    ],
+)  # fmt: skip
+def test_render_refuses_bad_input(
+    film: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: tuple[str, str],
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(film.parent)
+    film.write_text(FILM.replace(*change))
+    assert cli.run(["render", "film.toml", "--out", "out", "--device", "cpu", *arguments]) == 2
+    assert message in error_line(capsys)
+
+
+def test_render(
+    film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The wiring, with an engine that writes nothing but its segment."""
+
+    def render_shot(shot: object, folder: Path, device: str, **_: object) -> SimpleNamespace:
+        (folder / "0.mp4").write_text("video")
+        return SimpleNamespace(finished=True, segments=[folder / "0.mp4"])
+
+    def join(segments: list[Path], out: Path) -> None:
+        out.write_bytes(segments[0].read_bytes())
+
+    monkeypatch.setattr(rendering, "engine", lambda: (render_shot, join))
+    out = tmp_path / "out"
+    assert cli.run(["render", str(film), "--out", str(out), "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"a -> {out}/a/a.mp4", f"{out}/film.mp4"]
+    assert json.loads((out / "status.json").read_text())["state"] == "SUCCEEDED"
+    assert (out / "film.mp4").read_text() == "video"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (ConfigError("bad"), 2, "bad"),
+        (CapacityError("full"), 1, "full"),
+        (StorageError("torn\nfile"), 1, "torn\\nfile"),
+        (KeyboardInterrupt(), 3, "interrupted; run the same command again to go on"),
+    ],
+)
+def test_errors_become_exit_codes(
+    film: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    code: int,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def render_shot(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(rendering, "engine", lambda: (render_shot, None))
+    assert cli.run(["render", str(film), "--out", str(tmp_path / "out"), "--device", "cpu"]) == code
+    assert error_line(capsys) == message
+
+
+SLOW_ENGINE = textwrap.dedent("""
+    import sys, time
+    from types import SimpleNamespace
+    from longtake.jobs import cli, render
+
+    def render_shot(shot, folder, device, *, stop, progress):
+        for block in range(shot.num_blocks):
+            if stop():
+                return SimpleNamespace(finished=False, segments=[])
+            print("block", block, flush=True)
+            for _ in range(int(sys.argv[1])):
+                time.sleep(0.01)
+            (folder / f"{block}.done").write_text("")
+        return SimpleNamespace(finished=True, segments=[])
+
+    render.engine = lambda: (render_shot, None)
+    sys.exit(cli.run(["render", *sys.argv[2:]]))
+""")
+
+
+@pytest.mark.parametrize(("number", "times"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 2)])
+def test_signals(film: Path, tmp_path: Path, number: signal.Signals, times: int) -> None:
+    """Once: the block is finished. Twice: at once. Either way exit 3, and the status says that it can go on."""
+    out = tmp_path / "out"
+    naps = "50" if times == 1 else "100000"
+    command = [sys.executable, "-c", SLOW_ENGINE, naps, str(film), "--out", str(out), "--device", "cpu"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "block 0\n"
+        os.kill(process.pid, number)
+        assert process.stderr.readline() == f"longtake: {number.name}: finishing the block; once more stops at once\n"
+        if times == 2:
+            os.kill(process.pid, number)
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert stdout == ""
+    assert stderr.count("\n") == 1
+    assert "run the same command again to go on" in stderr
+    assert (out / "a" / "0.done").exists() == (times == 1)
+    assert json.loads((out / "status.json").read_text())["shots"]["a"]["state"] == "PAUSED"
+
+
+def test_plan(film: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["plan", str(film)]) == 0
+    table = capsys.readouterr().out
+    assert "film" in table
+    assert cli.run(["plan", str(film), "--json", "-"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert (data["num_frames"], data["num_blocks"]) == (32, 3)
+    assert cli.run(["plan", str(film), "--json", "/proc/x"]) == 2
+    assert "--json /proc/x: cannot be written" in error_line(capsys)
+
+
+def test_models(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["models"]) == 0
+    assert "mini" in capsys.readouterr().out
+
+
+def test_bench_lists_and_forwards(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["bench"]) == 0
+    assert cli.run(["bench", "--help"]) == 0
+    assert "usage: longtake bench NAME" in capsys.readouterr().out
+    seen: list[list[str]] = []
+    monkeypatch.setattr(cli, "bench_names", lambda: ["fake"])
+    monkeypatch.setitem(sys.modules, "longtake.engine.bench_fake", SimpleNamespace(main=seen.append))
+    assert cli.run(["bench", "fake", "--json", "x.json", "--blocks", "3"]) == 0
+    assert seen == [["--json", "x.json", "--blocks", "3"]]

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from longtake.engine.config import ModelSpec, ShotConfig
+from longtake.engine.model import CausalWan
+from longtake.engine.rollout import open_cache
+from longtake.jobs.film import parse_film
+from longtake.jobs.plan import plan_film, plan_shot, to_json
+from longtake.jobs.resolve import resolve
+
+FILM = """\
+[[shot]]
+name = "a"
+duration = "1m"
+prompt = "p"
+[[shot]]
+name = "b"
+duration = "3s"
+prompt = "q"
+after = "a"
+history.policy = "full"
+after_blocks = 2
+"""
+
+
+@pytest.fixture
+def configs(spec: ModelSpec) -> dict[str, ShotConfig]:
+    return resolve(parse_film(FILM), lambda name: spec)
+
+
+def test_arithmetic_by_hand(configs: dict[str, ShotConfig]) -> None:
+    a, b = plan_film(configs)
+    block = 2 * 2 * 180 * 256 * 8  # K and V, bf16, 3 * 6 * 10 tokens, dim 256, 8 layers
+    assert (a.num_frames, a.num_blocks, a.num_latents) == (969, 81, 243)
+    assert (a.attended_blocks, a.codec, a.bits_per_element) == (7, "bf16", 16.0)
+    assert (a.block_bytes, a.arena_bytes) == (block, 8 * block)
+    assert (a.history_bytes, a.dense_history_bytes) == (81 * block, 81 * block)
+    assert a.scratch_bytes == 8 * block // 8
+    assert (b.num_blocks, b.num_prefix_blocks, b.attended_blocks) == (4, 2, 5)
+    assert b.history_bytes == 6 * block
+
+
+def test_it_is_what_the_engine_allocates(configs: dict[str, ShotConfig], spec: ModelSpec) -> None:
+    for config in configs.values():
+        plan = plan_shot(config, "float32")
+        cache = open_cache(config, torch.device("cpu"), config.after_blocks)
+        assert cache.memory()["device_arena"] == plan.arena_bytes
+        model = CausalWan(spec.transformer)
+        assert plan.weights_bytes == sum(p.numel() * p.element_size() for p in model.parameters())
+        assert plan.device_bytes == plan.arena_bytes + plan.scratch_bytes + plan.weights_bytes
+
+
+def test_a_device_budget_caps_the_arena(spec: ModelSpec) -> None:
+    film = parse_film(FILM.replace('prompt = "p"', 'prompt = "p"\ncache.device = "5MiB"'))
+    plan = plan_film(resolve(film, lambda name: spec))[0]
+    assert plan.arena_bytes == 3 * plan.block_bytes <= 5 << 20
+
+
+def test_totals(configs: dict[str, ShotConfig]) -> None:
+    plans = plan_film(configs)
+    data = to_json(plans)
+    assert data["num_frames"] == 969 + 48
+    assert data["device_bytes"] == max(plan.device_bytes for plan in plans)
+    assert data["history_bytes"] == sum(plan.history_bytes for plan in plans)
+    assert [shot["name"] for shot in data["shots"]] == ["a", "b"]
