@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,86 +28,38 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample, patchify, unpatchify
 from torch import Tensor
 
+from longtake.engine.vae_model import (
+    denormalise,
+    from_uint8,
+    load_vae,
+    normalise,
+    num_video_frames,
+    spatial_stride,
+    temporal_stride,
+    to_channels_last,
+    to_uint8,
+)
 from longtake.kernels.errors import ConfigError, StorageError
 
+__all__ = [
+    "StreamingDecoder",
+    "StreamingEncoder",
+    "decoder_state_bytes",
+    "denormalise",
+    "from_uint8",
+    "load_vae",
+    "normalise",
+    "num_video_frames",
+    "receptive_latents",
+    "spatial_stride",
+    "temporal_stride",
+    "to_channels_last",
+    "to_uint8",
+]
+
 ENCODER_CHUNK_FRAMES = 4  # fixed in AutoencoderKLWan._encode, whatever the configuration
-_ABSENT, _REPEAT, _TENSOR = 0, 1, 2
+_EMPTY, _REPEAT, _TENSOR, _CHANNELS_LAST = 0, 1, 2, 3
 _Slot = Tensor | str | None
-
-
-def load_vae(
-    folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> AutoencoderKLWan:
-    """Load the `vae` folder of a model in the hub's layout, frozen and in evaluation mode; never touches the network.
-
-    Args:
-        folder: model folder, the one with model_index.json in it.
-        dtype: floating-point type of weights and caches.
-        device: where it runs.
-
-    Raises:
-        ConfigError: there is no VAE in the folder.
-        StorageError: its files are missing or corrupt.
-    """
-    path = Path(folder) / "vae"
-    if not (path / "config.json").is_file():
-        raise ConfigError("no VAE here: a model folder holds vae/config.json and its safetensors", path=path)
-    try:
-        vae: AutoencoderKLWan = AutoencoderKLWan.from_pretrained(
-            str(path), torch_dtype=dtype, local_files_only=True, use_safetensors=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise StorageError(f"the VAE does not load, copy the folder again: {error}", path=path) from error
-    return vae.to(device).eval().requires_grad_(False)
-
-
-def temporal_stride(vae: AutoencoderKLWan) -> int:
-    """Video frames for each latent frame after the first."""
-    return int(2 ** sum(map(bool, vae.config.temperal_downsample)))
-
-
-def spatial_stride(vae: AutoencoderKLWan) -> int:
-    """Pixels for each latent row or column: counted in the layers, as scale_factor_spatial may disagree with them."""
-    return int(2 ** (len(vae.config.dim_mult) - 1) * (vae.config.patch_size or 1))
-
-
-def num_video_frames(num_latents: int, *, stride: int = 4, warmed_up: bool = False) -> int:
-    """Video frames that `num_latents` latent frames decode to: the first of a clip gives one, every other `stride`.
-
-    Args:
-        num_latents: latent frames.
-        stride: see `temporal_stride`.
-        warmed_up: the decoder had latents before these, so none of them is the first.
-    """
-    if num_latents <= 0:
-        return 0
-    return stride * num_latents if warmed_up else 1 + stride * (num_latents - 1)
-
-
-def normalise(latents_CFHW: Tensor, vae: AutoencoderKLWan) -> Tensor:
-    """The VAE's latents to the transformer's: (x - latents_mean) / latents_std a channel, in float32."""
-    mean_C111, std_C111 = _statistics(vae, latents_CFHW.device)
-    return (latents_CFHW.float() - mean_C111) / std_C111
-
-
-def denormalise(latents_CFHW: Tensor, vae: AutoencoderKLWan) -> Tensor:
-    """The transformer's latents to the VAE's: x * latents_std + latents_mean in float32, then the VAE's dtype."""
-    mean_C111, std_C111 = _statistics(vae, latents_CFHW.device)
-    return (latents_CFHW.float() * std_C111 + mean_C111).to(vae.dtype)
-
-
-def to_uint8(video_3NYX: Tensor) -> Tensor:
-    """Float video in [-1, 1] to frames: (x / 2 + 0.5) * 255 in float32, clamped to [0, 255], rounded half to even.
-
-    Returns: uint8 [N, Y, X, 3] RGB, contiguous, same device.
-    """
-    scaled_3NYX = ((video_3NYX.float() / 2 + 0.5) * 255).clamp_(0, 255).round_()
-    return scaled_3NYX.to(torch.uint8).permute(1, 2, 3, 0).contiguous()
-
-
-def from_uint8(frames_NYX3: Tensor) -> Tensor:
-    """uint8 RGB frames [N, Y, X, 3] to float32 video [3, N, Y, X] in [-1, 1]: x / 127.5 - 1."""
-    return frames_NYX3.permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
 def receptive_latents(vae: AutoencoderKLWan) -> int:
@@ -139,13 +90,6 @@ def decoder_state_bytes(vae: AutoencoderKLWan, height: int, width: int) -> int:
     return twin.state_bytes
 
 
-def _statistics(vae: AutoencoderKLWan, device: torch.device) -> tuple[Tensor, Tensor]:
-    shape = (-1, 1, 1, 1)
-    mean = torch.tensor(vae.config.latents_mean, dtype=torch.float32, device=device).view(shape)
-    std = torch.tensor(vae.config.latents_std, dtype=torch.float32, device=device).view(shape)
-    return mean, std
-
-
 def _in_time_order(modules: list[torch.nn.Module]) -> list[torch.nn.Module]:
     """Convolutions that look back and time upsamplings, in the order they run, which is that of their registration."""
     inside_resample = {id(m.time_conv) for m in modules if isinstance(m, WanResample) and m.mode == "upsample3d"}
@@ -162,7 +106,7 @@ def _in_time_order(modules: list[torch.nn.Module]) -> list[torch.nn.Module]:
 def _meta_twin(vae: AutoencoderKLWan) -> AutoencoderKLWan:
     with torch.device("meta"):
         twin: AutoencoderKLWan = AutoencoderKLWan.from_config(vae.config)
-    return twin.to(vae.dtype).eval()
+    return torch.nn.Module.to(twin, vae.dtype).eval()  # past the override, which warns of a cast that is meant
 
 
 class _Streaming:
@@ -197,9 +141,9 @@ class _Streaming:
     def state_dict(self) -> dict[str, Tensor]:
         """The state as a flat dict of tensors that safetensors can write.
 
-        `count` int64 []: latents seen. `size` int64 [2]: height and width, -1 before the first. `marks` uint8
-        [slots]: 0 empty, 1 the time upsampler's repeat mark, 2 a tensor, which is under `slot.NNN`. The tensors are
-        never written to again: no copy is needed.
+        `count` int64 []: latents seen. `size` int64 [2]: height and width, -1 before the first. `marks` uint8 [slots]:
+        0 empty, 1 the time upsampler's repeat mark, 2 a tensor, which is under `slot.NNN`, 3 one that was laid out
+        channels-last. The tensors are never written to again: no copy is needed.
         """
         marks = torch.tensor([_mark(slot) for slot in self._slots], dtype=torch.uint8)
         state = {
@@ -209,7 +153,7 @@ class _Streaming:
         }
         for index, slot in enumerate(self._slots):
             if isinstance(slot, Tensor):
-                state[f"slot.{index:03d}"] = slot
+                state[f"slot.{index:03d}"] = slot.contiguous()
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -232,8 +176,10 @@ class _Streaming:
         for index, mark in enumerate(marks):
             if mark == _REPEAT:
                 slots[index] = "Rep"
-            elif mark == _TENSOR:
-                slots[index] = self._adopt(state, f"slot.{index:03d}")
+            elif mark in (_TENSOR, _CHANNELS_LAST):
+                tensor = self._adopt(state, f"slot.{index:03d}")
+                last = mark == _CHANNELS_LAST
+                slots[index] = tensor.contiguous(memory_format=torch.channels_last_3d) if last else tensor
         height, width = state["size"].tolist()
         self._slots = slots
         self._size = None if height < 0 else (height, width)
@@ -251,8 +197,10 @@ class _Streaming:
         return (slot for slot in self._slots if isinstance(slot, Tensor))
 
     def _keep(self, slots: list[_Slot]) -> None:
-        # A saved tensor comes back contiguous, so a kept one must be, or a resumed run might take another kernel.
-        self._slots = [slot.contiguous() if isinstance(slot, Tensor) else slot for slot in slots]
+        # Only the two layouts that a saved state brings back: in another one a resumed run might take another kernel.
+        self._slots = [
+            slot.contiguous() if isinstance(slot, Tensor) and not _is_dense(slot) else slot for slot in slots
+        ]
 
     def _check_size(self, height: int, width: int) -> None:
         if self._size is None:
@@ -428,5 +376,11 @@ class StreamingEncoder(_Streaming):
 
 def _mark(slot: _Slot) -> int:
     if slot is None:
-        return _ABSENT
-    return _TENSOR if isinstance(slot, Tensor) else _REPEAT
+        return _EMPTY
+    if not isinstance(slot, Tensor):
+        return _REPEAT
+    return _TENSOR if slot.is_contiguous() else _CHANNELS_LAST
+
+
+def _is_dense(slot: Tensor) -> bool:
+    return slot.is_contiguous() or slot.is_contiguous(memory_format=torch.channels_last_3d)

@@ -25,6 +25,7 @@ from longtake.engine.vae import (
     receptive_latents,
     spatial_stride,
     temporal_stride,
+    to_channels_last,
     to_uint8,
 )
 from longtake.kernels.errors import ConfigError, StorageError
@@ -215,14 +216,21 @@ def test_warm_up_makes_every_later_latent_a_later_one() -> None:
 
 
 @pytest.mark.parametrize("name", ["wan2.1", "wan2.2"])
-def test_bfloat16_does_not_depend_on_the_split(name: str) -> None:
-    vae, latents = make_vae(name).to(torch.bfloat16), make_latents()
-    first, second = StreamingDecoder(vae), StreamingDecoder(vae)
-    whole = first.decode(latents)
-    split = [second.decode(latents[:, :4])]
-    third = StreamingDecoder(vae)
-    third.load_state_dict(second.state_dict())
-    assert torch.equal(torch.cat([*split, third.decode(latents[:, 4:])]), whole)
+@pytest.mark.parametrize(("dtype", "channels_last"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_other_layouts_and_types_do_not_depend_on_the_split(
+    name: str, dtype: torch.dtype, channels_last: bool, tmp_path: Path
+) -> None:
+    vae, latents = make_vae(name).to(dtype), make_latents()
+    if channels_last:
+        to_channels_last(vae)
+    first, second, third = StreamingDecoder(vae), StreamingDecoder(vae), StreamingDecoder(vae)
+    whole = first.decode_float(latents)
+    head = second.decode_float(latents[:, :4])
+    assert (3 in second.state_dict()["marks"].tolist()) == channels_last
+    save_file(second.state_dict(), tmp_path / "state.safetensors")
+    third.load_state_dict(load_file(tmp_path / "state.safetensors"))
+    assert torch.equal(torch.cat([head, third.decode_float(latents[:, 4:])], dim=1), whole)
+    torch.testing.assert_close(whole, whole_decode(make_vae(name).to(dtype), latents), atol=1e-5, rtol=0)
 
 
 @pytest.mark.gpu
@@ -299,7 +307,13 @@ def test_load_vae_from_a_model_folder(tmp_path: Path) -> None:
     loaded = load_vae(tmp_path)
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     assert torch.equal(StreamingDecoder(loaded).decode(latents), StreamingDecoder(vae).decode(latents))
+    assert torch.equal(
+        StreamingDecoder(load_vae(tmp_path / "vae")).decode(latents), StreamingDecoder(vae).decode(latents)
+    )
     assert load_vae(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert load_vae(tmp_path, channels_last=True).decoder.conv_in.weight.is_contiguous(
+        memory_format=torch.channels_last_3d
+    )
     weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(StorageError, match="does not load"):
