@@ -261,12 +261,16 @@ def head_seed(block: int, layer: int, head: int, side: Side) -> int:
 
 # name -> module of longtake.kernels whose `tensor_codec(name, geometry, side)` makes it; imported when first asked for
 _FAMILIES: dict[str, str] = {
-    "fp32": "dense",
-    "bf16": "dense",
-    "int4": "rtn",
-    "int8": "rtn",
-    "rtn2": "rtn",
-    "rtn4": "rtn",
+    **dict.fromkeys(("fp32", "bf16"), "dense"),
+    **dict.fromkeys(("rtn2", "rtn4", "int4", "int8"), "rtn"),
+    **dict.fromkeys(("kivi2", "kivi4"), "kivi"),
+    **dict.fromkeys(("quarot2", "quarot4"), "quarot"),
+    **dict.fromkeys(("prq2", "prq4"), "prq"),
+    **dict.fromkeys(("qvg", "qvg-pro"), "qvg"),
+    "budget-pca": "pca",
+    **dict.fromkeys(("turboquant2", "turboquant3", "turboquant4"), "turboquant"),
+    **dict.fromkeys(("qaq2", "qaq4", "tptq2", "tptq4"), "adaptive"),
+    **dict.fromkeys(("nvfp4", "fp8"), "minifloat"),
 }
 
 
