@@ -1,4 +1,4 @@
-"""What is said about a shot of the world: scenes, their prompts and back, training scripts, and staging them.
+"""Scripts: what is said about a shot, beat by beat; training scripts, the camera's path, and staging the world.
 
 A script is a list of beats; each beat's prompt is in force from its moment until the next:
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,94 +23,31 @@ from longtake.kernels.errors import ConfigError
 
 from . import palette, shapes
 from .draws import Floats, uniform
+from .grammar import DEFAULT_SCENE, MAX_PAN_PX, MAX_PROMPT_BYTES, Actor, Scene, describe, parse, pick, tokens
 from .world import FPS, NEVER_S, NUM_ACTORS, NUM_EVENTS, RING_PX, WIDTH, WorldSpec
 
-MAX_PROMPT_BYTES = 127  # and the end token
+__all__ = [
+    "BEAT_GRID_S",
+    "DEFAULT_SCENE",
+    "MAX_PAN_PX",
+    "MAX_PROMPT_BYTES",
+    "MIN_BEAT_S",
+    "Actor",
+    "Beat",
+    "Scene",
+    "Script",
+    "camera_path",
+    "describe",
+    "first_frame",
+    "parse",
+    "random_scripts",
+    "stage",
+    "tokens",
+]
+
 BEAT_GRID_S = 0.75  # a block: 3 latent frames of 4 frames each
 MIN_BEAT_S = 3.0
-MAX_PAN_PX = 4
-
 _EDGE_PX = 14.0  # how far outside the picture the middle of an actor is at the moment it enters
-_SPEED_WORDS = {1: "very slowly", 2: "slowly", 3: "", 4: "quickly"}
-_TIME_PHRASES = {
-    "dawn": ("dawn", "at dawn", "early morning"),
-    "day": ("day", "by day", "daylight"),
-    "dusk": ("dusk", "at dusk", "evening"),
-    "night": ("night", "at night", "by night"),
-}
-_WEATHER_PHRASES = {
-    "clear": ("clear", "clear sky", "clear weather"),
-    "fog": ("fog", "foggy", "mist"),
-    "rain": ("rain", "light rain", "it rains"),
-    "snow": ("snow", "light snow", "it snows"),
-}
-_CLEARING = {"fog": "the fog lifts", "rain": "the rain stops", "snow": "the snow stops"}
-_TIME_WORDS = {
-    "dawn": ("dawn", "sunrise", "morning"),
-    "day": ("day", "daytime", "daylight", "noon", "midday", "afternoon"),
-    "dusk": ("dusk", "sunset", "evening", "twilight"),
-    "night": ("night", "midnight", "nighttime"),
-}
-_WEATHER_WORDS = {
-    "clear": ("clear", "clears", "sunny", "cloudless"),
-    "fog": ("fog", "foggy", "mist", "misty"),
-    "rain": ("rain", "rains", "rainy", "raining"),
-    "snow": ("snow", "snows", "snowy", "snowing"),
-}
-_TIME_OF = {word: name for name, words in _TIME_WORDS.items() for word in words}
-_WEATHER_OF = {word: name for name, words in _WEATHER_WORDS.items() for word in words}
-_ACTOR_OF = {name + ending: name for name in shapes.ACTORS for ending in ("", "s")}
-_PAN_VERBS = frozenset(
-    [
-        "pan",
-        "pans",
-        "panning",
-        "turn",
-        "turns",
-        "turning",
-        "camera",
-        "look",
-        "looks",
-        "move",
-        "moves",
-        "moving",
-        "sweep",
-        "sweeps",
-    ]
-)
-_HOLD_VERBS = frozenset(
-    ["hold", "holds", "stop", "stops", "stay", "stays", "stand", "stands", "static", "halt", "halts"]
-)
-_OVER = frozenset(["stop", "stops", "end", "ends", "lift", "lifts", "no", "without", "over"])
-_SPEED_OF = {"slowly": 2, "slow": 2, "quickly": 4, "quick": 4, "fast": 4}
-_CAMERA_FILLERS = frozenset(["left", "right", "very", "to", "the", *_SPEED_OF])
-_CLAUSES = re.compile(r"[^a-z\s'-]+|\b(?:and|while|then|as|with)\b")
-_LANDMARK = re.compile(r"\b(" + "|".join(shapes.LANDMARKS) + r")\b")
-_SIDE = re.compile(r"\bfrom (?:the )?(left|right)\b")
-
-
-@dataclass(frozen=True, slots=True)
-class Actor:
-    """Somebody a beat brings: it enters from `side` ("left", "right") at the beat's moment; None: it is just there."""
-
-    kind: str
-    colour: str
-    side: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Scene:
-    """What a beat says: light, weather and camera hold until changed; `actors` and `landmark` are this beat's alone.
-
-    `pan_px` is the camera's speed in pixels a frame, right positive. `landmark` comes into view while the camera pans,
-    or is in view where it holds still.
-    """
-
-    time: str
-    weather: str
-    pan_px: int
-    actors: tuple[Actor, ...]
-    landmark: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,197 +60,6 @@ class Beat:
 
 
 Script = tuple[Beat, ...]  # the first beat at 0
-
-DEFAULT_SCENE = Scene("day", "clear", 0, (), None)
-
-
-def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
-    return options[int(rng.random() * len(options))]
-
-
-def _camera_phrase(scene: Scene, rng: np.random.Generator | None) -> str:
-    landmark = scene.landmark or ""
-    if scene.pan_px == 0:
-        phrase = "hold still" if rng is None else _pick(rng, ("hold still", "hold still", "stand still", "stay still"))
-        if rng is not None and rng.random() < 0.2:
-            phrase = "the camera holds still"
-        return f"{phrase} by the {landmark}" if landmark else phrase
-    direction = "right" if scene.pan_px > 0 else "left"
-    speed = _SPEED_WORDS[abs(scene.pan_px)]
-    phrase = f"pan {direction} {speed}"
-    if rng is not None:
-        forms = (
-            phrase,
-            phrase,
-            f"pan {speed} {direction}",
-            f"{speed} pan {direction}",
-            f"pan {speed} to the {direction}",
-            f"the camera pans {direction} {speed}",
-            f"turn {direction} {speed}",
-        )
-        phrase = _pick(rng, forms)
-    phrase = f"{phrase} past the {landmark}" if landmark else phrase
-    return " ".join(phrase.split())
-
-
-def _actor_phrase(actor: Actor, rng: np.random.Generator | None) -> str:
-    name = f"{actor.colour} {actor.kind}"
-    if actor.side is None:
-        return name if rng is None else _pick(rng, (f"a {name}", f"a {name}", f"there is a {name}"))
-    if rng is None:
-        return f"{name} from the {actor.side}"
-    forms = (
-        f"a {name} enters from the {actor.side}",
-        f"a {name} enters from the {actor.side}",
-        f"a {name} comes in from the {actor.side}",
-        f"a {name} from the {actor.side}",
-        f"from the {actor.side} a {name} enters",
-    )
-    return _pick(rng, forms)
-
-
-def _air_phrases(scene: Scene, base: Scene, said: tuple[bool, bool], rng: np.random.Generator | None) -> list[str]:
-    phrases = []
-    if said[0]:
-        phrases.append(_pick(rng, _TIME_PHRASES[scene.time]) if rng else scene.time)
-    if said[1]:
-        if rng and scene.weather == "clear" and base.weather != "clear" and rng.random() < 0.5:
-            phrases.append(_pick(rng, (_CLEARING[base.weather], "it clears up")))
-        else:
-            phrases.append(_pick(rng, _WEATHER_PHRASES[scene.weather]) if rng else scene.weather)
-    return phrases
-
-
-def _check(scene: Scene) -> None:
-    known = scene.time in palette.TIMES and scene.weather in palette.WEATHERS and abs(scene.pan_px) <= MAX_PAN_PX
-    known = known and (scene.landmark is None or scene.landmark in shapes.LANDMARKS)
-    for actor in scene.actors:
-        known = known and actor.kind in shapes.ACTORS and actor.colour in palette.COLOURS
-        known = known and actor.side in (None, "left", "right")
-    if not known:
-        raise ConfigError(f"mini's world cannot show {scene}; see palette.py and shapes.py for what it has")
-
-
-def describe(scene: Scene, previous: Scene | None, rng: np.random.Generator) -> str:
-    """Say a scene in words.
-
-    Args:
-        scene: what to say.
-        previous: the beat before, of which only the changes need be said; None for a shot's first beat, where day,
-            clear and a still camera need not be said.
-        rng: chooses words, order and what is said though it need not be.
-
-    Returns:
-        A prompt of at most MAX_PROMPT_BYTES bytes that `parse` turns back into `scene`.
-
-    Raises:
-        ConfigError: the world has no such thing, or the scene is too long to say.
-    """
-    _check(scene)
-    base = previous or DEFAULT_SCENE
-    needed = (scene.time != base.time, scene.weather != base.weather)
-    camera_needed = scene.pan_px != base.pan_px or scene.landmark is not None
-    if not any(needed) and not scene.actors:
-        camera_needed = True  # an empty prompt says nothing
-    for _ in range(3):
-        everything = rng.random() < 0.25
-        extra = [everything or rng.random() < (0.25 if previous is None else 0.06) for _ in range(3)]
-        air = _air_phrases(scene, base, (needed[0] or extra[0], needed[1] or extra[1]), rng)
-        parts = [_pick(rng, (", ", " with ", ". ")).join(air)] if air else []
-        if camera_needed or extra[2]:
-            parts.insert(int(rng.random() < 0.6) * len(parts), _camera_phrase(scene, rng))
-        actors = [_actor_phrase(actor, rng) for actor in scene.actors]
-        parts = actors + parts if rng.random() < 0.25 else parts + actors
-        text = _pick(rng, (", ", ". ", ". ")).join(parts)
-        if rng.random() < 0.2:
-            text = text[0].upper() + text[1:] + "."
-        if len(text.encode()) <= MAX_PROMPT_BYTES:
-            return text
-    parts = _air_phrases(scene, base, needed, None)
-    parts += [_camera_phrase(scene, None)] if camera_needed else []
-    text = ", ".join(parts + [_actor_phrase(actor, None) for actor in scene.actors])
-    if len(text.encode()) > MAX_PROMPT_BYTES:
-        raise ConfigError(
-            f"{scene} takes {len(text.encode())} bytes to say, {MAX_PROMPT_BYTES} fit: bring fewer actors"
-        )
-    return text
-
-
-def _parse_camera(words: list[str], pan_px: int) -> int | None:
-    """Give the pan that a clause's words order, if any; `pan_px` is the one before."""
-    pans = not _PAN_VERBS.isdisjoint(words)
-    if not _HOLD_VERBS.isdisjoint(words):
-        return 0
-    if not pans and (not words or not _CAMERA_FILLERS.issuperset(words) or {"left", "right"}.isdisjoint(words)):
-        return None
-    directions = [word for word in words if word in ("left", "right")]
-    speeds = [index for index, word in enumerate(words) if word in _SPEED_OF]
-    if not directions and not speeds and "pan" not in words and "pans" not in words:
-        return None
-    sign = (1 if directions[0] == "right" else -1) if directions else (-1 if pan_px < 0 else 1)
-    speed = 3
-    if speeds:
-        speed = _SPEED_OF[words[speeds[0]]]
-        if speed == 2 and speeds[0] > 0 and words[speeds[0] - 1] == "very":
-            speed = 1
-    return sign * speed
-
-
-def _parse_actors(words: list[str], places: list[int], side: str | None) -> list[Actor]:
-    """Read a clause's actors, whose kinds stand at `places`; its side is that of the last."""
-    actors = []
-    for index, place in enumerate(places):
-        start = places[index - 1] + 1 if index else 0
-        colours = [word for word in words[start:place] if word in palette.COLOURS]
-        last = index == len(places) - 1
-        colour = colours[-1] if colours else palette.COLOURS[0]
-        actors.append(Actor(_ACTOR_OF[words[place]], colour, side if last else None))
-    return actors
-
-
-def parse(prompt: str, previous: Scene | None = None) -> Scene:
-    """Read a prompt: the inverse of `describe`.
-
-    Args:
-        prompt: any text; case, punctuation and unknown words do not matter.
-        previous: the beat before, which holds where the prompt says nothing; None for a shot's first beat.
-
-    Returns:
-        The scene. An actor without a colour is red.
-    """
-    base = previous or DEFAULT_SCENE
-    time, weather, pan_px = base.time, base.weather, base.pan_px
-    landmark: str | None = None
-    actors: list[Actor] = []
-    for clause in _CLAUSES.split(prompt.lower()):
-        text = " ".join(re.findall("[a-z]+", clause))
-        words = text.split()
-        named = _LANDMARK.search(text)
-        landmark = named.group(1) if named else landmark
-        times = [_TIME_OF[word] for word in words if word in _TIME_OF]
-        weathers = [_WEATHER_OF[word] for word in words if word in _WEATHER_OF]
-        time = times[-1] if times else time
-        if weathers and not _OVER.isdisjoint(words):
-            weather = "clear"
-            continue
-        weather = weathers[-1] if weathers else weather
-        places = [index for index, word in enumerate(words) if word in _ACTOR_OF]
-        if places:
-            side = _SIDE.search(text)
-            actors += _parse_actors(words, places, side.group(1) if side else None)
-            words = words[: places[0]]
-        pan = _parse_camera(_SIDE.sub("", " ".join(words)).split(), pan_px)
-        pan_px = pan_px if pan is None else pan
-    return Scene(time, weather, pan_px, tuple(actors), landmark)
-
-
-def tokens(prompt: str, length: int = 128) -> NDArray[np.uint16]:
-    """Turn a prompt into ByT5's token ids: bytes + 3, the end token 1, then zeros; uint16 [length]."""
-    ids = np.zeros(length, dtype=np.uint16)
-    data = np.frombuffer(prompt.encode()[: length - 1], dtype=np.uint8)
-    ids[: len(data)] = data.astype(np.uint16) + 3
-    ids[len(data)] = 1
-    return ids
 
 
 def first_frame(at_s: float) -> int:
@@ -337,6 +82,7 @@ class _Writer:
         self.rng = np.random.Generator(np.random.Philox(key=seed))
         self.angle_px = start_angle_px
         self.num_actors = 0
+        self._cast: list[str] = self.rng.permutation(list(shapes.ACTORS)).tolist()  # no kind twice
         self._names = list(shapes.LANDMARKS)
         self._kinds_L, self._x_L = kinds_L, x_L
 
@@ -349,8 +95,8 @@ class _Writer:
         slots = int((duration_s + 1e-6) / BEAT_GRID_S)
         most = max(min(max_beats, slots // gap), 1)
         count = 1 if most == 1 or self.chance(0.45) else 2 + int(self.rng.random() * (most - 1))
-        free = np.sort(self.rng.integers(0, slots - gap * count + 1, count - 1)) if count > 1 else []
-        return [0.0, *(BEAT_GRID_S * (int(f) + gap * (index + 1)) for index, f in enumerate(free))]
+        free = sorted(self.rng.integers(0, slots - gap * count + 1, count - 1).tolist())
+        return [0.0, *(BEAT_GRID_S * (f + gap * (index + 1)) for index, f in enumerate(free))]
 
     def pan(self, moving: bool = False) -> int:
         speed = int(np.searchsorted(np.cumsum([0.0 if moving else 0.1, 0.1, 0.25, 0.3]), self.rng.random(), "right"))
@@ -368,25 +114,25 @@ class _Writer:
         return new
 
     def time(self, but: str | None = None) -> str:
-        while (name := _pick(self.rng, (*palette.TIMES, "day"))) == but:
+        while (name := pick(self.rng, (*palette.TIMES, "day"))) == but:
             pass
         return name
 
     def weather(self, but: str | None = None) -> str:
         if but != "clear" and self.chance(0.75):
             return "clear"
-        while (name := _pick(self.rng, palette.WEATHERS[1:])) == but:
+        while (name := pick(self.rng, palette.WEATHERS[1:])) == but:
             pass
         return name
 
     def actors(self, count: int, enter: float) -> tuple[Actor, ...]:
-        """Draw up to `count` actors of different kinds and sides, each entering with probability `enter`."""
+        """Draw up to `count` actors, from different sides, each entering with probability `enter`."""
         count = min(count, NUM_ACTORS - self.num_actors)
+        kinds = self._cast[self.num_actors : self.num_actors + count]
         self.num_actors += count
-        kinds = self.rng.permutation(list(shapes.ACTORS))[:count].tolist()
         sides = self.rng.permutation(["left", "right"]).tolist()
         return tuple(
-            Actor(kind, _pick(self.rng, palette.COLOURS), sides[index % 2] if self.chance(enter) else None)
+            Actor(kind, pick(self.rng, palette.COLOURS), sides[index % 2] if self.chance(enter) else None)
             for index, kind in enumerate(kinds)
         )
 
