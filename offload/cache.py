@@ -1,246 +1,348 @@
 """The cache of a shot's history: what a rollout reads, and where it commits.
 
     with cache.prepare(plan.blocks) as reading:          # blocks of the plan, readable on the device
+        cache.schedule(plans to come)                    # optional: lets copies run ahead
         ... reading.pages(layer) ...                     # every step, and the commit pass
         commit = cache.begin_commit(plan.block)
         ... codec.encode(..., commit.page(layer)) ...    # the commit pass, layer by layer
         commit.complete()
     cache.retain(needed_later)
 
-Legend: G slots, L layers, H heads of this rank, P payload bytes, N blocks of a plan.
+    device arena  --copy stream-->  host pool  --writer threads-->  Zarr, then the journal
+                  <--copy stream--             <--reader threads--
+
+Legend: G slots, L layers, H heads of this rank, P payload bytes, N blocks of a plan, K streamed ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import threading
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 
 import torch
-from torch import Tensor
 
 from longtake.kernels.errors import CapacityError, ConfigError
-from longtake.offload.arena import DeviceArena, slot_tables_LN
-from longtake.offload.frames import FrameTable
+from longtake.offload.arena import DeviceArena
+from longtake.offload.belady import Uses
+from longtake.offload.budget import CacheBudget
+from longtake.offload.devicetier import DeviceTier
+from longtake.offload.errors import DiskFullError
+from longtake.offload.host import HostPool
+from longtake.offload.hosttier import HostTier
+from longtake.offload.lanes import Fence, mark
+from longtake.offload.mover import Mover, Placed
+from longtake.offload.reading import Commit, Reading
+from longtake.offload.run import RunDirectory
 from longtake.offload.shape import ModelKVShape
+from longtake.offload.spill import Step
+
+__all__ = ["CacheBudget", "CacheStats", "Commit", "KVCache", "Reading"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CacheBudget:
-    """How much of each tier a cache may take.
+class CacheStats:
+    """What a cache did so far.
 
     Args:
-        device_bytes: most bytes of the device arena; None: as many as `num_blocks` needs.
-        num_blocks: most history blocks that a plan reads at once; one more frame is added for the block being
-            committed. None: `device_bytes` decides alone. With both, the smaller arena is made.
+        stalled_host_s: seconds that commits waited for a host frame, that is, for the disk.
+        stalled_disk_s: seconds that `prepare` waited for reads from the disk.
+        up_bytes, down_bytes: copied host -> device, device -> host.
+        num_written, num_read: blocks made durable; blocks read from the disk whole.
+        last_lag_s, max_lag_s: from the end of a commit until the block was durable.
     """
 
-    device_bytes: int | None = None
-    num_blocks: int | None = None
-
-    def num_frames(self, shape: ModelKVShape) -> int:
-        """Blocks that the device arena holds, the one being committed included.
-
-        Raises:
-            ConfigError: neither bound is given.
-            CapacityError: the budget is smaller than one block.
-        """
-        if self.device_bytes is None and self.num_blocks is None:
-            raise ConfigError("a cache budget needs device_bytes, num_blocks or both")
-        wanted = None if self.num_blocks is None else self.num_blocks + 1
-        if self.device_bytes is None:
-            assert wanted is not None
-            return wanted
-        fitting = self.device_bytes // shape.block_bytes
-        if fitting < 1:
-            raise CapacityError(
-                f"a device budget of {self.device_bytes:,} bytes holds no block of {shape.block_bytes:,} bytes; "
-                f"give the cache at least that much on the device"
-            )
-        return fitting if wanted is None else min(fitting, wanted)
-
-
-class Reading:
-    """Blocks of one plan, readable on the device until `release`; a context manager.
-
-    Belongs to the thread and, on CUDA, to the stream that prepared it.
-    """
-
-    def __init__(self, cache: KVCache, blocks: tuple[int, ...], tables_LN: Tensor) -> None:
-        self._cache = cache
-        self._tables_LN = tables_LN
-        self.blocks = blocks
-        self.released = False
-
-    def pages(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The payloads of one layer.
-
-        Args:
-            layer: 0 .. L-1.
-
-        Returns:
-            pages_GHP uint8 [G, H, P], the arena, and slots_N int32 [N] on the same device: the slots of the plan's
-            blocks, in the plan's order. Not to be written.
-        """
-        if self.released:
-            raise ConfigError("this reading was released; prepare the plan again")
-        return self._cache.arena.pages_GHP, self._tables_LN[layer]
-
-    def release(self) -> None:
-        """Let the blocks go; a second call does nothing."""
-        if not self.released:
-            self.released = True
-            self._cache._release(self)
-
-    def __enter__(self) -> Reading:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
-
-
-class Commit:
-    """The frame of a block that is being encoded; ends with `complete` or `abort`."""
-
-    def __init__(self, cache: KVCache, block: int, pages_LHP: Tensor) -> None:
-        self._cache = cache
-        self._pages_LHP = pages_LHP
-        self.block = block
-        self.open = True
-
-    def page(self, layer: int) -> Tensor:
-        """Where one layer's payloads go: uint8 [H, P], contiguous, to be filled wholly on the current stream."""
-        if not self.open:
-            raise ConfigError(f"the commit of block {self.block} has ended")
-        return self._pages_LHP[layer]
-
-    def complete(self) -> None:
-        """Make the block part of the history. Every page must be filled, or queued to be, on the current stream."""
-        self._end()
-        self._cache._complete(self)
-
-    def abort(self) -> None:
-        """Drop the block; the cache is as it was before `begin_commit`. Does nothing when the commit has ended."""
-        if self.open:
-            self._end()
-            self._cache._abort(self)
-
-    def _end(self) -> None:
-        if not self.open:
-            raise ConfigError(f"the commit of block {self.block} has ended")
-        self.open = False
+    stalled_host_s: float = 0.0
+    stalled_disk_s: float = 0.0
+    up_bytes: int = 0
+    down_bytes: int = 0
+    num_written: int = 0
+    num_read: int = 0
+    last_lag_s: float = 0.0
+    max_lag_s: float = 0.0
 
 
 class KVCache:
     """The encoded history of one shot on one rank.
 
-    Calls come from one thread. A call that raises has changed nothing.
+    Calls come from one thread, and on CUDA work of one stream. A call that raises has changed nothing. What a write in
+    the background runs into is raised by the next `prepare`, `begin_commit` or `flush`, never in the middle of a block.
     """
 
-    def __init__(self, *, shape: ModelKVShape, device: torch.device | str, budget: CacheBudget) -> None:
-        """Allocate the tiers.
+    def __init__(
+        self,
+        *,
+        shape: ModelKVShape,
+        device: torch.device | str,
+        budget: CacheBudget,
+        run: RunDirectory | None = None,
+        num_writers: int = 2,
+        num_readers: int = 2,
+        on_step: Step | None = None,
+    ) -> None:
+        """Allocate the tiers and start their threads.
 
         Args:
             shape: geometry of a block on this rank.
             device: where attention reads.
             budget: how much to take.
+            run: the disk tier; its committed blocks are this cache's history. Stays the caller's to close, after this.
+            num_writers, num_readers: threads for chunks.
+            on_step: called at each step of a commit, by name; for tests that kill the process there.
         """
-        self.shape = shape
-        self.device = torch.device(device)
+        self.shape, self.device, self.budget = shape, torch.device(device), budget
         self.arena = DeviceArena(shape=shape, num_frames=budget.num_frames(shape), device=self.device)
-        self._frames = FrameTable(self.arena.num_frames, tier="device")
-        self._num_committed = 0
+        self._lock = threading.Condition(threading.RLock())
+        self._uses = Uses()
+        self._host: HostTier | None = None
+        num_host_frames = budget.num_host_frames(shape, disk=run is not None)
+        if num_host_frames:
+            self._host = HostTier(
+                pool=HostPool(shape=shape, num_frames=num_host_frames, device=self.device),
+                run=run,
+                uses=self._uses,
+                lock=self._lock,
+                num_writers=num_writers,
+                num_readers=num_readers,
+                on_arrival=self._run_ahead,
+                on_step=on_step,
+            )
+        self._device = DeviceTier(arena=self.arena, host=self._host, uses=self._uses)
+        self._mover = Mover(device=self._device, host=self._host, uses=self._uses)
+        self._run = run
+        self._num_committed = 0 if run is None else run.num_blocks
         self._open_commit: Commit | None = None
-        self._retained: frozenset[int] | None = None
-        self._retained_until = 0
         self._table_bytes = 0
+        self._closed = False
+
+    # -- what is there
 
     @property
     def num_committed(self) -> int:
         """Blocks committed so far; the next commit is of this number."""
         return self._num_committed
 
+    @property
+    def durable_blocks(self) -> int:
+        """Blocks from 0 on that would survive the process; 0 without a disk."""
+        return 0 if self._run is None else self._run.num_blocks
+
+    def memory(self) -> dict[str, int]:
+        """Every byte that the cache holds, by name."""
+        held = {"device_arena": self.arena.nbytes, "device_slot_tables": self._table_bytes}
+        if self._host is not None:
+            held["host_pool"] = self._host.pool.nbytes
+        return held
+
+    def stats(self) -> CacheStats:
+        """Counters so far."""
+        if self._host is None:
+            return CacheStats()
+        with self._lock:
+            counted = self._host.counters
+            return CacheStats(
+                stalled_host_s=counted.stalled_write_s,
+                stalled_disk_s=counted.stalled_read_s,
+                up_bytes=self._device.lane.num_bytes,
+                down_bytes=self._host.down_bytes,
+                num_written=counted.num_written,
+                num_read=counted.num_read,
+                last_lag_s=counted.last_lag_s,
+                max_lag_s=counted.max_lag_s,
+            )
+
+    # -- reading
+
     def prepare(self, blocks: Sequence[int]) -> Reading:
-        """Make blocks readable on the device.
+        """Make blocks readable on the device; waits only for the disk.
+
+        What fits beside the block to be committed is moved once; of a larger plan a part stays, the rest is streamed.
 
         Args:
             blocks: committed blocks, in the order in which `Reading.pages` is to list them.
 
         Raises:
             ConfigError: a block was never committed.
-            CapacityError: a block has left the device and no lower tier keeps it.
+            CapacityError: the tiers together are too small, or a block was dropped that no tier below keeps.
+            StorageError: a block cannot be read from the disk, or an earlier one could not be written.
         """
-        for block in blocks:
-            if not 0 <= block < self._num_committed:
-                raise ConfigError(f"block {block} is not committed; the history has {self._num_committed} blocks")
-            if block not in self._frames:
-                raise CapacityError(f"block {block} left the device and there is no host or disk tier that keeps it")
-        frames = [self._frames.frame(block) for block in blocks]
-        tables_LN = slot_tables_LN(frames, num_layers=self.shape.num_layers, device=self.device)
-        for block in blocks:
-            self._frames.pin(block)
-        self._table_bytes += tables_LN.numel() * tables_LN.element_size()
-        return Reading(self, tuple(blocks), tables_LN)
+        with self._lock:
+            self._check(blocks)
+            placed = self._mover.place(tuple(blocks), reserve=self._reserve)
+            reading = Reading(
+                blocks=tuple(blocks),
+                pages_GHP=self.arena.pages_GHP,
+                tables_DLN=placed.tables_DLN,
+                ring=placed.ring,
+                on_release=lambda fences: self._release(reading, placed, fences),
+            )
+            self._table_bytes += reading.table_bytes
+            self._uses.prepared(blocks)
+            self._run_ahead()
+            return reading
+
+    def schedule(self, plans: Iterable[Sequence[int]]) -> None:
+        """Announce the plans that will be prepared next, in order; replaces what was announced before.
+
+        Blocks of the nearest plans are read from the disk and copied to the device ahead of time, where there is room
+        that no nearer plan needs; eviction follows the same order.
+        """
+        with self._lock:
+            self._uses.announce(plans)
+            self._run_ahead()
+
+    def retain(self, blocks: Collection[int]) -> None:
+        """Tell which blocks any future plan may read; the others may leave memory, though never the disk.
+
+        Args:
+            blocks: of the history; later commits are always retained until the next call.
+        """
+        with self._lock:
+            self._uses.retain(blocks, self._num_committed)
+            self._drop_unneeded()
+            self._lock.notify_all()
+
+    # -- committing
 
     def begin_commit(self, block: int) -> Commit:
-        """Open the next block for writing.
+        """Open the next block for writing; waits while the host tier is full of blocks on their way to the disk.
 
         Args:
             block: its number, `num_committed`.
 
         Raises:
             ConfigError: another number, or another commit is open.
-            CapacityError: no frame is free and none may be freed.
+            CapacityError: no frame is free and none may be freed; DiskFullError: the disk, or its budget, is full.
+            StorageError: an earlier block could not be written.
         """
-        if self._open_commit is not None:
-            raise ConfigError(f"block {self._open_commit.block} is still being committed; complete or abort it")
-        if block != self._num_committed:
-            raise ConfigError(f"commits come in order: block {self._num_committed} is next, not {block}")
-        if not self._frames.num_free:
-            raise CapacityError(
-                f"the device arena is full: {self.arena.num_frames} blocks of {self.shape.block_bytes:,} bytes, "
-                f"all of them history that may be read again; block {block} needs one more. Raise the cache's device "
-                f"budget to {(self.arena.num_frames + 1) * self.shape.block_bytes:,} bytes, add a host budget, or "
-                f"attend fewer blocks (retain)"
+        with self._lock:
+            self._check(())
+            if self._open_commit is not None:
+                raise ConfigError(f"block {self._open_commit.block} is still being committed; complete or abort it")
+            if block != self._num_committed:
+                raise ConfigError(f"commits come in order: block {self._num_committed} is next, not {block}")
+            self._check_disk_budget(block)
+            if self._host is not None:
+                self._host.reserve(block)
+            if not self._device.make_room():
+                if self._host is not None:
+                    self._host.cancel(block)
+                raise self._arena_full(block)
+            frame, after = self._device.table.admit(block)
+            self._device.table.pin(block)
+            for fence in after:
+                fence.wait()
+            self._open_commit = Commit(
+                block=block,
+                pages_LHP=self.arena.frame_LHP(frame),
+                on_complete=self._complete,
+                on_abort=self._abort,
             )
-        frame = self._frames.take(block)
-        self._open_commit = Commit(self, block, self.arena.frame_LHP(frame))
-        return self._open_commit
+            return self._open_commit
 
-    def retain(self, blocks: Collection[int]) -> None:
-        """Tell which blocks any future plan may read; with no lower tier the others are gone once nobody reads them.
+    def flush(self) -> None:
+        """Wait until every committed block is durable; returns at once without a disk.
+
+        Raises:
+            DiskFullError, StorageError: a block could not be written; those before it are durable.
+        """
+        with self._lock:
+            while self._host is not None:
+                self._host.check()
+                if self._host.idle:
+                    return
+                self._lock.wait()
+
+    def close(self, *, drain: bool = True) -> None:
+        """Stop the threads and unpin the host pool; the cache can't be used after. A second call does nothing.
 
         Args:
-            blocks: of the history; later commits are always retained until the next call.
+            drain: first make all that was committed durable, if the disk allows; errors are `flush`'s to raise.
         """
-        self._retained = frozenset(blocks)
-        self._retained_until = self._num_committed
-        self._drop_unneeded()
+        if self._closed or self._host is None:
+            self._closed = True
+            return
+        self._closed = True
+        if self._open_commit is not None:
+            self._open_commit.abort()
+        self._host.close(drain=drain, copies=[self._device.lane])
 
-    def memory(self) -> dict[str, int]:
-        """Every byte that the cache holds, by name."""
-        return {"device_arena": self.arena.nbytes, "device_slot_tables": self._table_bytes}
+    # -- prepare, in parts
 
-    def _needed(self, block: int) -> bool:
-        return self._retained is None or block >= self._retained_until or block in self._retained
+    def _check(self, blocks: Iterable[int]) -> None:
+        if self._closed:
+            raise ConfigError("the cache was closed")
+        if self._host is not None:
+            self._host.check()
+        for block in blocks:
+            if not 0 <= block < self._num_committed:
+                raise ConfigError(f"block {block} is not committed; the history has {self._num_committed} blocks")
+            if block not in self._device.table and (self._host is None or not self._host.keeps(block)):
+                raise CapacityError(f"block {block} left the device and there is no host or disk tier that keeps it")
+
+    # -- the ends of what was handed out
+
+    @property
+    def _reserve(self) -> int:
+        """Device frames to leave for the next commit."""
+        return int(self._open_commit is None)
+
+    def _run_ahead(self) -> None:
+        if not self._closed:
+            self._mover.run_ahead(self._num_committed, reserve=self._reserve)
+
+    def _release(self, reading: Reading, placed: Placed, fences: list[Fence]) -> None:
+        with self._lock:
+            self._table_bytes -= reading.table_bytes
+            self._mover.let_go(placed.pins, [mark(self.device), *fences])
+            self._drop_unneeded()
+            self._run_ahead()
+            self._lock.notify_all()
+
+    def _complete(self) -> None:
+        with self._lock:
+            assert self._open_commit is not None
+            block, table = self._open_commit.block, self._device.table
+            encoded = mark(self.device)
+            table.fill(block, encoded)
+            if self._host is not None:
+                table.use(block, self._host.stage(block, self.arena.frame_LHP(table.frame(block)), encoded))
+            table.unpin(block)
+            self._open_commit = None
+            self._num_committed += 1
+            self._run_ahead()
+
+    def _abort(self) -> None:
+        with self._lock:
+            assert self._open_commit is not None
+            block, table = self._open_commit.block, self._device.table
+            table.use(block, mark(self.device))
+            table.unpin(block)
+            table.evict(block)
+            if self._host is not None:
+                self._host.cancel(block)
+            self._open_commit = None
 
     def _drop_unneeded(self) -> None:
-        for block in self._frames.unpinned():
-            if block < self._num_committed and not self._needed(block):
-                self._frames.give(block)
+        for tier in (self._device, self._host):
+            if tier is not None:
+                for block in tier.table.unpinned():
+                    if not self._uses.needed(block):
+                        tier.table.evict(block)
 
-    def _release(self, reading: Reading) -> None:
-        for block in reading.blocks:
-            self._frames.unpin(block)
-        self._table_bytes -= reading._tables_LN.numel() * reading._tables_LN.element_size()
-        self._drop_unneeded()
+    def _check_disk_budget(self, block: int) -> None:
+        most = self.budget.disk_bytes
+        if self._run is not None and most is not None and (block + 1) * self.shape.block_bytes > most:
+            raise DiskFullError(
+                f"the disk budget of {most:,} bytes is full: {block} blocks of {self.shape.block_bytes:,} bytes; raise "
+                f"the cache's disk budget and run again",
+                block=block,
+            )
 
-    def _complete(self, commit: Commit) -> None:
-        self._open_commit = None
-        self._num_committed += 1
-
-    def _abort(self, commit: Commit) -> None:
-        self._open_commit = None
-        self._frames.give(commit.block)
+    def _arena_full(self, block: int) -> CapacityError:
+        frames, size = self.arena.num_frames, self.shape.block_bytes
+        return CapacityError(
+            f"the device arena is full: {frames} blocks of {size:,} bytes, all of them history that may be read again; "
+            f"block {block} needs one more. Raise the cache's device budget to {(frames + 1) * size:,} bytes, add a "
+            f"host budget, or attend fewer blocks (retain)"
+        )

@@ -1,4 +1,4 @@
-"""Which block lies in which frame of one tier: bookkeeping without tensors."""
+"""Which block lies in which frame of one tier, and when a frame may be written again: bookkeeping without bytes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import heapq
 from collections.abc import Iterator
 
 from longtake.kernels.errors import CapacityError
+from longtake.offload.lanes import DONE, Fence
 
 
 class FrameTable:
@@ -80,6 +81,10 @@ class FrameTable:
         """Whether someone reads or writes the block's frame."""
         return block in self._pins
 
+    def num_pins(self, block: int) -> int:
+        """How often the block is pinned."""
+        return self._pins.get(block, 0)
+
     @property
     def num_pinned(self) -> int:
         """Blocks with at least one pin."""
@@ -88,3 +93,41 @@ class FrameTable:
     def unpinned(self) -> list[int]:
         """Blocks whose frame may be freed, in ascending order."""
         return sorted(block for block in self._frame_of if block not in self._pins)
+
+
+class Tier(FrameTable):
+    """A FrameTable that also knows the copies under way into and out of its frames."""
+
+    def __init__(self, num_frames: int, *, tier: str) -> None:
+        super().__init__(num_frames, tier=tier)
+        self._filled: dict[int, Fence] = {}
+        self._users: dict[int, list[Fence]] = {}
+
+    def admit(self, block: int) -> tuple[int, list[Fence]]:
+        """Give a free frame to a block.
+
+        Returns:
+            The frame, and the fences of its former users: whoever writes into it waits for them first.
+        """
+        frame = self.take(block)
+        return frame, list(self._users.get(frame, ()))
+
+    def fill(self, block: int, fence: Fence) -> None:
+        """The block's bytes are in its frame once the fence is passed."""
+        self._filled[block] = fence
+
+    def filled(self, block: int) -> Fence:
+        """What to wait for before reading the block's frame."""
+        return self._filled.get(block, DONE)
+
+    def use(self, block: int, fence: Fence) -> None:
+        """The block's frame is read, or written, until the fence is passed."""
+        if not fence.done():
+            users = self._users.setdefault(self.frame(block), [])
+            users[:] = [user for user in users if not user.done()]
+            users.append(fence)
+
+    def evict(self, block: int) -> None:
+        """Free a block's frame; its bytes may still be on their way in or out."""
+        self.use(block, self._filled.pop(block, DONE))
+        self.give(block)

@@ -59,6 +59,7 @@ class BlockStore:
         self.chunks = tuple(layout.chunks(self.heads))
         self._ops = ops or FileOps()
         self._parts = EqualParts(layout.payload_bytes)
+        self._room_blocks = 0
 
     @classmethod
     def create(
@@ -118,10 +119,19 @@ class BlockStore:
         )
 
     def grow(self, num_blocks: int) -> None:
-        """Widen the array's shape to hold at least `num_blocks`, in strides; shrinks nothing, touches no chunk."""
-        array = _open_array(DurableStore(self.root, ops=self._ops), self.array)
-        if array.shape[0] < num_blocks:
-            array.resize((-(-num_blocks // GROW_BLOCKS) * GROW_BLOCKS, *array.shape[1:]))
+        """Widen the array's shape to hold at least `num_blocks`, in strides; shrinks nothing, touches no chunk.
+
+        Only the rank that has head 0 does so.
+        """
+        if self.heads.start or num_blocks <= self._room_blocks:
+            return
+        try:
+            array = _open_array(DurableStore(self.root, ops=self._ops), self.array)
+            if array.shape[0] < num_blocks:
+                array.resize((-(-num_blocks // GROW_BLOCKS) * GROW_BLOCKS, *array.shape[1:]))
+            self._room_blocks = array.shape[0]
+        except OSError as error:
+            raise from_os_error(error, "growing the Zarr array", path=self.root / self.array) from error
 
     def path(self, block: int, chunk: Chunk) -> Path:
         """A chunk's file."""

@@ -7,23 +7,7 @@ import torch
 
 from longtake.kernels.errors import CapacityError, ConfigError
 from longtake.offload.cache import CacheBudget, KVCache
-from longtake.offload.shape import ModelKVShape
-from tests.offload.payloads import Opaque
-
-SHAPE = ModelKVShape(num_layers=3, num_heads=2, codec=Opaque())
-
-
-def payload_LHP(block: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(block)
-    size = (SHAPE.num_layers, SHAPE.num_heads, SHAPE.payload_bytes)
-    return torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
-
-
-def commit(cache: KVCache, block: int) -> None:
-    opened = cache.begin_commit(block)
-    for layer in range(SHAPE.num_layers):
-        opened.page(layer).copy_(payload_LHP(block)[layer])
-    opened.complete()
+from tests.offload.payloads import SHAPE, commit, payload_LHP
 
 
 def device_cache(num_blocks: int) -> KVCache:

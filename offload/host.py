@@ -1,0 +1,91 @@
+"""The host tier's bytes: pinned memory in slabs, one a layer, allocated once.
+
+Legend: L layers, H heads of this rank, P payload bytes, F frames.
+
+    slab 0    frame 0 | frame 1 | ... | frame F-1      each [H, P]: one (block, layer 0)
+    slab 1    frame 0 | frame 1 | ...                  layer 1
+    ...
+
+Layer by layer, because a streamed history is read so: neighbouring frames of a layer move in one large copy. A slab
+begins on a memory page of its own and is pinned by itself; no copy crosses two.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from longtake.kernels.errors import CapacityError
+from longtake.offload.shape import ModelKVShape
+
+
+class HostPool:
+    """`num_frames` frames of one block each, in host memory; page-locked when the device is a CUDA one."""
+
+    def __init__(self, *, shape: ModelKVShape, num_frames: int, device: torch.device) -> None:
+        """Allocate and pin.
+
+        Args:
+            shape: geometry of a block on this rank.
+            num_frames: blocks that fit.
+            device: what the memory is to be copied to and from.
+
+        Raises:
+            CapacityError: the host has no room, or the system refuses to pin that much.
+        """
+        self.shape = shape
+        self.num_frames = num_frames
+        self.device = device
+        self._registered: list[int] = []
+        slab_bytes = -(-num_frames * shape.page_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        try:
+            memory = torch.frombuffer(mmap.mmap(-1, max(1, shape.num_layers * slab_bytes)), dtype=torch.uint8)
+        except (OSError, MemoryError, RuntimeError) as error:
+            raise CapacityError(
+                f"no room for a host pool of {num_frames} blocks ({num_frames * shape.block_bytes:,} bytes): {error}; "
+                f"lower the cache's host budget"
+            ) from error
+        self._memory = memory
+        self.slabs_LFHP = memory.as_strided(
+            (shape.num_layers, num_frames, shape.num_heads, shape.payload_bytes),
+            (slab_bytes, shape.page_bytes, shape.payload_bytes, 1),
+        )
+        if device.type == "cuda" and num_frames:
+            self._pin()
+
+    def _pin(self) -> None:
+        """Page-lock slab by slab in place: PyTorch's own pinned allocator would round the size up to a power of two."""
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        for slab_FHP in self.slabs_LFHP:
+            address = slab_FHP.data_ptr()
+            status = int(runtime.cudaHostRegister(address, slab_FHP.numel(), 0))
+            if status:
+                self.close()
+                raise CapacityError(
+                    f"the system refuses to pin {self.nbytes:,} bytes of host memory (CUDA error {status}); lower the "
+                    f"cache's host budget or raise the limit on locked memory"
+                )
+            self._registered.append(address)
+
+    def pages_LHP(self, frame: int) -> Tensor:
+        """A frame's pages, a view [L, H, P] uint8; each page contiguous."""
+        return self.slabs_LFHP[:, frame]
+
+    def payloads_LHP(self, frame: int) -> npt.NDArray[np.uint8]:
+        """The same bytes for the store."""
+        return self.slabs_LFHP[:, frame].numpy()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slabs."""
+        return self._memory.numel()
+
+    def close(self) -> None:
+        """Unpin; no copy may be under way."""
+        for address in self._registered:
+            torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+        self._registered.clear()

@@ -1,0 +1,259 @@
+"""A shot's folder on disk, open for one rank: lock, journal, store, and what is committed.
+
+    <shot>/lock[.<rank>]  journal[.<rank>]  kv.zarr/<codec>/...        rank 0 has no suffix
+
+A block is committed when every head of it is listed in some rank's journal, so a gang of another size finds what the
+last one left. Opening agrees on the number of committed blocks, rolls the journals back to it, and deletes orphans.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longtake.kernels.errors import ConfigError, StorageError
+from longtake.offload.errors import from_os_error
+from longtake.offload.files import FileOps
+from longtake.offload.journal import Journal, replay
+from longtake.offload.layout import chunk_layout
+from longtake.offload.lock import FolderLock
+from longtake.offload.records import (
+    BlockCommitted,
+    Checkpointed,
+    Closed,
+    History,
+    RolledBack,
+    SegmentWritten,
+    history,
+    pack_checksums,
+)
+from longtake.offload.shape import ModelKVShape
+from longtake.offload.store import BlockStore, Checksums
+
+_SUFFIX = re.compile(r"journal(?:\.(\d+))?$")
+
+
+def _name(kind: str, rank: int) -> str:
+    return kind if rank == 0 else f"{kind}.{rank}"
+
+
+def journals(path: Path) -> dict[int, Path]:
+    """The journals in a shot's folder by rank."""
+    found = {}
+    for entry in sorted(path.iterdir()) if path.is_dir() else ():
+        if matched := _SUFFIX.match(entry.name):
+            found[int(matched[1] or 0)] = entry
+    return found
+
+
+def covered_blocks(histories: Sequence[History], model_heads: int) -> int:
+    """How many blocks from 0 on have all heads listed in the journals together."""
+    block = 0
+    while True:
+        heads: set[int] = set()
+        for one in histories:
+            if block in one.blocks:
+                record = one.blocks[block]
+                heads.update(range(record.first_head, record.first_head + record.num_heads))
+        if len(heads) < model_heads:
+            return block
+        block += 1
+
+
+def whole_checksums(histories: Sequence[History], block: int, model_heads: int) -> Checksums:
+    """Checksums uint32 [L, all heads] of a block that the journals cover."""
+    parts = [one.blocks[block] for one in histories if block in one.blocks]
+    checksums_LH = np.zeros((parts[0].num_layers, model_heads), dtype=np.uint32)
+    for part in parts:
+        checksums_LH[:, part.first_head : part.first_head + part.num_heads] = part.checksums_LH
+    return checksums_LH
+
+
+class RunDirectory:
+    """One rank's hold on a shot's folder. Commits come from one thread at a time; reads from any."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        shape: ModelKVShape,
+        config_hash: str,
+        rank: int = 0,
+        num_ranks: int = 1,
+        agree: Callable[[int], int] = lambda num_blocks: num_blocks,
+        num_blocks: int | None = None,
+        gang_sizes: Sequence[int] | None = None,
+        fresh: bool = False,
+        ops: FileOps | None = None,
+    ) -> None:
+        """Lock, replay, agree, roll back, remove orphans.
+
+        Args:
+            path: the folder; made if it is not there.
+            shape: geometry of a block on this rank.
+            config_hash: of everything that the payloads depend on.
+            rank, num_ranks: of this process in its gang.
+            agree: the gang's minimum of the committed blocks; called once, by every rank.
+            num_blocks: blocks of the whole shot, if known, for the array's shape.
+            gang_sizes: numbers of ranks that may ever render this shot; None: every divisor of the heads.
+            fresh: delete what is there.
+            ops: the system calls to use.
+
+        Raises:
+            LockedError: another process has the folder.
+            ConfigError: the folder is of another configuration.
+            StorageError, DiskFullError: it is damaged or cannot be written.
+        """
+        self.path, self.shape, self.rank = path, shape, rank
+        self._ops = ops or FileOps()
+        self._array = shape.codec.name
+        self._mutex = threading.Lock()
+        self._locks: list[FolderLock] = []
+        self._journal: Journal | None = None
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise from_os_error(error, "making the shot's folder", path=path) from error
+        try:
+            self._locks.append(FolderLock(path / _name("lock", rank)))
+            if fresh:
+                self._erase(num_ranks)
+            histories = {} if fresh else {r: history(replay(file).records) for r, file in journals(path).items()}
+            committed = agree(covered_blocks(list(histories.values()), shape.model_heads))
+            self._open(histories, committed, config_hash, num_ranks)
+            self.store = BlockStore.create(
+                path / "kv.zarr",
+                array=shape.codec.name,
+                layout=chunk_layout(shape, gang_sizes),
+                heads=range(shape.first_head, shape.first_head + shape.num_heads),
+                num_blocks=num_blocks,
+                ops=self._ops,
+            )
+            self.orphans = self.store.remove_orphans(committed)
+        except BaseException:
+            self.close(orderly=False)
+            raise
+
+    def _erase(self, num_ranks: int) -> None:
+        """Before the agreement: delete this rank's journal and, on rank 0, all that no other rank deletes."""
+        for rank, journal in journals(self.path).items():
+            if rank == self.rank or (self.rank == 0 and rank >= num_ranks):
+                journal.unlink(missing_ok=True)
+        if self.rank == 0:
+            shutil.rmtree(self.path / "kv.zarr", ignore_errors=True)
+
+    def _open(self, histories: dict[int, History], committed: int, config_hash: str, num_ranks: int) -> None:
+        """Check the configuration, load what is committed, begin the epoch. Nothing is written before the agreement."""
+        for found in histories.values():
+            if found.config_hash not in ("", config_hash):
+                raise ConfigError(
+                    f"this folder holds a shot of another configuration ({found.config_hash}, now {config_hash}); "
+                    f"use another folder or start afresh",
+                    path=self.path,
+                )
+        known, shape = list(histories.values()), self.shape
+        heads = slice(shape.first_head, shape.first_head + shape.num_heads)
+        self._checksums: list[Checksums] = [
+            np.ascontiguousarray(whole_checksums(known, block, shape.model_heads)[:, heads])
+            for block in range(committed)
+        ]
+        own = histories.get(self.rank)
+        self.checkpoints: tuple[Checkpointed, ...] = ()
+        self.segments: tuple[SegmentWritten, ...] = ()
+        if own is not None:
+            self.checkpoints = tuple(kept for kept in own.checkpoints if kept.num_blocks <= committed)
+            self.segments = tuple(kept for kept in own.segments if kept.num_blocks <= committed)
+        self._journal = self._continue_journal(self.rank, config_hash, own, committed)
+        if self.rank == 0:
+            self._take_over(histories, num_ranks, config_hash, committed)
+
+    def _continue_journal(self, rank: int, config_hash: str, known: History | None, committed: int) -> Journal:
+        journal = Journal(self.path / _name("journal", rank), config_hash=config_hash, ops=self._ops)
+        if (known.num_blocks if known is not None else 0) != committed:
+            journal.append(RolledBack(num_blocks=committed))
+        return journal
+
+    def _take_over(self, histories: dict[int, History], num_ranks: int, config_hash: str, committed: int) -> None:
+        """Fence out and roll back the journals of ranks that this smaller gang no longer has."""
+        for rank, known in histories.items():
+            if rank >= num_ranks:
+                self._locks.append(FolderLock(self.path / _name("lock", rank)))
+                self._continue_journal(rank, config_hash, known, committed).close()
+
+    @property
+    def num_blocks(self) -> int:
+        """Committed blocks, durable on this rank."""
+        return len(self._checksums)
+
+    @property
+    def epoch(self) -> int:
+        """The journal's epoch that this process writes in."""
+        return self._open_journal().epoch
+
+    def checksums_LH(self, block: int) -> Checksums:
+        """The journal's checksums of this rank's payloads of a committed block."""
+        return self._checksums[block]
+
+    def commit(self, block: int, checksums_LH: Checksums) -> None:
+        """Journal a block whose chunks are durable; returns when the record is.
+
+        Raises:
+            FencedError, DiskFullError, StorageError: see `Journal.append`.
+        """
+        if block != self.num_blocks:
+            raise StorageError(f"block {self.num_blocks} is the next to be journaled, not {block}", path=self.path)
+        self.store.grow(block + 1)
+        self._open_journal().append(
+            BlockCommitted(
+                block=block,
+                array=self._array,
+                first_head=self.shape.first_head,
+                num_layers=self.shape.num_layers,
+                num_heads=self.shape.num_heads,
+                checksums=pack_checksums(checksums_LH),
+            )
+        )
+        self._checksums.append(checksums_LH)
+
+    def checkpoint(self, *, num_blocks: int, path: str, checksum: int, details: dict[str, Any]) -> None:
+        """Journal that the state after `num_blocks` durable blocks was saved.
+
+        Raises:
+            StorageError: those blocks are not durable yet; flush the cache first.
+        """
+        if num_blocks > self.num_blocks:
+            raise StorageError(f"a checkpoint after {num_blocks} blocks, but only {self.num_blocks} are durable")
+        record = Checkpointed(num_blocks=num_blocks, path=path, checksum=checksum, details=details)
+        self._open_journal().append(record)
+        self.checkpoints = (*self.checkpoints, record)
+
+    def segment(self, *, index: int, path: str, checksum: int, num_blocks: int, num_frames: int) -> None:
+        """Journal a segment of video that is whole on the disk."""
+        record = SegmentWritten(index=index, path=path, checksum=checksum, num_blocks=num_blocks, num_frames=num_frames)
+        self._open_journal().append(record)
+        self.segments = (*(kept for kept in self.segments if kept.index < index), record)
+
+    def close(self, *, orderly: bool = True) -> None:
+        """End the writer; `orderly` journals that the run came to its end. A second call does nothing."""
+        with self._mutex:
+            journal, self._journal = self._journal, None
+            locks, self._locks = self._locks, []
+        try:
+            if journal is not None:
+                if orderly:
+                    journal.append(Closed(num_blocks=self.num_blocks))
+                journal.close()
+        finally:
+            for lock in locks:
+                lock.close()
+
+    def _open_journal(self) -> Journal:
+        if self._journal is None:
+            raise StorageError("the shot's folder was closed", path=self.path)
+        return self._journal
