@@ -58,7 +58,8 @@ def quantise_symmetric(x_C: Tensor, step_1: Tensor, bits: int) -> Tensor:
 
 def symmetric_values(codes_C: Tensor, step_1: Tensor, bits: int) -> Tensor:
     """Undo `quantise_symmetric`, float32 [..., C]."""
-    return (codes_C.float() - 0.5 * (2**bits - 1)) * step_1
+    values: Tensor = (codes_C.float() - 0.5 * (2**bits - 1)) * step_1
+    return values
 
 
 def best_symmetric_step(x_C: Tensor, bits: int, unit: Tensor, num_candidates: int = 10) -> Tensor:
