@@ -41,12 +41,15 @@ def load_vae(
     if not (path / "config.json").is_file():
         raise ConfigError("no VAE here: a model folder holds vae/config.json and its safetensors", path=folder)
     try:
-        vae: AutoencoderKLWan = AutoencoderKLWan.from_pretrained(
-            str(path), torch_dtype=dtype, local_files_only=True, use_safetensors=True
+        vae, report = AutoencoderKLWan.from_pretrained(
+            str(path), torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise StorageError(f"the VAE does not load, copy the folder again: {error}", path=path) from error
+    if report["missing_keys"]:
+        raise StorageError(f"the VAE's file lacks weights, {report['missing_keys'][0]} for one", path=path)
     vae = vae.to(device).eval().requires_grad_(False)
+    assert isinstance(vae, AutoencoderKLWan)
     if channels_last:
         to_channels_last(vae)
     return vae

@@ -315,6 +315,11 @@ def test_load_vae_from_a_model_folder(tmp_path: Path) -> None:
         memory_format=torch.channels_last_3d
     )
     weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(weights).items()}
+    tensors.pop("decoder.conv_out.bias")
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(StorageError, match=r"lacks weights, decoder\.conv_out\.bias"):
+        load_vae(tmp_path)
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(StorageError, match="does not load"):
         load_vae(tmp_path)
