@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,21 @@ def test_a_shot_alone_brings_the_one_it_starts_from(tmp_path: Path, tiny_model: 
     assert render(film, tmp_path / "other", "--shot", "arrival") == 0
     assert not (tmp_path / "other" / "film.mp4").exists()
     assert digest(out / "arrival" / "arrival.mp4") == digest(tmp_path / "other" / "arrival" / "arrival.mp4")
+
+
+def test_stopped_and_gone_on_gives_the_same_film(tmp_path: Path, tiny_model: Path) -> None:
+    film, out = write_film(tmp_path, tiny_model), tmp_path / "out"
+    film.write_text(film.read_text().replace('"2s"', '"30s"'))
+    command = ["longtake", "render", str(film), "--out", str(out), "--device", "cpu"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("arrival block 1/31")
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 3
+    assert errors.splitlines()[-1] == "longtake: stopped at a block boundary; run the same command again to go on"
+    assert json.loads((out / "status.json").read_text())["state"] == "PAUSED"
+    assert not (out / "film.mp4").exists()
+    assert render(film, out) == 0
+    assert render(film, tmp_path / "undisturbed") == 0
+    assert digest(out / "film.mp4") == digest(tmp_path / "undisturbed" / "film.mp4")
