@@ -66,6 +66,15 @@ def covered_blocks(histories: Sequence[History], model_heads: int) -> int:
         block += 1
 
 
+def committed_blocks(path: Path, model_heads: int) -> int:
+    """How many blocks a shot's folder holds, without opening it for writing.
+
+    Raises:
+        StorageError: a journal is damaged.
+    """
+    return covered_blocks([history(replay(file).records) for file in journals(path).values()], model_heads)
+
+
 def whole_checksums(histories: Sequence[History], block: int, model_heads: int) -> Checksums:
     """Checksums uint32 [L, all heads] of a block that the journals cover."""
     parts = [one.blocks[block] for one in histories if block in one.blocks]

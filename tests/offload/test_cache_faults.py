@@ -1,0 +1,263 @@
+"""Disks that are full, slow, failing or lying: a running cache stops at a block, or waits, and loses nothing."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from longtake.kernels.errors import LongtakeError, StorageError
+from longtake.offload.cache import CacheBudget, KVCache
+from longtake.offload.errors import DiskFullError
+from longtake.offload.run import RunDirectory
+from longtake.offload.spill import STEPS, Step
+from longtake.offload.verify import verify
+from tests.offload.faults import FaultyOps, flip_bit
+from tests.offload.payloads import SHAPE, check_pages, check_passes, commit, open_run
+
+B = SHAPE.block_bytes
+
+
+def open_cache(
+    path: Path, *, ops: FaultyOps | None = None, device: int = 6, host: int = 6, on_step: Step | None = None
+) -> tuple[KVCache, RunDirectory]:
+    run = open_run(path, ops)
+    budget = CacheBudget(device_bytes=device * B, host_bytes=host * B)
+    return KVCache(shape=SHAPE, device="cpu", budget=budget, run=run, on_step=on_step), run
+
+
+def close(cache: KVCache, run: RunDirectory, *, drain: bool = True) -> None:
+    cache.close(drain=drain)
+    run.close(orderly=drain)
+
+
+def commit_until_it_raises(cache: KVCache, most: int = 200) -> LongtakeError:
+    with pytest.raises(LongtakeError) as caught:
+        for block in range(cache.num_committed, most):
+            commit(cache, block)
+        cache.flush()
+    return caught.value
+
+
+def assert_prefix_is_whole(path: Path, at_least: int) -> int:
+    """What a later run finds: every committed block readable, no damage."""
+    assert verify(path) == []
+    cache, run = open_cache(path)
+    found = cache.num_committed
+    assert found >= at_least
+    for first in range(0, found, 4):
+        check_passes(cache, range(first, min(found, first + 4)), 1)
+    commit(cache, found)
+    cache.flush()
+    check_passes(cache, (found,))
+    close(cache, run)
+    return found
+
+
+@pytest.mark.parametrize("room", [0, 1, 50, 500, 3000, 9001])
+def test_full_disk_stops_at_a_block_and_keeps_what_was_committed(tmp_path: Path, room: int) -> None:
+    ops = FaultyOps()
+    cache, run = open_cache(tmp_path, ops=ops)
+    for block in range(3):
+        commit(cache, block)
+    cache.flush()
+    ops.free_bytes = room
+    error = commit_until_it_raises(cache)
+    assert isinstance(error, DiskFullError) and "free some space" in str(error)
+    durable = cache.durable_blocks
+    assert durable >= 3
+    for call in (lambda: cache.prepare((0,)), lambda: cache.begin_commit(cache.num_committed), cache.flush):
+        with pytest.raises(DiskFullError):
+            call()
+    close(cache, run, drain=False)
+    assert assert_prefix_is_whole(tmp_path, durable) == durable
+
+
+def test_disk_budget_is_a_full_disk(tmp_path: Path) -> None:
+    run = open_run(tmp_path)
+    budget = CacheBudget(device_bytes=6 * B, disk_bytes=4 * B + 1)
+    cache = KVCache(shape=SHAPE, device="cpu", budget=budget, run=run)
+    error = commit_until_it_raises(cache)
+    assert isinstance(error, DiskFullError) and error.block == 4 and "disk budget" in str(error)
+    cache.flush()
+    close(cache, run)
+    assert_prefix_is_whole(tmp_path, 4)
+
+
+@pytest.mark.parametrize("what", ["write", "fsync"])
+def test_failing_disk_stops_at_a_block(tmp_path: Path, what: str) -> None:
+    ops = FaultyOps(short=100)
+    cache, run = open_cache(tmp_path, ops=ops)
+    for block in range(4):
+        commit(cache, block)
+    cache.flush()
+    if what == "write":
+        ops.fail_writes = 1
+    else:
+        ops.fail_fsync = True
+    assert isinstance(commit_until_it_raises(cache), StorageError)
+    close(cache, run, drain=False)
+    assert assert_prefix_is_whole(tmp_path, 4) == 4
+
+
+def test_failed_read_changes_nothing_and_may_be_tried_again(tmp_path: Path) -> None:
+    cache, run = open_cache(tmp_path)
+    for block in range(9):
+        commit(cache, block)
+    close(cache, run)
+    ops = FaultyOps()
+    cache, run = open_cache(tmp_path, ops=ops, host=3)
+    check_passes(cache, (3,))
+    ops.fail_reads = 1
+    with pytest.raises(StorageError, match="reading block"):
+        cache.prepare((0, 1, 2, 3))
+    assert cache._device.table.num_pinned == 0
+    check_passes(cache, (0, 1, 2, 3))
+    close(cache, run)
+
+
+def test_damage_is_named_when_it_is_read_and_spares_the_rest(tmp_path: Path) -> None:
+    cache, run = open_cache(tmp_path)
+    for block in range(9):
+        commit(cache, block)
+    close(cache, run)
+    cache, run = open_cache(tmp_path, host=2)
+    flip_bit(run.store.path(4, run.store.chunks[1]), 8 * (5 * 24) + 3)
+    cache.schedule([(4,), (3,)])  # a prefetch that fails is no error until the block is wanted
+    with pytest.raises(StorageError, match=r"block 4, layer 5, head 1: .*c\.4\.0\.1\.0"):
+        cache.prepare((3, 4))
+    check_passes(cache, (3, 5, 0))
+    assert check_passes(cache, (3, 2, 1, 0, 5, 6))
+    with pytest.raises(StorageError, match="block 4, layer 5, head 1"):
+        check_passes(cache, range(1, 7))
+    commit(cache, 9)
+    close(cache, run)
+
+
+def test_damage_in_a_page_streamed_from_the_disk(tmp_path: Path) -> None:
+    cache, run = open_cache(tmp_path)
+    for block in range(4):
+        commit(cache, block)
+    close(cache, run)
+    cache, run = open_cache(tmp_path, device=3, host=2)
+    flip_bit(run.store.path(0, run.store.chunks[1]), 8 * (5 * 24) + 3)
+    with cache.prepare(range(4)) as reading:
+        assert reading.streamed
+        with pytest.raises(StorageError, match="block 0, layer 5, head 1"):
+            for layer in range(SHAPE.num_layers):
+                assert layer <= 5
+                check_pages(reading, layer, range(4))
+    assert cache._device.table.num_pinned == 0
+    check_passes(cache, (3, 2))
+    commit(cache, 4)
+    close(cache, run)
+
+
+def test_slow_disk_holds_the_producer_back_and_nothing_grows(tmp_path: Path) -> None:
+    ops = FaultyOps()
+    cache, run = open_cache(tmp_path, ops=ops, host=3)
+    ops.write_delay_s = 0.004
+    before = cache.memory()
+    most = 0
+    for block in range(25):
+        commit(cache, block)
+        most = max(most, cache.num_committed - cache.durable_blocks)
+        check_passes(cache, range(max(0, block - 2), block + 1), 1)
+    assert most <= 3
+    assert cache.memory() == before
+    assert cache.stats().stalled_host_s > 0.02
+    cache.flush()
+    assert cache.durable_blocks == 25 and cache.stats().max_lag_s > 0
+    close(cache, run)
+    assert_prefix_is_whole(tmp_path, 25)
+
+
+def test_reads_go_on_while_writes_wait(tmp_path: Path) -> None:
+    cache, run = open_cache(tmp_path)
+    for block in range(8):
+        commit(cache, block)
+    close(cache, run)
+    ops = FaultyOps()
+    cache, run = open_cache(tmp_path, ops=ops, host=3)
+    ops.write_delay_s = 0.5
+    for block in (8, 9):
+        commit(cache, block)
+    began = time.perf_counter()
+    check_passes(cache, (0, 1, 2, 3))
+    assert time.perf_counter() - began < 0.4, "a read waited for a write"
+    ops.write_delay_s = 0
+    close(cache, run)
+
+
+# -- crashes
+
+
+def run_in_child(path: Path, kill_at: Callable[[str, int], bool], ready: int = -1) -> int:
+    """Fork a process that commits blocks until it is killed; returns its number."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        torch.set_num_threads(1)
+
+        def on_step(name: str, block: int) -> None:
+            if kill_at(name, block):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        cache, _ = open_cache(path, on_step=on_step)
+        if ready >= 0:
+            os.write(ready, b"x")
+        for block in range(cache.num_committed, 100_000):
+            check_passes(cache, range(max(0, block - 2), block), 1)
+            commit(cache, block)
+    finally:
+        os._exit(1)
+
+
+def assert_killed(child: int) -> None:
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_killed_at_each_step_of_a_commit(tmp_path: Path, step: str) -> None:
+    for run_number in range(3):
+        at = 3 * run_number + 2
+        assert_killed(run_in_child(tmp_path, lambda name, block, at=at: name == step and block == at))  # type: ignore[misc]
+        assert verify(tmp_path) == []
+        run = open_run(tmp_path)
+        match step:
+            case "journaled":
+                assert run.num_blocks == at + 1
+            case "chunks" | "names":
+                assert run.num_blocks == at
+            case _:
+                assert at - 6 <= run.num_blocks <= at  # chunks of later blocks are written while earlier ones are
+        run.close(orderly=False)
+    assert_prefix_is_whole(tmp_path, 7)
+
+
+def test_killed_at_random_instants(tmp_path: Path) -> None:
+    chooser = random.Random(11)
+    committed = 0
+    for _ in range(40):
+        reader, writer = os.pipe()
+        child = run_in_child(tmp_path, lambda name, block: False, writer)
+        os.read(reader, 1)
+        time.sleep(chooser.random() * 0.03)
+        os.kill(child, signal.SIGKILL)
+        assert_killed(child)
+        os.close(reader)
+        os.close(writer)
+        assert verify(tmp_path) == []
+        run = open_run(tmp_path)
+        assert run.num_blocks >= committed
+        committed = run.num_blocks
+        run.close(orderly=False)
+    assert committed > 0
+    assert_prefix_is_whole(tmp_path, committed)

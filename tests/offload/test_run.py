@@ -1,0 +1,247 @@
+"""A shot's folder: reopened after a crash, by another gang, by a rival; and verified."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from longtake.kernels.errors import ConfigError, StorageError
+from longtake.offload.cache import CacheBudget, KVCache
+from longtake.offload.errors import FencedError, LockedError
+from longtake.offload.files import as_bytes, crc32c
+from longtake.offload.journal import replay
+from longtake.offload.records import history
+from longtake.offload.run import RunDirectory, committed_blocks
+from longtake.offload.shape import ModelKVShape
+from longtake.offload.store import Checksums
+from longtake.offload.verify import verify
+from tests.offload.faults import flip_bit
+from tests.offload.payloads import SHAPE, Opaque, check_passes, commit, open_run, payload_LHP
+
+BUDGET = CacheBudget(device_bytes=6 * SHAPE.block_bytes)
+
+
+def rollout(path: Path, num_blocks: int) -> None:
+    """Go on to `num_blocks` blocks and end in order."""
+    run = open_run(path)
+    cache = KVCache(shape=SHAPE, device="cpu", budget=BUDGET, run=run)
+    for block in range(cache.num_committed, num_blocks):
+        commit(cache, block)
+    cache.flush()
+    cache.close()
+    run.close()
+
+
+def write(run: RunDirectory, block: int) -> None:
+    """Make a block durable without a cache."""
+    payloads_LHP = np.ascontiguousarray(payload_LHP(block, run.shape).numpy())
+    for chunk in run.store.chunks:
+        run.store.write_chunk(block, chunk, payloads_LHP)
+    run.commit(block, checksums(run.shape, block))
+
+
+def checksums(shape: ModelKVShape, block: int) -> Checksums:
+    payloads_LHP = np.ascontiguousarray(payload_LHP(block, shape).numpy())
+    return np.array([[crc32c(head_P) for head_P in layer_HP] for layer_HP in payloads_LHP], dtype=np.uint32)
+
+
+def test_goes_on_where_it_ended(tmp_path: Path) -> None:
+    rollout(tmp_path, 3)
+    rollout(tmp_path, 5)
+    run = open_run(tmp_path)
+    assert run.num_blocks == 5 and run.epoch == 3
+    cache = KVCache(shape=SHAPE, device="cpu", budget=BUDGET, run=run)
+    assert cache.num_committed == cache.durable_blocks == 5
+    check_passes(cache, (4, 0, 2))
+    check_passes(cache, range(5))
+    cache.close()
+    run.close()
+    assert verify(tmp_path) == []
+
+
+def test_crash_before_the_record_leaves_an_orphan_that_is_removed(tmp_path: Path) -> None:
+    rollout(tmp_path, 2)
+    run = open_run(tmp_path)
+    for chunk in run.store.chunks:
+        run.store.write_chunk(2, chunk, np.ascontiguousarray(payload_LHP(2).numpy()))
+    orphans = [run.store.path(2, chunk) for chunk in run.store.chunks]
+    partial = orphans[0].with_name("c.3.0.0.0.partial")
+    partial.write_bytes(b"half")
+    run.close(orderly=False)
+    assert verify(tmp_path) == []
+    run = open_run(tmp_path)
+    assert run.num_blocks == 2
+    assert sorted(run.orphans) == sorted([*orphans, partial])
+    assert not any(path.exists() for path in run.orphans)
+    run.close()
+
+
+def test_torn_journal_tail_loses_only_the_last_block(tmp_path: Path) -> None:
+    rollout(tmp_path, 3)
+    journal = tmp_path / "journal"
+    records = replay(journal).records
+    journal.write_bytes(journal.read_bytes()[: -len(b"anything") - 60])
+    survivors = history(replay(journal).records).num_blocks
+    assert survivors in (2, 3) and len(replay(journal).records) < len(records)
+    rollout(tmp_path, 4)
+    assert verify(tmp_path) == []
+
+
+def test_another_configuration_is_refused_unless_fresh(tmp_path: Path) -> None:
+    rollout(tmp_path, 2)
+    before = (tmp_path / "journal").read_bytes()
+    with pytest.raises(ConfigError, match="another configuration"):
+        RunDirectory(tmp_path, shape=SHAPE, config_hash="d")
+    assert (tmp_path / "journal").read_bytes() == before
+    run = RunDirectory(tmp_path, shape=SHAPE, config_hash="d", fresh=True)
+    assert run.num_blocks == 0
+    write(run, 0)
+    run.close()
+    assert verify(tmp_path) == []
+
+
+def test_a_second_process_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    run = open_run(tmp_path)
+    write(run, 0)
+    before = (tmp_path / "journal").read_bytes()
+    for fresh in (False, True):
+        with pytest.raises(LockedError, match="in use by process"):
+            RunDirectory(tmp_path, shape=SHAPE, config_hash="c", fresh=fresh)
+    assert (tmp_path / "journal").read_bytes() == before
+    run.close()
+
+
+def test_a_writer_that_lost_its_lock_is_fenced_out(tmp_path: Path) -> None:
+    old = open_run(tmp_path)
+    write(old, 0)
+    for lock in old._locks:
+        lock.close()  # as when the lease of a machine ends while it still runs
+    new = open_run(tmp_path)
+    with pytest.raises(FencedError):
+        write(old, 1)
+    write(new, 1)
+    old.close(orderly=False)
+    new.close()
+    assert history(replay(tmp_path / "journal").records).num_blocks == 2
+
+
+def test_checkpoints_and_segments_follow_the_blocks(tmp_path: Path) -> None:
+    run = open_run(tmp_path)
+    write(run, 0)
+    state = b"decoder state"
+    (tmp_path / "state.0").write_bytes(state)
+    run.checkpoint(num_blocks=1, path="state.0", checksum=crc32c(as_bytes(state)), details={"beat": 1})
+    run.segment(index=0, path="state.0", checksum=crc32c(as_bytes(state)), num_blocks=1, num_frames=9)
+    with pytest.raises(StorageError, match="only 1 are durable"):
+        run.checkpoint(num_blocks=2, path="state.0", checksum=0, details={})
+    run.close(orderly=False)
+    run = open_run(tmp_path)
+    assert [kept.details for kept in run.checkpoints] == [{"beat": 1}]
+    assert [kept.num_frames for kept in run.segments] == [9]
+    run.close()
+    assert verify(tmp_path) == []
+    (tmp_path / "state.0").write_bytes(state[:-1])
+    assert len(verify(tmp_path)) == 2
+    (tmp_path / "state.0").unlink()
+    assert all("missing" in str(error) for error in verify(tmp_path))
+
+
+# -- gangs
+
+HEADS = 4
+CODEC = Opaque(payload_bytes=20)
+
+
+def gang(path: Path, num_ranks: int) -> list[RunDirectory]:
+    """Every rank of a gang, opened as real ranks do: all replay and agree before any writes."""
+    heads = HEADS // num_ranks
+    shapes = [
+        ModelKVShape(num_layers=3, num_heads=heads, codec=CODEC, first_head=rank * heads, total_heads=HEADS)
+        for rank in range(num_ranks)
+    ]
+    least = committed_blocks(path, HEADS)
+    return [
+        RunDirectory(path, shape=shape, config_hash="c", rank=rank, num_ranks=num_ranks, agree=lambda own: least)
+        for rank, shape in enumerate(shapes)
+    ]
+
+
+def test_gangs_of_other_sizes_go_on_from_the_same_bytes(tmp_path: Path) -> None:
+    done = 0
+    for num_ranks in (4, 2, 1, 4, 2):
+        ranks = gang(tmp_path, num_ranks)
+        assert {run.num_blocks for run in ranks} == {done}
+        for run in ranks:
+            for block in range(done):
+                assert np.array_equal(run.checksums_LH(block), checksums(run.shape, block))
+                out_LHP = np.empty((3, run.shape.num_heads, 20), dtype=np.uint8)
+                for chunk in run.store.chunks:
+                    run.store.read_chunk(block, chunk, out_LHP, run.checksums_LH(block))
+                assert np.array_equal(out_LHP, payload_LHP(block, run.shape).numpy())
+        for run in ranks:
+            for block in range(done, done + 2):
+                write(run, block)
+            if run.rank == 0 and num_ranks > 1:
+                write(run, done + 2)  # a rank that was ahead when the gang died
+            run.close(orderly=False)
+        done += 2
+        assert verify(tmp_path) == []
+
+
+def test_ranks_that_saw_different_journals_agree_on_the_minimum(tmp_path: Path) -> None:
+    ranks = gang(tmp_path, 2)
+    for run, count in zip(ranks, (3, 1), strict=True):
+        for block in range(count):
+            write(run, block)
+        run.close(orderly=False)
+    ranks = gang(tmp_path, 2)
+    assert [run.num_blocks for run in ranks] == [1, 1]
+    assert len(ranks[0].orphans) == 2 * 2
+    for run in ranks:
+        write(run, 1)
+        run.close()
+    assert verify(tmp_path) == []
+    assert [run.num_blocks for run in gang(tmp_path, 2)] == [2, 2]
+
+
+# -- damage
+
+
+def test_verify_finds_every_one_of_many_damages(tmp_path: Path) -> None:
+    rollout(tmp_path, 12)
+    assert verify(tmp_path) == []
+    run = open_run(tmp_path)
+    paths = [run.store.path(block, chunk) for block in range(12) for chunk in run.store.chunks]
+    run.close()
+    chooser = random.Random(3)
+    whole = {path: path.read_bytes() for path in paths}
+    for _ in range(15):
+        bad = chooser.sample(paths, chooser.randrange(1, len(paths)))
+        for path in bad:
+            match chooser.randrange(4):
+                case 0:
+                    path.unlink()
+                case 1:
+                    path.write_bytes(whole[path][: chooser.randrange(len(whole[path]))])
+                case 2:
+                    path.write_bytes(whole[chooser.choice([other for other in paths if other != path])])
+                case _:
+                    flip_bit(path, chooser.randrange(8 * len(whole[path])))
+        assert sorted(error.path or "" for error in verify(tmp_path)) == sorted(map(str, bad))
+        for path in bad:
+            path.write_bytes(whole[path])
+    assert verify(tmp_path) == []
+
+
+def test_verify_finds_a_lost_array_and_a_damaged_journal(tmp_path: Path) -> None:
+    rollout(tmp_path, 3)
+    metadata = tmp_path / "kv.zarr" / "opaque" / "zarr.json"
+    saved = metadata.read_bytes()
+    metadata.unlink()
+    assert len(verify(tmp_path)) == 1
+    metadata.write_bytes(saved)
+    flip_bit(tmp_path / "journal", 300)
+    assert any("journal is damaged" in str(error) for error in verify(tmp_path))
