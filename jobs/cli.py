@@ -134,18 +134,16 @@ def plan(
     ] = None,
 ) -> None:
     """Frames, blocks, and bytes on device, host and disk, before anything is rendered."""
-    from rich.console import Console
-
     from longtake.jobs import plan as planning
     from longtake.jobs.film import load_film
-    from longtake.jobs.tables import plan_table
+    from longtake.jobs.tables import plan_table, print_table
 
     if device not in ("cpu", "cuda"):
         raise ConfigError(f"--device {device}: unknown device; write cpu or cuda")
     configs = _resolve(load_film(film_path))
     plans = planning.plan_film(configs, "float32" if device == "cpu" else "bfloat16")
     if json_path is None:
-        Console().print(plan_table(plans))
+        print_table(plan_table(plans))
         return
     text = json.dumps(planning.to_json(plans), indent=1) + "\n"
     if str(json_path) == "-":
@@ -160,10 +158,8 @@ def plan(
 @app.command()
 def models() -> None:
     """The models that a film can name."""
-    from rich.console import Console
-
     from longtake.engine.weights import SHIPPED, read_spec
-    from longtake.jobs.tables import models_table
+    from longtake.jobs.tables import models_table, print_table
 
     specs: dict[str, ModelSpec | str] = {}
     for name in SHIPPED:
@@ -171,7 +167,7 @@ def models() -> None:
             specs[name] = read_spec(name)
         except ConfigError as error:
             specs[name] = str(error)
-    Console().print(models_table(specs))
+    print_table(models_table(specs))
 
 
 @app.command(
