@@ -224,9 +224,10 @@ class ShotConfig:
         return self.model.block_frames // self.model.transformer.patch_size[0] * rows * columns
 
     def beat_of_block(self, block: int) -> int:
-        """Index of the beat that a block is rendered under: the last one that began by the block's first frame."""
-        start_frame = self.frames_of_latents(block * self.model.block_frames)
-        started = [index for index, beat in enumerate(self.beats) if beat.at_s * self.fps <= start_frame]
+        """Index of the beat that a block is rendered under: the last one that began before the block's middle."""
+        model = self.model
+        middle = self.frames_of_latents(block * model.block_frames) + model.block_frames * model.temporal_stride / 2
+        started = [index for index, beat in enumerate(self.beats) if beat.at_s * self.fps < middle]
         return started[-1]
 
 

@@ -42,6 +42,8 @@ CONFIG: dict[str, Any] = {
     "latents_mean": [0.0] * 16,
     "latents_std": [1.0] * 16,
 }
+# diffusers stops at 1e-24; from here on gradients would grow past what a clipped step survives.
+NORM_FLOOR = 1e-10
 CONVOLUTIONS = ("conv2d", "conv3d", "conv3d channels last")
 
 
@@ -52,7 +54,7 @@ def new_autoencoder(config: dict[str, Any] | None = None) -> AutoencoderKLWan:
 
 def _norm_silu(x: Tensor, gamma: Tensor, scale: float) -> Tensor:
     wide = x.float()
-    norm = wide * torch.rsqrt(wide.square().sum(1, keepdim=True).clamp_min(1e-24))
+    norm = wide * torch.rsqrt(wide.square().sum(1, keepdim=True).clamp_min(NORM_FLOOR))
     return functional.silu(norm * scale * gamma).to(x.dtype)
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
@@ -61,8 +62,12 @@ def visible(layout: Layout) -> Mask:
     return mask_mod
 
 
-def block_mask(layout: Layout, device: torch.device) -> BlockMask:
-    """The mask, prepared for flex attention on ``device``; the same for every batch."""
+def block_mask(layout: Layout, device: torch.device) -> BlockMask | Tensor:
+    """The mask, the same for every batch: for flex attention on a GPU, dense bool [T, T] on a CPU (which has no
+    backward pass of flex attention)."""
+    if device.type == "cpu":
+        index = torch.arange(layout.num_tokens)
+        return visible(layout)(index, index, index[:, None], index[None, :])
     return create_block_mask(visible(layout), None, None, layout.num_tokens, layout.num_tokens, device=str(device))
 
 
@@ -103,12 +108,14 @@ class Rotations:
         return table[..., 0].contiguous(), table[..., 1].contiguous()
 
 
-def make_attend(cos_B1TP: Tensor, sin_B1TP: Tensor, mask: BlockMask) -> Attend:
+def make_attend(cos_B1TP: Tensor, sin_B1TP: Tensor, mask: BlockMask | Tensor) -> Attend:
     """Self-attention of the doubled sequence, for ``CausalWan.forward``."""
 
     def attend(layer: int, q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor:
         q, k = rotate(q_BTHD, cos_B1TP, sin_B1TP), rotate(k_BTHD, cos_B1TP, sin_B1TP)
         v = v_BTHD.transpose(1, 2).to(q.dtype)
+        if isinstance(mask, Tensor):
+            return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
         out = flex_attention(q, k, v, block_mask=mask)
         assert isinstance(out, Tensor)
         return out.transpose(1, 2)

@@ -21,16 +21,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from longtake.engine.mini.clips import Batch, ClipBuffer
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from longtake.engine.config import ModelConfig
+from longtake.engine.mini.clips import Batch, ClipBuffer
 from longtake.engine.mini.state import load_state, save_state
 from longtake.engine.mini.teacher_forcing import Layout, Rotations, block_mask, make_attend
 from longtake.engine.model import CausalWan
 
-TRANSFORMER = ModelConfig(num_heads=4, head_dim=64, num_layers=6, ffn_dim=640, text_dim=64)
+TRANSFORMER = ModelConfig(num_heads=4, head_dim=64, num_layers=6, ffn_dim=608, text_dim=64)
 TEXT = UMT5Config(
     vocab_size=384,
     d_model=64,
@@ -127,11 +127,11 @@ class Trainer:
             self.forward = torch.compile(self._forward, dynamic=False)
 
     def _forward(
-        self, doubled: Tensor, times_BF: Tensor, tokens: Tensor, cos: Tensor, sin: Tensor, mask: Tensor
+        self, doubled: Tensor, times_BF: Tensor, embeds: Tensor, cos: Tensor, sin: Tensor, mask: Tensor
     ) -> Tensor:
         """Flow of the noisy half [B, C, F, Y, X]."""
         transformer = self.model.transformer
-        context = transformer.text_context(self.model.encode_text(tokens))
+        context = transformer.text_context(embeds)
         attend = make_attend(cos, sin, self.mask)
         half = doubled.shape[2] // 2
         return transformer(doubled, times_BF, context, attend, mask)[:, :, half:]
@@ -152,7 +152,8 @@ class Trainer:
         times = torch.cat((torch.zeros_like(sigma_BF), 1000 * sigma_BF), dim=1)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             doubled = torch.cat((history, noisy), dim=2)
-            return self.forward(doubled, times, batch.tokens_BNK, *self.rotations(batch.starts_BN), batch.text_mask)
+            embeds = self.model.encode_text(batch.tokens_BNK)
+            return self.forward(doubled, times, embeds, *self.rotations(batch.starts_BN), batch.text_mask)
 
     def own_history(self, clean: Tensor, batch: Batch) -> Tensor:
         """A history of the model's own one-step pictures, from a random level of noise, for most of the blocks."""
@@ -206,6 +207,8 @@ class Trainer:
             losses.append(self.train_step())
             if len(losses) == 50:
                 loss = torch.stack(losses).mean().item()  # waits for the device
+                if not math.isfinite(loss):
+                    raise RuntimeError(f"the loss is {loss} at step {self.step}: lower the learning rate, resume")
                 now = time.monotonic()
                 self.elapsed_s += now - last
                 last = now

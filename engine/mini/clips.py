@@ -1,0 +1,175 @@
+"""Training clips as latents on the device: rendered, encoded and captioned on the fly, replaced little by little.
+
+A clip is 30 s of a world under a script of one to three prompts. A training sequence takes some of its blocks: a run, or
+a sparse past and a recent run, at their true places in time, closed up, or with a gap, so that full histories, windows
+with sinks and retrieved blocks are all seen.
+
+Shape legend: M clips, B batch, N blocks of a sequence, Q blocks of a clip, C channels, F latent frames, Y, X latent
+rows and columns, K text tokens, P prompts of a clip, T tokens of the doubled sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longtake.engine.mini.autoencoder import ClipForward, encode_clips
+from longtake.engine.mini.prompts import BEAT_GRID_S, Script, camera_path, random_scripts, stage, tokens
+from longtake.engine.mini.render import render
+from longtake.engine.mini.teacher_forcing import Layout
+from longtake.engine.mini.world import FPS, RING_PX, build_worlds
+from longtake.engine.vae import load_vae
+
+CLIP_BLOCKS, BLOCK_FRAMES = 40, 3
+NUM_PROMPTS, TEXT_LEN = 3, 128
+CLIP_FRAMES = 1 + 4 * (CLIP_BLOCKS * BLOCK_FRAMES - 1)
+LATENT_SHAPE = (16, 12, 20)
+_AT_ONCE = 8
+_REFRESH_STEPS = 16
+_MAX_GAP_LATENTS = 240
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Some sequences: latents, where their blocks stand in time, prompts and which block is under which."""
+
+    latents_BCFYX: Tensor
+    starts_BN: Tensor
+    tokens_BNK: Tensor
+    text_mask: Tensor
+
+
+class ClipBuffer:
+    """A ring buffer of encoded clips on the device.
+
+    Args:
+        vae: folder of the trained VAE.
+        capacity: clips kept.
+        device: of the buffer; rendering and encoding happen there too.
+        first_seed: of the first world; each clip has its own.
+    """
+
+    def __init__(self, vae: Path, capacity: int, device: torch.device, first_seed: int = 1) -> None:
+        channels, rows, columns = LATENT_SHAPE
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self._device, self._capacity, self._first_seed = device, capacity, first_seed
+        self._vae = load_vae(vae, dtype=dtype, device=device).requires_grad_(False)
+        convolution = "conv3d channels last" if device.type == "cuda" else "conv2d"
+        self._forward = ClipForward(self._vae, convolution=convolution, fuse=device.type == "cuda")
+        self._latents = torch.empty(
+            capacity, CLIP_BLOCKS, channels, BLOCK_FRAMES, rows, columns, dtype=torch.bfloat16, device=device
+        )
+        self._tokens = torch.zeros(capacity, NUM_PROMPTS, TEXT_LEN, dtype=torch.int64, device=device)
+        self._prompt_of_block = torch.zeros(capacity, CLIP_BLOCKS, dtype=torch.int64, device=device)
+        self._calls = 0
+        self.num_made = 0
+
+    def fill(self, count: int) -> None:
+        """Make ``count`` clips."""
+        for _ in range(0, count, _AT_ONCE):
+            self._make()
+
+    def refresh(self) -> None:
+        """Make a few clips now and then; called once a step."""
+        self._calls += 1
+        if self._calls % _REFRESH_STEPS == 0:
+            self._make()
+
+    @torch.no_grad()
+    def _make(self) -> None:
+        seeds = [self._first_seed + self.num_made + index for index in range(_AT_ONCE)]
+        latents, scripts = make_clips(seeds, self._forward, CLIP_FRAMES, self._device)
+        rows = [(self.num_made + index) % self._capacity for index in range(_AT_ONCE)]
+        blocks = latents.unflatten(2, (CLIP_BLOCKS, BLOCK_FRAMES)).transpose(1, 2)
+        self._latents[rows] = blocks.bfloat16()
+        self._tokens[rows] = script_tokens(scripts).to(self._device)
+        self._prompt_of_block[rows] = torch.tensor([prompt_of_block(s) for s in scripts], device=self._device)
+        self.num_made += _AT_ONCE
+
+    def sample(self, batch: int, layout: Layout) -> Batch:
+        """Draw ``batch`` sequences of ``layout.num_blocks`` blocks."""
+        available = min(self.num_made, self._capacity)
+        clip_B = torch.randint(0, available, (batch,), device=self._device)
+        block_BN = choose_blocks(batch, layout.num_blocks, self._device)
+        starts_BN = place_blocks(block_BN)
+        latents = self._latents[clip_B[:, None], block_BN].transpose(1, 2).flatten(2, 3)
+        prompt_BN = self._prompt_of_block[clip_B].gather(1, block_BN)
+        prompt_BT = prompt_BN.repeat_interleave(layout.block_tokens, dim=1).repeat(1, 2)
+        prompt_of_token = torch.arange(NUM_PROMPTS, device=self._device).repeat_interleave(TEXT_LEN)
+        return Batch(
+            latents_BCFYX=latents,
+            starts_BN=starts_BN,
+            tokens_BNK=self._tokens[clip_B],
+            text_mask=(prompt_BT[:, :, None] == prompt_of_token)[:, None],
+        )
+
+
+def make_clips(
+    seeds: list[int], forward: ClipForward, num_frames: int, device: torch.device
+) -> tuple[Tensor, list[Script]]:
+    """Render and encode one clip a seed: normalised latents [M, C, F, Y, X] and the scripts."""
+    worlds = build_worlds(seeds)
+    start_angle = np.array([(seed * 7919) % RING_PX for seed in seeds], dtype=np.float64)
+    scripts = random_scripts(worlds, start_angle, num_frames / FPS, seeds, max_beats=NUM_PROMPTS)
+    staged = stage(worlds, scripts, start_angle).to(device)
+    paths = [camera_path(s, num_frames, float(a)) for s, a in zip(scripts, start_angle, strict=True)]
+    angle = torch.from_numpy(np.stack(paths)).to(device)
+    time_s = (torch.arange(num_frames, dtype=torch.float64, device=device) / FPS).expand(len(seeds), -1)
+    video = render(staged, angle, time_s, frames_at_once=2048)
+    return encode_clips(forward, video), scripts
+
+
+def script_tokens(scripts: list[Script]) -> Tensor:
+    """Token ids of the scripts' prompts: int64 [M, P, K], zeros for prompts that a script does not have."""
+    out = torch.zeros(len(scripts), NUM_PROMPTS, TEXT_LEN, dtype=torch.int64)
+    for row, script in enumerate(scripts):
+        for column, beat in enumerate(script):
+            out[row, column] = torch.from_numpy(tokens(beat.prompt, TEXT_LEN).astype(np.int64))
+    return out
+
+
+def prompt_of_block(script: Script) -> list[int]:
+    """Index of the prompt in force for each block of a clip; beats fall on blocks."""
+    first_block = [round(beat.at_s / BEAT_GRID_S) for beat in script]
+    return [max(p for p, first in enumerate(first_block) if first <= block) for block in range(CLIP_BLOCKS)]
+
+
+def choose_blocks(batch: int, count: int, device: torch.device) -> Tensor:
+    """Which blocks of a clip make a sequence: int64 [B, N], ascending.
+
+    Half are runs, half of those from the clip's start. The others end anywhere, with a recent run of 4 to 12 blocks, and
+    are filled up with blocks from before it, with the clip's first one in most.
+    """
+    rank_BQ = torch.arange(CLIP_BLOCKS, device=device).expand(batch, -1)
+
+    def uniform() -> Tensor:
+        return torch.rand(batch, 1, device=device)
+
+    first = (uniform() * (CLIP_BLOCKS - count + 1)).floor().long() * (uniform() < 0.5)
+    run_BN = first + torch.arange(count, device=device)
+    last = count - 1 + (uniform() * (CLIP_BLOCKS - count + 1)).floor().long()
+    recent = last - 4 - (uniform() * 9).floor().long()
+    score = torch.rand(batch, CLIP_BLOCKS, device=device)
+    score = score + 2.0 * (rank_BQ > recent) + 3.0 * ((rank_BQ == 0) & (uniform() < 0.7))
+    score = score.masked_fill(rank_BQ > last, -1.0)
+    sparse_BN = score.topk(count, dim=1).indices.sort(dim=1).values
+    return torch.where(uniform() < 0.5, run_BN, sparse_BN)
+
+
+def place_blocks(block_BN: Tensor) -> Tensor:
+    """Where the chosen blocks stand in time: latent-frame positions, int64 [B, N].
+
+    At their true places (half of them), closed up from 0 (30 %), or with one long gap (the rest).
+    """
+    batch, count = block_BN.shape
+    device = block_BN.device
+    true = block_BN * BLOCK_FRAMES
+    closed = torch.arange(count, device=device).expand(batch, -1) * BLOCK_FRAMES
+    after = torch.arange(count, device=device) >= 1 + (torch.rand(batch, 1, device=device) * (count - 1)).floor()
+    gapped = true + after * (torch.rand(batch, 1, device=device) * _MAX_GAP_LATENTS).floor().long()
+    kind = torch.rand(batch, 1, device=device)
+    return torch.where(kind < 0.5, true, torch.where(kind < 0.8, closed, gapped))
