@@ -38,9 +38,10 @@ class DeviceArena:
         self.device = device
         num_slots = num_frames * shape.num_layers
         try:
-            self.pages_GHP = torch.empty(
-                (num_slots, shape.num_heads, shape.payload_bytes), dtype=torch.uint8, device=device
-            )
+            with torch.inference_mode(False):  # worker threads, outside the caller's inference mode, write it too
+                self.pages_GHP = torch.empty(
+                    (num_slots, shape.num_heads, shape.payload_bytes), dtype=torch.uint8, device=device
+                )
         except (torch.cuda.OutOfMemoryError, MemoryError, RuntimeError) as error:
             raise CapacityError(
                 f"no room on {device} for an arena of {num_frames} blocks "

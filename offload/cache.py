@@ -76,8 +76,8 @@ class KVCache:
         device: torch.device | str,
         budget: CacheBudget,
         run: RunDirectory | None = None,
-        num_writers: int = 2,
-        num_readers: int = 2,
+        num_writers: int = 4,
+        num_readers: int = 4,
         on_step: Step | None = None,
     ) -> None:
         """Allocate the tiers and start their threads.
@@ -132,6 +132,8 @@ class KVCache:
         held = {"device_arena": self.arena.nbytes, "device_slot_tables": self._table_bytes}
         if self._host is not None:
             held["host_pool"] = self._host.pool.nbytes
+        if self._run is not None:
+            held["host_checksums"] = self._run.checksum_bytes
         return held
 
     def stats(self) -> CacheStats:

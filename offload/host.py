@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from longtake.kernels.errors import CapacityError
+from longtake.offload.numa import near
 from longtake.offload.shape import ModelKVShape
 
 
@@ -43,7 +44,8 @@ class HostPool:
         self._registered: list[int] = []
         slab_bytes = -(-num_frames * shape.page_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         try:
-            memory = torch.frombuffer(mmap.mmap(-1, max(1, shape.num_layers * slab_bytes)), dtype=torch.uint8)
+            with torch.inference_mode(False):
+                memory = torch.frombuffer(mmap.mmap(-1, max(1, shape.num_layers * slab_bytes)), dtype=torch.uint8)
         except (OSError, MemoryError, RuntimeError) as error:
             raise CapacityError(
                 f"no room for a host pool of {num_frames} blocks ({num_frames * shape.block_bytes:,} bytes): {error}; "
@@ -58,18 +60,23 @@ class HostPool:
             self._pin()
 
     def _pin(self) -> None:
-        """Page-lock slab by slab in place: PyTorch's own pinned allocator would round the size up to a power of two."""
+        """Page-lock slab by slab in place: PyTorch's own pinned allocator would round the size up to a power of two.
+
+        Pinning is also what first touches the memory, so it comes from the node of the CPU that does it.
+        """
         runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        for slab_FHP in self.slabs_LFHP:
-            address = slab_FHP.data_ptr()
-            status = int(runtime.cudaHostRegister(address, slab_FHP.numel(), 0))
-            if status:
-                self.close()
-                raise CapacityError(
-                    f"the system refuses to pin {self.nbytes:,} bytes of host memory (CUDA error {status}); lower the "
-                    f"cache's host budget or raise the limit on locked memory"
-                )
-            self._registered.append(address)
+        with near(self.device):
+            for slab_FHP in self.slabs_LFHP:
+                address = slab_FHP.data_ptr()
+                try:
+                    torch.cuda.check_error(runtime.cudaHostRegister(address, slab_FHP.numel(), 0))
+                except RuntimeError as error:
+                    self.close()
+                    raise CapacityError(
+                        f"the system refuses to pin {self.nbytes:,} bytes of host memory: {error}; lower the cache's "
+                        f"host budget or raise the limit on locked memory"
+                    ) from error
+                self._registered.append(address)
 
     def pages_LHP(self, frame: int) -> Tensor:
         """A frame's pages, a view [L, H, P] uint8; each page contiguous."""

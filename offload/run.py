@@ -209,6 +209,11 @@ class RunDirectory:
         """The journal's checksums of this rank's payloads of a committed block."""
         return self._checksums[block]
 
+    @property
+    def checksum_bytes(self) -> int:
+        """Bytes of the checksums held in memory: four for each payload of the history."""
+        return sum(checksums_LH.nbytes for checksums_LH in self._checksums[:1]) * self.num_blocks
+
     def commit(self, block: int, checksums_LH: Checksums) -> None:
         """Journal a block whose chunks are durable; returns when the record is.
 

@@ -5,15 +5,24 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from longtake.kernels.errors import CapacityError
 from longtake.offload.cache import CacheBudget, KVCache
 from longtake.offload.reading import Reading
 from longtake.offload.verify import verify
+from tests.offload.late_lane import LateLane
 from tests.offload.payloads import SHAPE, open_run
 
 MOST_BLOCKS = 24
@@ -136,7 +145,14 @@ class CacheMachine(RuleBasedStateMachine):
             self.folder.cleanup()
 
 
-TestCacheMachine = CacheMachine.TestCase
-TestCacheMachine.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+LIMITS = settings(max_examples=50, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def test_copies_at_once() -> None:
+    run_state_machine_as_test(CacheMachine, settings=LIMITS)
+
+
+def test_late_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longtake.offload.hosttier.Lane", LateLane)
+    monkeypatch.setattr("longtake.offload.devicetier.Lane", LateLane)
+    run_state_machine_as_test(CacheMachine, settings=LIMITS)

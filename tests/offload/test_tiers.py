@@ -11,6 +11,7 @@ import pytest
 from longtake.kernels.errors import CapacityError
 from longtake.offload.cache import CacheBudget, KVCache
 from longtake.offload.run import RunDirectory
+from tests.offload.late_lane import LateLane
 from tests.offload.payloads import SHAPE, check_pages, check_passes, commit, open_run
 
 NUM_BLOCKS = 14
@@ -28,6 +29,14 @@ TIERS: dict[str, tuple[int, int | None, bool, int]] = {
 }
 
 Maker = Callable[[], KVCache]
+
+
+@pytest.fixture(params=["at once", "late"], autouse=True)
+def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies that are done at once, as on a CPU, and ones that come late, as on a stream."""
+    if request.param == "late":
+        monkeypatch.setattr("longtake.offload.hosttier.Lane", LateLane)
+        monkeypatch.setattr("longtake.offload.devicetier.Lane", LateLane)
 
 
 @pytest.fixture(params=list(TIERS))
@@ -97,6 +106,7 @@ def test_nothing_stays_pinned_and_nothing_grows(cache: KVCache) -> None:
         commit(cache, block)
     cache.flush()
     before = cache.memory()
+    assert sum(before.values()) > 0
     for _ in range(5):
         check_passes(cache, range(0, NUM_BLOCKS, 4), 1)
     assert cache.memory() == before

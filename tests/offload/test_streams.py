@@ -1,0 +1,119 @@
+"""On a GPU: hand-overs between streams hold when compute is slow, copies are slow, and nobody synchronises."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from longtake.offload.cache import CacheBudget, KVCache
+from longtake.offload.reading import Reading
+from longtake.offload.shape import ModelKVShape
+from longtake.offload.verify import verify
+from tests.offload.payloads import Opaque, open_run, payload_LHP
+
+pytestmark = pytest.mark.gpu
+
+# Pages of 1 MiB, so that copies take longer than launches.
+SHAPE = ModelKVShape(num_layers=6, num_heads=4, codec=Opaque(payload_bytes=1 << 18))
+B = SHAPE.block_bytes
+NUM_BLOCKS = 12
+BUSY_CYCLES = 3_000_000
+
+
+@pytest.fixture(scope="module")
+def wanted_BLHP() -> torch.Tensor:
+    return torch.stack([payload_LHP(block, SHAPE) for block in range(NUM_BLOCKS)]).cuda()
+
+
+@pytest.fixture(params=[(5, 14, False), (4, 8, True), (NUM_BLOCKS + 1, 4, True), (5, 3, True)])
+def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[KVCache]:
+    device, host, disk = request.param
+    run = open_run(tmp_path, shape=SHAPE) if disk else None
+    budget = CacheBudget(device_bytes=device * B, host_bytes=host * B)
+    with torch.inference_mode():
+        cache = KVCache(shape=SHAPE, device="cuda", budget=budget, run=run)
+    yield cache
+    cache.close()
+    if run is not None:
+        run.close()
+        assert verify(tmp_path) == []
+
+
+def commit_late(cache: KVCache, block: int, wanted_BLHP: torch.Tensor) -> None:
+    """Fill the pages long after `complete` has returned."""
+    opened = cache.begin_commit(block)
+    for layer in range(SHAPE.num_layers):
+        torch.cuda._sleep(BUSY_CYCLES)  # type: ignore[no-untyped-call]
+        opened.page(layer).copy_(wanted_BLHP[block, layer])
+    opened.complete()
+
+
+def count_wrong(
+    reading: Reading, layer: int, plan: Sequence[int], wanted_BLHP: torch.Tensor, wrong: torch.Tensor
+) -> None:
+    """Compare a layer on the device, long after `pages` has returned; adds to `wrong` without synchronising."""
+    pages_GHP, slots_N = reading.pages(layer)
+    torch.cuda._sleep(BUSY_CYCLES)  # type: ignore[no-untyped-call]
+    for column, block in enumerate(plan):
+        page_1HP = pages_GHP.index_select(0, slots_N[column : column + 1])
+        wrong += (page_1HP[0] != wanted_BLHP[block, layer]).sum()
+
+
+@torch.inference_mode()
+def test_rollout_with_slow_compute(cache: KVCache, wanted_BLHP: torch.Tensor) -> None:
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    longest = 4 if cache.budget.host_bytes == 3 * B else NUM_BLOCKS
+    for block in range(NUM_BLOCKS):
+        plan = range(max(0, block - longest), block)
+        with cache.prepare(plan) as reading:
+            if block + 1 < NUM_BLOCKS:
+                cache.schedule([range(max(0, block + 1 - longest), block)])
+            for _ in range(2):
+                for layer in range(SHAPE.num_layers):
+                    count_wrong(reading, layer, plan, wanted_BLHP, wrong)
+            commit_late(cache, block, wanted_BLHP)
+    cache.flush()
+    assert int(wrong) == 0
+
+
+@torch.inference_mode()
+def test_random_plans_with_slow_compute(cache: KVCache, wanted_BLHP: torch.Tensor) -> None:
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    chooser = random.Random(5)
+    longest = 4 if cache.budget.host_bytes == 3 * B else NUM_BLOCKS - 1
+    for block in range(NUM_BLOCKS):
+        commit_late(cache, block, wanted_BLHP)
+    plans = [chooser.sample(range(NUM_BLOCKS), chooser.randrange(1, longest + 1)) for _ in range(25)]
+    for number, plan in enumerate(plans):
+        with cache.prepare(plan) as reading:
+            cache.schedule(plans[number + 1 : number + 3])
+            for layer in (*range(SHAPE.num_layers), *(chooser.randrange(SHAPE.num_layers) for _ in range(3))):
+                count_wrong(reading, layer, plan, wanted_BLHP, wrong)
+    assert int(wrong) == 0
+
+
+def test_host_pool_is_pinned_in_place_and_given_back() -> None:
+    budget = CacheBudget(num_blocks=2, host_bytes=3 * B)
+    for _ in range(3):
+        cache = KVCache(shape=SHAPE, device="cuda", budget=budget)
+        assert cache._host is not None
+        assert cache._host.pool.slabs_LFHP[2, 1].is_pinned()
+        assert cache.memory()["host_pool"] < 3 * B + SHAPE.num_layers * 4096
+        cache.close()
+
+
+def test_nothing_is_allocated_after_the_start(cache: KVCache, wanted_BLHP: torch.Tensor) -> None:
+    for block in range(4):
+        commit_late(cache, block, wanted_BLHP)
+        cache.prepare(range(max(0, block - 2), block)).release()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for block in range(4, NUM_BLOCKS):
+        commit_late(cache, block, wanted_BLHP)
+        cache.prepare(range(block - 2, block)).release()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
