@@ -274,10 +274,10 @@ def sweep(args: argparse.Namespace, clock: Clock) -> list[dict[str, Any]]:
             launch = Launch(rows=rows, heads=heads, warps=warps)
             common = (arena, slots, turned, out, tokens)
             if isinstance(pair.k, RoundToNearest):
-                more = (*common, pair.k.bits, pair.k.layout.offset("grid"), launch)
+                more = (*common, pair.k.bits, pair.k.layout.offset("grid"), None, launch)
                 timing = clock(lambda more=more: rtn_triton.materialise(*more))  # type: ignore[misc]
             elif isinstance(pair.k, DenseCodec):
-                plain = (*common, pair.k.dtype, launch)
+                plain = (*common, pair.k.dtype, None, launch)
                 timing = clock(lambda plain=plain: dense_triton.materialise(*plain))  # type: ignore[misc]
             found.append({"codec": name, "rope": turned is not None, **asdict(launch), **asdict(timing)})
     found.sort(key=lambda entry: (str(entry["codec"]), str(entry["rope"]), float(str(entry["median_ms"]))))

@@ -27,8 +27,10 @@ import torch
 from torch import Tensor
 
 from longtake.kernels.errors import ConfigError
+from longtake.kernels.grid import FP8
 from longtake.kernels.layout import ALIGNMENT_BYTES
 from longtake.kernels.rotary import Rotary, rotate_pairs
+from longtake.kernels.scaling import Scaling
 
 _UNPACK_CHUNK_ELEMENTS = 1 << 24
 
@@ -101,7 +103,15 @@ class Codec(ABC):
 
     @abstractmethod
     def materialise(
-        self, pages_GHP: Tensor, slots_N: Tensor, rotary: Rotary, k_out_HXD: Tensor, v_out_HXD: Tensor
+        self,
+        pages_GHP: Tensor,
+        slots_N: Tensor,
+        rotary: Rotary,
+        k_out_HXD: Tensor,
+        v_out_HXD: Tensor,
+        *,
+        k_scaling: Scaling | None = None,
+        v_scaling: Scaling | None = None,
     ) -> None:
         """Write N*T rows of keys (turned to their positions) and values.
 
@@ -109,8 +119,11 @@ class Codec(ABC):
             pages_GHP: uint8 [G, H, P], the arena; last dim contiguous, aligned to 16 bytes.
             slots_N: int32 [N] on the same device: which slots, in the order of the rows.
             rotary: tables of exactly N*T tokens, in the same order.
-            k_out_HXD: [H, X, D] float32, bfloat16 or float16; last dim contiguous; rows from N*T on are left alone.
+            k_out_HXD: [H, X, D] float32, bfloat16 or float16, last dim contiguous, or e4m3 with a scaling, channels or
+                tokens contiguous; rows from N*T on are left alone.
             v_out_HXD: likewise.
+            k_scaling: for e4m3 keys only: rows are stored as (key - centre) / scale.
+            v_scaling: for e4m3 values only.
         """
 
     def _check_encode(self, k_THD: Tensor, v_THD: Tensor, out_HP: Tensor) -> None:
@@ -128,7 +141,11 @@ class Codec(ABC):
         _check_aligned(out_HP, "the page")
 
     def _check_materialise(
-        self, pages_GHP: Tensor, slots_N: Tensor, rotary: Rotary, k_out_HXD: Tensor, v_out_HXD: Tensor
+        self,
+        pages_GHP: Tensor,
+        slots_N: Tensor,
+        rotary: Rotary,
+        *outs: tuple[Tensor, Scaling | None],
     ) -> None:
         tokens, dim = self.geometry.num_tokens, self.geometry.head_dim
         rows = slots_N.shape[0] * tokens
@@ -147,13 +164,15 @@ class Codec(ABC):
                 f"rotary tables of {rotary.num_tokens} tokens x {rotary.head_dim} do not fit "
                 f"{slots_N.shape[0]} blocks of {tokens} x {dim}."
             )
-        for out in (k_out_HXD, v_out_HXD):
+        for out, scaling in outs:
             if out.ndim != 3 or out.shape[0] != pages_GHP.shape[1] or out.shape[1] < rows or out.shape[2] != dim:
                 raise ConfigError(
                     f"the scratch must be [{pages_GHP.shape[1]} heads, >= {rows} rows, {dim}]: got {tuple(out.shape)}."
                 )
-            if out.stride(-1) != 1:
-                raise ConfigError("the scratch's channels must be contiguous.")
+            if out.stride(-1) != 1 and (out.dtype != FP8 or out.stride(1) != 1):
+                raise ConfigError("the scratch's channels must be contiguous, or, in FP8, its tokens.")
+            if (out.dtype == FP8) != (scaling is not None):
+                raise ConfigError(f"FP8 goes with a scaling, other types without: got {out.dtype}.")
         _check_aligned(pages_GHP, "the arena")
 
 
@@ -195,8 +214,15 @@ class TensorCodec(ABC):
         """Encode [T, H, D] of any float type and strides into a section of a page."""
         out_HB.copy_(self.pack(x_THD.transpose(0, 1).float(), seeds))
 
-    def unpack_into(self, sections_GHB: Tensor, slots_N: Tensor, rotary: Rotary | None, out_HXD: Tensor) -> None:
-        """Decode the sections of the slots, turn by RoPE if asked, and write their N*T rows head-major."""
+    def unpack_into(
+        self,
+        sections_GHB: Tensor,
+        slots_N: Tensor,
+        rotary: Rotary | None,
+        out_HXD: Tensor,
+        scaling: Scaling | None = None,
+    ) -> None:
+        """Decode the sections of the slots, turn by RoPE and scale if asked, and write their N*T rows head-major."""
         tokens, num_heads, dim = self.geometry.num_tokens, out_HXD.shape[0], self.geometry.head_dim
         chunk = max(1, _UNPACK_CHUNK_ELEMENTS // (num_heads * tokens * dim))
         row = 0
@@ -207,6 +233,8 @@ class TensorCodec(ABC):
             if rotary is not None:
                 frames = tokens // rotary.tokens_per_frame
                 x_HXD = rotate_pairs(x_HXD, rotary.frames(row // tokens * frames, count * frames))
+            if scaling is not None:
+                x_HXD = scaling.store(x_HXD)
             out_HXD[:, row : row + count * tokens].copy_(x_HXD)
             row += count * tokens
 
@@ -240,12 +268,20 @@ class PairCodec(Codec):
         self.v.pack_into(v_THD, out_HP[:, split:], [head_seed(block, layer, h, Side.V) for h in heads])
 
     def materialise(
-        self, pages_GHP: Tensor, slots_N: Tensor, rotary: Rotary, k_out_HXD: Tensor, v_out_HXD: Tensor
+        self,
+        pages_GHP: Tensor,
+        slots_N: Tensor,
+        rotary: Rotary,
+        k_out_HXD: Tensor,
+        v_out_HXD: Tensor,
+        *,
+        k_scaling: Scaling | None = None,
+        v_scaling: Scaling | None = None,
     ) -> None:
-        self._check_materialise(pages_GHP, slots_N, rotary, k_out_HXD, v_out_HXD)
+        self._check_materialise(pages_GHP, slots_N, rotary, (k_out_HXD, k_scaling), (v_out_HXD, v_scaling))
         split = self.k.num_bytes
-        self.k.unpack_into(pages_GHP[:, :, :split], slots_N, rotary, k_out_HXD)
-        self.v.unpack_into(pages_GHP[:, :, split:], slots_N, None, v_out_HXD)
+        self.k.unpack_into(pages_GHP[:, :, :split], slots_N, rotary, k_out_HXD, k_scaling)
+        self.v.unpack_into(pages_GHP[:, :, split:], slots_N, None, v_out_HXD, v_scaling)
 
 
 def head_seed(block: int, layer: int, head: int, side: Side) -> int:

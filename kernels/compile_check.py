@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,14 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from longtake.kernels import attention_triton, dense_triton, rotary_triton, rtn_triton
+from longtake.kernels import (
+    attention_fp8_triton,
+    attention_triton,
+    dense_triton,
+    rotary_triton,
+    rtn_triton,
+    scaling_triton,
+)
 
 ARENA = {
     "pages": "*u8",
@@ -31,15 +39,29 @@ ARENA = {
     "temporal": "*fp32",
     "spatial": "*fp32",
     "out": "*bf16",
+    "centre": "*fp32",
+    "scale": "*fp32",
     "stride_slot": "i64",
     "stride_page": "i32",
     "stride_oh": "i32",
     "stride_ox": "i32",
+    "stride_od": "i32",
     "tokens": "i32",
     "tokens_per_frame": "i32",
 }
 ROWS = rotary_triton.DEFAULT_LAUNCH.rows
-UNALIGNED = ("tokens", "tokens_per_frame", "num_heads", "num_keys", "num_queries")
+UNALIGNED = (
+    "tokens",
+    "tokens_per_frame",
+    "num_heads",
+    "num_keys",
+    "num_queries",
+    "first_row",
+    "sampled",
+    "stride",
+    "softmax_scale",
+    "programs",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +74,7 @@ class Case:
         types: Triton's type of every run-time argument.
         constants: value of every compile-time argument.
         options: num_warps and the like.
+        local: bytes it may spill; only for what is spilled outside the main loop.
     """
 
     name: str
@@ -59,6 +82,7 @@ class Case:
     types: dict[str, str]
     constants: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
+    local: int = 0
 
 
 def cases() -> Iterator[Case]:
@@ -82,20 +106,21 @@ def cases() -> Iterator[Case]:
         )  # fmt: skip
         for turned in (pairs, 0):
             what = "k" if turned else "v"
-            yield Case(
-                name=f"bf16 materialise {what} {dim}",
-                kernel=dense_triton.materialise_kernel,
-                types=ARENA,
-                constants={"D": dim, "PT": turned, "STORED": tl.bfloat16, "HEADS": 4, "ROWS": ROWS},
-            )
-            for bits in (2, 4, 8):
+            for types, target, fp8 in outputs(what, dim):
                 yield Case(
-                    name=f"rtn{bits} materialise {what} {dim}",
-                    kernel=rtn_triton.materialise_kernel,
-                    types=ARENA,
-                    constants={"D": dim, "PT": turned, "BITS": bits, "GRID_OFFSET": tokens * dim * bits // 8,
-                               "HEADS": 4, "ROWS": ROWS},
-                )  # fmt: skip
+                    name=f"bf16 materialise {what} {dim}{target}",
+                    kernel=dense_triton.materialise_kernel,
+                    types=types,
+                    constants={"D": dim, "PT": turned, "STORED": tl.bfloat16, "HEADS": 4, "ROWS": ROWS, **fp8},
+                )
+                for bits in (2, 4, 8):
+                    yield Case(
+                        name=f"rtn{bits} materialise {what} {dim}{target}",
+                        kernel=rtn_triton.materialise_kernel,
+                        types=types,
+                        constants={"D": dim, "PT": turned, "BITS": bits, "GRID_OFFSET": tokens * dim * bits // 8,
+                                   "HEADS": 4, "ROWS": ROWS, **fp8},
+                    )  # fmt: skip
         for bits in (2, 4, 8):
             yield Case(
                 name=f"rtn{bits} encode {dim}",
@@ -105,6 +130,76 @@ def cases() -> Iterator[Case]:
                 constants={"D": dim, "BITS": bits, "GRID_OFFSET": tokens * dim * bits // 8,
                            "ROWS": rtn_triton.ENCODE_ROWS},
                 options={"enable_fp_fusion": False},
+            )  # fmt: skip
+
+
+def outputs(what: str, dim: int) -> Iterator[tuple[dict[str, str], str, dict[str, Any]]]:
+    """Types, suffix of the name and constants of materialise into bfloat16 and into FP8 rows."""
+    align = 8 if dim == 128 else 4
+    yield ARENA, "", {"SCALED": False, "TURNED": False, "ALIGN": align, "stride_od": 1}
+    turned = what == "v"
+    stride = {"stride_ox": 1} if turned else {"stride_od": 1}
+    yield ARENA | {"out": "*fp8e4nv"}, " fp8", {"SCALED": True, "TURNED": turned, "ALIGN": align, **stride}
+
+
+def fp8_cases() -> Iterator[Case]:
+    """Attention over FP8 rows in the variants that are swept, and what stores a block's own rows."""
+    attend = {
+        "q": "*bf16", "k": "*fp8e4nv", "v": "*fp8e4nv", "k_scale": "*fp32", "v_scale": "*fp32", "k_centre": "*fp32",
+        "v_centre": "*fp32", "out": "*bf16", "lse": "*fp32", "part": "*fp32", "part_lse": "*fp32",
+        **dict.fromkeys(("stride_qh", "stride_qt", "stride_kh", "stride_kx", "stride_vh", "stride_oh"), "i32"),
+        **dict.fromkeys(("stride_vd", "stride_vx", "stride_ot", "num_heads", "num_queries", "num_keys"), "i32"),
+        "softmax_scale": "fp32", "programs": "i32",
+    }  # fmt: skip
+    for dim, rows, columns, warps, turned, tma, wide in (
+        (64, 64, 128, 4, True, False, True),
+        (128, 64, 128, 4, True, False, True),
+        (128, 64, 128, 4, True, False, False),
+        (128, 64, 128, 4, True, True, True),
+        (128, 128, 128, 8, True, True, True),
+        (128, 64, 64, 4, False, False, True),
+        (128, 128, 128, 8, False, False, True),
+    ):
+        types = dict(attend)
+        if not turned:
+            types["v"] = "*bf16"
+        if tma:
+            types |= {"k": f"tensordesc<fp8e4nv[{columns}, {dim}]>", "v": f"tensordesc<fp8e4nv[{dim}, {columns}]>"}
+        yield Case(
+            name=f"attend {dim} {rows}x{columns}{'' if turned else ' bf16v'}{' tma' * tma}{' wide' * wide}",
+            kernel=attention_fp8_triton.attend_kernel,
+            types=types,
+            constants={"D": dim, "BM": rows, "BN": columns, "TURNED": turned, "DOT": tl.float8e4nv,
+                       "P_TYPE": tl.float8e4nv if turned else tl.bfloat16,
+                       "PV_DOT": tl.float8e4nv if turned else tl.bfloat16,
+                       "TMA": tma, "SPECIALIZE": False, "WIDE": wide, "STAGES": 3,
+                       "stride_vd" if not turned else "stride_vx": 1},
+            options={"num_warps": warps},
+            local=128,
+        )  # fmt: skip
+    for dim in (64, 128):
+        yield Case(
+            name=f"join {dim}",
+            kernel=attention_fp8_triton.join_kernel,
+            types=attend,
+            constants={"D": dim, "BM": 64, "BN": 128, "ROWS": 32},
+        )
+        yield Case(
+            name=f"calibrate {dim}",
+            kernel=scaling_triton.calibrate_kernel,
+            types={"x": "*bf16", "centre": "*fp32", "scale": "*fp32", "stride_t": "i32", "stride_h": "i32",
+                   "tokens": "i32", "sampled": "i32", "stride": "i32"},
+            constants={"D": dim, "CENTRED": True, "ROWS": scaling_triton.CALIBRATE_ROWS, "TARGET": 56.0},
+            options={"num_warps": 8},
+        )  # fmt: skip
+        for turned in (False, True):
+            yield Case(
+                name=f"store {dim}{' turned' * turned}",
+                kernel=scaling_triton.store_kernel,
+                types=ARENA | {"x": "*bf16", "out": "*fp8e4nv", "stride_t": "i32", "stride_h": "i32",
+                               "first_row": "i32"},
+                constants={"D": dim, "TURNED": turned, "ROWS": scaling_triton.STORE_ROWS, "ALIGN": 8,
+                           "stride_ox" if turned else "stride_od": 1},
             )  # fmt: skip
 
 
@@ -144,13 +239,13 @@ def main() -> int:
     print(
         f"{'kernel':<28}{'registers':>10}{'shared':>8}{'local':>7}{'16 B loads':>12}{'16 B stores':>13}{'smaller':>9}"
     )
-    for case in cases():
+    for case in chain(cases(), fp8_cases()):
         if only not in case.name:
             continue
         compiled = compile_case(case)
         used = resources(compiled)
         local = used["STACK"] + used["LOCAL"]
-        spilled += local > 0
+        spilled += local > case.local
         accesses = re.findall(r"\b(ld|st)\.global\.([\w.:]*)", compiled.asm["ptx"])
         wide = [kind for kind, shape in accesses if "v4.b32" in shape or "v2.b64" in shape]
         print(

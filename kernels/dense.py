@@ -15,6 +15,7 @@ from torch import Tensor
 from longtake.kernels.codec import BlockGeometry, Side, TensorCodec
 from longtake.kernels.layout import Field, Layout
 from longtake.kernels.rotary import Rotary
+from longtake.kernels.scaling import Scaling
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -48,13 +49,21 @@ class DenseCodec(TensorCodec):
     def unpack(self, section_B: Tensor) -> Tensor:
         return self.layout.view(section_B, "x").float()
 
-    def unpack_into(self, sections_GHB: Tensor, slots_N: Tensor, rotary: Rotary | None, out_HXD: Tensor) -> None:
+    def unpack_into(
+        self,
+        sections_GHB: Tensor,
+        slots_N: Tensor,
+        rotary: Rotary | None,
+        out_HXD: Tensor,
+        scaling: Scaling | None = None,
+    ) -> None:
         if sections_GHB.is_cuda and self.geometry.head_dim in (64, 128):
             from longtake.kernels import dense_triton
 
-            dense_triton.materialise(sections_GHB, slots_N, rotary, out_HXD, self.geometry.num_tokens, self.dtype)
+            tokens = self.geometry.num_tokens
+            dense_triton.materialise(sections_GHB, slots_N, rotary, out_HXD, tokens, self.dtype, scaling)
         else:
-            super().unpack_into(sections_GHB, slots_N, rotary, out_HXD)
+            super().unpack_into(sections_GHB, slots_N, rotary, out_HXD, scaling)
 
 
 def tensor_codec(name: str, geometry: BlockGeometry, side: Side) -> TensorCodec:

@@ -16,32 +16,35 @@ from torch import Tensor
 
 from longtake.kernels.rotary import Rotary
 from longtake.kernels.rotary_triton import DEFAULT_LAUNCH, Launch, turns
+from longtake.kernels.scaling import Scaling
+from longtake.kernels.scaling_triton import emit, token_alignment
 
 
 @triton.jit
 def materialise_kernel(
-    pages, slots, temporal, spatial, out,
-    stride_slot, stride_page, stride_oh, stride_ox, tokens, tokens_per_frame,
-    D: tl.constexpr, PT: tl.constexpr, STORED: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
+    pages, slots, temporal, spatial, out, centre, scale,
+    stride_slot, stride_page, stride_oh, stride_ox, stride_od, tokens, tokens_per_frame,
+    D: tl.constexpr, PT: tl.constexpr, STORED: tl.constexpr, SCALED: tl.constexpr, TURNED: tl.constexpr,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Copy ROWS tokens of one block for HEADS heads; turn them unless PT is 0."""
     block = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    live = row < tokens
+    live = row < tokens // ALIGN * ALIGN  # the same number, seen to be aligned
     column = tl.arange(0, D)[None, :]
     if PT:
         frame = block * (tokens // tokens_per_frame) + row // tokens_per_frame
         cos, sin = turns(temporal, spatial, frame, row % tokens_per_frame, live, D, PT, ROWS)
     slot = pages + tl.load(slots + block).to(tl.int64) * stride_slot
-    first = out + (block.to(tl.int64) * tokens + row)[:, None] * stride_ox + column
+    target = block.to(tl.int64) * (tokens // ALIGN * ALIGN) + row
     for i in range(HEADS):
         head = tl.program_id(2) * HEADS + i
         section = (slot + head * stride_page).to(tl.pointer_type(STORED))
-        tile = tl.load(section + row[:, None] * D + column, mask=live[:, None], other=0.0)
+        tile = tl.load(section + row[:, None] * D + column, mask=live[:, None], other=0.0).to(tl.float32)
         if PT:
-            real, imag = tl.split(tl.reshape(tile.to(tl.float32), (ROWS, D // 2, 2)))
+            real, imag = tl.split(tl.reshape(tile, (ROWS, D // 2, 2)))
             tile = tl.reshape(tl.join(real * cos - imag * sin, real * sin + imag * cos), (ROWS, D))
-        tl.store(first + head.to(tl.int64) * stride_oh, tile.to(out.dtype.element_ty), mask=live[:, None])
+        emit(tile, out, head, target, live, stride_oh, stride_ox, stride_od, centre, scale, D, SCALED, TURNED)
 
 
 def materialise(
@@ -51,6 +54,7 @@ def materialise(
     out_HXD: Tensor,
     num_tokens: int,
     stored: torch.dtype,
+    scaling: Scaling | None = None,
     launch: Launch = DEFAULT_LAUNCH,
 ) -> None:
     """Copy the slots' sections into N*T rows of each head, turned if tables are given.
@@ -62,17 +66,21 @@ def materialise(
         out_HXD: [H, X, D], D 64 or 128, last dim contiguous.
         num_tokens: T.
         stored: torch.bfloat16 or torch.float32.
+        scaling: for e4m3 rows.
         launch: tile sizes.
     """
     num_heads, dim = out_HXD.shape[0], out_HXD.shape[2]
     temporal, spatial, per_frame, pairs = sections_GHB, sections_GHB, 1, 0
+    centre, scale = (slots_N, slots_N) if scaling is None else (scaling.centre_HD, scaling.scale_H)
     if rotary is not None:
         temporal, spatial = rotary.temporal_YP2, rotary.spatial_SQ2
         per_frame, pairs = rotary.tokens_per_frame, temporal.shape[1]
     materialise_kernel[launch.grid(num_tokens, slots_N.shape[0], num_heads)](
-        sections_GHB, slots_N, temporal, spatial, out_HXD,
-        sections_GHB.stride(0), sections_GHB.stride(1), out_HXD.stride(0), out_HXD.stride(1), num_tokens, per_frame,
+        sections_GHB, slots_N, temporal, spatial, out_HXD, centre, scale,
+        sections_GHB.stride(0), sections_GHB.stride(1), out_HXD.stride(0), out_HXD.stride(1), out_HXD.stride(2),
+        num_tokens, per_frame,
         D=dim, PT=pairs, STORED=tl.bfloat16 if stored == torch.bfloat16 else tl.float32,
+        SCALED=scaling is not None, TURNED=out_HXD.stride(2) != 1,
         HEADS=launch.heads_of(num_heads), ROWS=launch.rows,
-        num_warps=launch.warps,
+        ALIGN=token_alignment(num_tokens), num_warps=launch.warps,
     )  # fmt: skip

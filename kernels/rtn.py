@@ -23,6 +23,7 @@ from longtake.kernels.codec import BlockGeometry, Side, TensorCodec
 from longtake.kernels.errors import ConfigError
 from longtake.kernels.layout import Field, Layout, pack_codes, packed_bytes, unpack_codes
 from longtake.kernels.rotary import Rotary
+from longtake.kernels.scaling import Scaling
 
 GROUP = 64
 FLOAT16_MAX = 65504.0
@@ -83,15 +84,21 @@ class RoundToNearest(TensorCodec):
         else:
             super().pack_into(x_THD, out_HB, seeds)
 
-    def unpack_into(self, sections_GHB: Tensor, slots_N: Tensor, rotary: Rotary | None, out_HXD: Tensor) -> None:
+    def unpack_into(
+        self,
+        sections_GHB: Tensor,
+        slots_N: Tensor,
+        rotary: Rotary | None,
+        out_HXD: Tensor,
+        scaling: Scaling | None = None,
+    ) -> None:
         if sections_GHB.is_cuda and self.has_kernels:
             from longtake.kernels import rtn_triton
 
-            rtn_triton.materialise(
-                sections_GHB, slots_N, rotary, out_HXD, self.geometry.num_tokens, self.bits, self.layout.offset("grid")
-            )
+            tokens, grid = self.geometry.num_tokens, self.layout.offset("grid")
+            rtn_triton.materialise(sections_GHB, slots_N, rotary, out_HXD, tokens, self.bits, grid, scaling)
         else:
-            super().unpack_into(sections_GHB, slots_N, rotary, out_HXD)
+            super().unpack_into(sections_GHB, slots_N, rotary, out_HXD, scaling)
 
 
 def encode_groups(x_C: Tensor, bits: int) -> tuple[Tensor, Tensor]:

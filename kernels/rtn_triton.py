@@ -21,6 +21,8 @@ from torch import Tensor
 
 from longtake.kernels.rotary import Rotary
 from longtake.kernels.rotary_triton import DEFAULT_LAUNCH, Launch, turns
+from longtake.kernels.scaling import Scaling
+from longtake.kernels.scaling_triton import emit, token_alignment
 
 GROUP = tl.constexpr(64)
 ENCODE_ROWS = 32
@@ -106,40 +108,37 @@ def load_grid(section, row_R, live_R, D: tl.constexpr, ROWS: tl.constexpr, GRID_
 
 @triton.jit
 def materialise_kernel(
-    pages, slots, temporal, spatial, out,
-    stride_slot, stride_page, stride_oh, stride_ox, tokens, tokens_per_frame,
-    D: tl.constexpr, PT: tl.constexpr, BITS: tl.constexpr, GRID_OFFSET: tl.constexpr,
-    HEADS: tl.constexpr, ROWS: tl.constexpr,
+    pages, slots, temporal, spatial, out, centre, scale,
+    stride_slot, stride_page, stride_oh, stride_ox, stride_od, tokens, tokens_per_frame,
+    D: tl.constexpr, PT: tl.constexpr, BITS: tl.constexpr, GRID_OFFSET: tl.constexpr, SCALED: tl.constexpr,
+    TURNED: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Unpack ROWS tokens of one block for HEADS heads; turn them unless PT is 0."""
     PAIRS: tl.constexpr = GROUP // 2
     GROUPS: tl.constexpr = D // GROUP
     block = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    live = row < tokens
+    live = row < tokens // ALIGN * ALIGN  # the same number, seen to be aligned
     if PT:
         frame = block * (tokens // tokens_per_frame) + row // tokens_per_frame
         cos, sin = turns(temporal, spatial, frame, row % tokens_per_frame, live, D, PT, ROWS)
         cos = tl.reshape(cos, (ROWS, GROUPS, PAIRS))
         sin = tl.reshape(sin, (ROWS, GROUPS, PAIRS))
     slot = pages + tl.load(slots + block).to(tl.int64) * stride_slot
-    first = out + (block.to(tl.int64) * tokens + row)[:, None] * stride_ox + tl.arange(0, D)[None, :]
+    target = block.to(tl.int64) * (tokens // ALIGN * ALIGN) + row
     for i in range(HEADS):
         head = tl.program_id(2) * HEADS + i
         section = slot + head * stride_page
         even, odd = load_pairs(section, row, live, D, BITS, ROWS)
-        scale, zero = load_grid(section, row, live, D, ROWS, GRID_OFFSET)
-        real = tl.reshape(even.to(tl.float32), (ROWS, GROUPS, PAIRS)) * scale + zero
-        imag = tl.reshape(odd.to(tl.float32), (ROWS, GROUPS, PAIRS)) * scale + zero
+        step, zero = load_grid(section, row, live, D, ROWS, GRID_OFFSET)
+        real = tl.reshape(even.to(tl.float32), (ROWS, GROUPS, PAIRS)) * step + zero
+        imag = tl.reshape(odd.to(tl.float32), (ROWS, GROUPS, PAIRS)) * step + zero
         if PT:  # noqa: SIM108
             pair = tl.join(real * cos - imag * sin, real * sin + imag * cos)
         else:
             pair = tl.join(real, imag)
-        tl.store(
-            first + head.to(tl.int64) * stride_oh,
-            tl.reshape(pair, (ROWS, D)).to(out.dtype.element_ty),
-            mask=live[:, None],
-        )
+        tile = tl.reshape(pair, (ROWS, D))
+        emit(tile, out, head, target, live, stride_oh, stride_ox, stride_od, centre, scale, D, SCALED, TURNED)
 
 
 def encode(x_THD: Tensor, out_HB: Tensor, bits: int, grid_offset: int) -> None:
@@ -160,17 +159,21 @@ def materialise(
     num_tokens: int,
     bits: int,
     grid_offset: int,
+    scaling: Scaling | None = None,
     launch: Launch = DEFAULT_LAUNCH,
 ) -> None:
-    """Unpack the slots' sections into N*T rows of each head, turned if tables are given."""
+    """Unpack the slots' sections into N*T rows of each head, turned if tables are given, scaled for e4m3."""
     num_heads, dim = out_HXD.shape[0], out_HXD.shape[2]
     temporal, spatial, per_frame, pairs = sections_GHB, sections_GHB, 1, 0
+    centre, scale = (slots_N, slots_N) if scaling is None else (scaling.centre_HD, scaling.scale_H)
     if rotary is not None:
         temporal, spatial = rotary.temporal_YP2, rotary.spatial_SQ2
         per_frame, pairs = rotary.tokens_per_frame, temporal.shape[1]
     materialise_kernel[launch.grid(num_tokens, slots_N.shape[0], num_heads)](
-        sections_GHB, slots_N, temporal, spatial, out_HXD,
-        sections_GHB.stride(0), sections_GHB.stride(1), out_HXD.stride(0), out_HXD.stride(1), num_tokens, per_frame,
-        D=dim, PT=pairs, BITS=bits, GRID_OFFSET=grid_offset, HEADS=launch.heads_of(num_heads), ROWS=launch.rows,
-        num_warps=launch.warps,
+        sections_GHB, slots_N, temporal, spatial, out_HXD, centre, scale,
+        sections_GHB.stride(0), sections_GHB.stride(1), out_HXD.stride(0), out_HXD.stride(1), out_HXD.stride(2),
+        num_tokens, per_frame,
+        D=dim, PT=pairs, BITS=bits, GRID_OFFSET=grid_offset, SCALED=scaling is not None, TURNED=out_HXD.stride(2) != 1,
+        HEADS=launch.heads_of(num_heads), ROWS=launch.rows,
+        ALIGN=token_alignment(num_tokens), num_warps=launch.warps,
     )  # fmt: skip

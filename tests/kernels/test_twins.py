@@ -17,6 +17,7 @@ import torch
 from longtake.kernels.attention import merge_reference
 from longtake.kernels.codec import BlockGeometry, PairCodec, TensorCodec, make_codec
 from longtake.kernels.rotary import Rotary, apply_rotary, rotary_table
+from longtake.kernels.scaling import calibrate_reference
 
 # name of a check -> (absolute tolerance as a share of the largest value, reason)
 TOLERANCE = {
@@ -24,11 +25,15 @@ TOLERANCE = {
     "copy": (0.0, "no arithmetic"),
     "float32": (2e-6, "materialise and RoPE use fused multiply-add: a few float32 ulps of the larger term"),
     "bfloat16": (2**-8, "float32 results a few ulps apart may round to neighbours: one bfloat16 ulp"),
+    "float8_e4m3fn": (2**-4, "float32 results a few ulps apart may round to neighbours: one ulp of the largest"),
+    "float8_e4m3fn interpreted": (0.5, "the interpreter loses the carry when it rounds up to a power of two"),
+    "attention": (0.03, "queries and weights rounded to e4m3 relative to other maxima: 2^-4 each, averaged over keys"),
 }
 CODECS = ["fp32", "bf16", "int4", "rtn2", "int8"]
 
 
 def close(got: torch.Tensor, want: torch.Tensor, check: str) -> None:
+    got, want = got.float(), want.float()
     assert not got.isnan().any(), "not every element was written"
     bound = TOLERANCE[check][0] * want.float().abs().max().item()
     error = (got.float() - want.float()).abs().max().item()
@@ -69,7 +74,7 @@ def kernel_twin(codec: TensorCodec) -> tuple[Callable[..., None], Callable[..., 
     if isinstance(codec, DenseCodec):
         return (
             lambda *a: codec.pack_into(*a),
-            lambda p, s, r, o: dense_triton.materialise(p, s, r, o, tokens, codec.dtype),
+            lambda p, s, r, o, c=None: dense_triton.materialise(p, s, r, o, tokens, codec.dtype, c),
         )
     assert isinstance(codec, RoundToNearest)
     grid = codec.layout.offset("grid")
@@ -80,7 +85,7 @@ def kernel_twin(codec: TensorCodec) -> tuple[Callable[..., None], Callable[..., 
 
     return (
         encode,
-        lambda p, s, r, o: rtn_triton.materialise(p, s, r, o, tokens, codec.bits, grid),
+        lambda p, s, r, o, c=None: rtn_triton.materialise(p, s, r, o, tokens, codec.bits, grid, c),
     )
 
 
@@ -117,6 +122,88 @@ def check_codec(name: str, tokens: int, dim: int, device: str, out_dtype: torch.
         assert got[:, rows:].isnan().all(), "rows beyond the last were written"
         exact = name in ("fp32", "bf16") and rotary is None
         close(got[:, :rows], want[:, :rows], "copy" if exact else str(out_dtype).removeprefix("torch."))
+
+
+def check_fp8_rows(name: str, tokens: int, dim: int, device: str) -> None:
+    """Materialise into e4m3 rows: keys with channels contiguous, values with tokens contiguous."""
+    heads, blocks = 3, 2
+    pair = make_codec(name, BlockGeometry(num_tokens=tokens, head_dim=dim))
+    assert isinstance(pair, PairCodec)
+    _, unpack = reference_twin(pair.k)
+    _, unpack_fast = kernel_twin(pair.k)
+    x = structured(tokens, heads, dim, device, torch.float32)
+    arena = torch.zeros(4, heads, pair.k.num_bytes, dtype=torch.uint8, device=device)
+    for slot in (3, 1):
+        pair.k.pack_into(x * slot, arena[slot], [0] * heads)
+    scaling = calibrate_reference(x)
+    slots = torch.tensor([3, 1], dtype=torch.int32, device=device)
+    rows = blocks * tokens
+    for rotary, shape in ((tables(tokens, blocks, dim, device), (rows + 16, dim)), (None, (dim, rows + 16))):
+        want, got = (torch.full((heads, *shape), torch.nan, device=device).to(torch.float8_e4m3fn) for _ in range(2))
+        if rotary is None:
+            want, got = want.mT, got.mT
+        unpack(arena, slots, rotary, want, scaling)
+        unpack_fast(arena, slots, rotary, got, scaling)
+        assert got[:, rows:].float().isnan().all(), "rows beyond the last were written"
+        close_fp8(got[:, :rows], want[:, :rows])
+
+
+def close_fp8(got: torch.Tensor, want: torch.Tensor) -> None:
+    """Nearly all equal, the others neighbours."""
+    close(got, want, "float8_e4m3fn" if got.is_cuda else "float8_e4m3fn interpreted")
+    assert (got.float() == want.float()).float().mean() > (0.999 if got.is_cuda else 0.9)
+
+
+def check_scaling(tokens: int, dim: int, device: str, dtype: torch.dtype) -> None:
+    from longtake.kernels import scaling_triton
+
+    x = structured(tokens, 3, dim, device, dtype)
+    for centred in (True, False):
+        want, got = calibrate_reference(x, centred=centred), scaling_triton.calibrate(x, centred)
+        torch.testing.assert_close(got.centre_HD, want.centre_HD, rtol=1e-5, atol=1e-6)
+        assert torch.equal(got.scale_H, want.scale_H)
+    for turned in (False, True):
+        shape = (3, dim, tokens + 16) if turned else (3, tokens + 16, dim)
+        out = torch.full(shape, torch.nan, device=device).to(torch.float8_e4m3fn)
+        out = out.mT if turned else out
+        scaling_triton.store(x, want, out, 8)
+        close_fp8(out[:, 8 : 8 + tokens], want.store(x.transpose(0, 1)))
+        assert out[:, :8].float().isnan().all() and out[:, 8 + tokens :].float().isnan().all()
+
+
+def check_attend_fp8(queries: int, keys: int, dim: int, device: str, dtype: torch.dtype, *launches: object) -> None:
+    """Every variant of the attention kernel: whole tiles, tiles split over 5 programs, BF16 values."""
+    from longtake.kernels import attention_fp8, attention_fp8_triton
+
+    heads = 2
+    g = torch.Generator().manual_seed(keys)
+    k, v = (torch.randn(keys, heads, dim, generator=g).to(device, dtype) + 2 for _ in range(2))
+    q = torch.randn(queries, heads, dim, generator=g).to(device, dtype).transpose(0, 1)
+    scalings = calibrate_reference(k), calibrate_reference(v)
+    for values_fp8 in (True, False):
+        scratch = attention_fp8.fp8_scratch(heads, keys + 9, dim, torch.device(device), values_fp8=values_fp8)
+        for rows in (scratch.k_HXD, scratch.v_HXD):
+            rows.copy_(torch.full(rows.shape, torch.nan, device=device))
+        scratch.k_HXD[:, :keys] = scalings[0].store(k.transpose(0, 1))
+        scratch.v_HXD[:, :keys] = scalings[1].store(v.transpose(0, 1)) if values_fp8 else v.transpose(0, 1)
+        want, want_lse = attention_fp8.attend_reference(q, scratch, *scalings, keys)
+        for launch in launches:
+            assert isinstance(launch, attention_fp8_triton.AttendLaunch)
+            for programs in (None, 5):
+                got, lse = attention_fp8_triton.attend(
+                    q, scratch.k_HXD, scratch.v_HXD, *scalings, keys, launch, num_programs=programs
+                )
+                close(got, want, "attention")
+                torch.testing.assert_close(lse, want_lse, rtol=0, atol=0.05)
+
+
+def attend_launches(device: str) -> list[object]:
+    from longtake.kernels.attention_fp8_triton import AttendLaunch
+
+    launches = [AttendLaunch(rows=64, columns=64), AttendLaunch(rows=64, columns=64, wide_sum=False)]
+    if device == "cuda":
+        launches += [AttendLaunch(), AttendLaunch(tma=True), AttendLaunch(rows=128, warps=8, programs_per_sm=1)]
+    return list(launches)
 
 
 def check_rotate(tokens: int, dim: int, device: str, dtype: torch.dtype) -> None:
@@ -167,6 +254,26 @@ def test_merge_kernel_equals_its_twin(dim: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("tokens", "dim"), [(180, 64), (77, 128), (4680, 128)])
+@pytest.mark.parametrize("name", CODECS)
+def test_fp8_rows_equal_their_twins(name: str, tokens: int, dim: int) -> None:
+    check_fp8_rows(name, tokens, dim, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("tokens", "dim"), [(180, 64), (77, 128), (4680, 128)])
+def test_scaling_kernels_equal_their_twins(tokens: int, dim: int, dtype: torch.dtype) -> None:
+    check_scaling(tokens, dim, "cuda", dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("queries", "keys", "dim"), [(180, 540, 64), (77, 130, 128), (4680, 9360, 128)])
+def test_fp8_attention_kernel_equals_its_twin(queries: int, keys: int, dim: int) -> None:
+    check_attend_fp8(queries, keys, dim, "cuda", torch.bfloat16, *attend_launches("cuda"))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", CODECS)
 def test_wrapper_picks_kernels_and_gives_the_same_bytes_on_cpu_and_gpu(name: str) -> None:
     codec = make_codec(name, BlockGeometry(num_tokens=180, head_dim=64))
@@ -202,6 +309,11 @@ def main() -> None:
     check_rotate(77, 128, "cpu", torch.float32)
     check_rotate(36, 64, "cpu", torch.float32)
     check_merge(64, "cpu", torch.float32)
+    for name in ("bf16", "rtn2"):
+        check_fp8_rows(name, 36, 64, "cpu")
+        print("ok fp8 rows", name)
+    check_scaling(77, 64, "cpu", torch.float32)
+    check_attend_fp8(77, 150, 64, "cpu", torch.float32, *attend_launches("cpu"))
 
 
 if __name__ == "__main__":

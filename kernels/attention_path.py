@@ -1,0 +1,247 @@
+"""The two ways to attend history: in the model's own type, or in FP8. Each owns its scratch.
+
+An AttentionPath is what the engine drives, layer by layer; it knows how rows stand in the scratch, the engine knows
+which blocks to read and where they go:
+
+    path.begin(q, k, v, rotary)                        the block's own, before RoPE: turned, and in FP8 calibrated
+    for chunk in chunks:
+        path.write_history(pages, slots, rotary)       rows 0 .. n of the scratch
+        path.write_own(n)                              with the last chunk: the block's own K/V behind them
+        out, lse = path.attend(n + own)                merge() by lse when there are several chunks
+
+Shape legend: T tokens of a block, H heads, D head dim, P payload bytes, G arena slots, N blocks of a chunk, X rows.
+"""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from longtake.kernels.attention import attend
+from longtake.kernels.attention_fp8 import attend_fp8, fp8_scratch
+from longtake.kernels.codec import Codec
+from longtake.kernels.errors import ConfigError
+from longtake.kernels.rotary import Rotary, apply_rotary
+from longtake.kernels.scaling import Scaling, calibrate
+
+if TYPE_CHECKING:
+    from longtake.kernels.attention_fp8_triton import AttendLaunch
+
+
+class AttentionPath(ABC):
+    """A scratch of dense K/V rows for one layer at a time, and attention over it.
+
+    Allocates only when it is made. Not thread-safe; CUDA work goes to the current stream without synchronising.
+
+    Args:
+        codec: of the history.
+        num_heads: of this rank.
+        num_rows: of the scratch: at least one block of history and the own one.
+    """
+
+    name: str
+
+    def __init__(self, codec: Codec, num_heads: int, num_rows: int) -> None:
+        if num_rows < 2 * codec.geometry.num_tokens:
+            raise ConfigError(
+                f"a scratch of {num_rows} rows does not hold two blocks of {codec.geometry.num_tokens} tokens."
+            )
+        self.codec = codec
+        self.num_heads = num_heads
+        self.num_rows = num_rows
+        self._own: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Bytes of the scratch and of any workspace."""
+
+    def begin(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, rotary: Rotary) -> None:
+        """Take the block's own q, k and v of one layer, after norm, before RoPE.
+
+        Args:
+            q_THD: [T, H, D]; k_THD, v_THD: likewise; v must not change until the layer's last attend.
+            rotary: tables of the block's own position.
+        """
+        self._own = (apply_rotary(q_THD, rotary).transpose(0, 1), apply_rotary(k_THD, rotary), v_THD)
+
+    @abstractmethod
+    def write_history(self, pages_GHP: Tensor, slots_N: Tensor, rotary: Rotary) -> None:
+        """Unpack N blocks into rows 0 .. N*T; arguments as for Codec.materialise."""
+
+    @abstractmethod
+    def write_own(self, row: int) -> None:
+        """Write the block's own K/V into rows row .. row + T."""
+
+    @abstractmethod
+    def attend(self, num_rows: int) -> tuple[Tensor, Tensor]:
+        """The block's queries over rows 0 .. num_rows: out_HTD in the queries' type and lse_HT float32."""
+
+    def _begun(self) -> tuple[Tensor, Tensor, Tensor]:
+        assert self._own is not None, "begin() comes first"
+        return self._own
+
+
+class DensePath(AttentionPath):
+    """Rows in the model's own type, attended by PyTorch's kernels.
+
+    Args:
+        codec, num_heads, num_rows: as above.
+        dtype: of the model.
+        device: of the model.
+    """
+
+    name = "dense"
+
+    def __init__(self, codec: Codec, num_heads: int, num_rows: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(codec, num_heads, num_rows)
+        self.k_HXD, self.v_HXD = (
+            torch.empty((num_heads, num_rows, codec.geometry.head_dim), dtype=dtype, device=device) for _ in range(2)
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        return self.k_HXD.nbytes + self.v_HXD.nbytes
+
+    def write_history(self, pages_GHP: Tensor, slots_N: Tensor, rotary: Rotary) -> None:
+        self.codec.materialise(pages_GHP, slots_N, rotary, self.k_HXD, self.v_HXD)
+
+    def write_own(self, row: int) -> None:
+        _, k_THD, v_THD = self._begun()
+        self.k_HXD[:, row : row + k_THD.shape[0]] = k_THD.transpose(0, 1)
+        self.v_HXD[:, row : row + v_THD.shape[0]] = v_THD.transpose(0, 1)
+
+    def attend(self, num_rows: int) -> tuple[Tensor, Tensor]:
+        return attend(self._begun()[0], self.k_HXD[:, :num_rows], self.v_HXD[:, :num_rows])
+
+
+class Fp8Path(AttentionPath):
+    """Rows in e4m3 (values in bfloat16 if asked), centred and scaled by what the block's own K/V need.
+
+    Args:
+        codec, num_heads, num_rows: as above.
+        dtype: of the model.
+        device: of the model; on a CPU the plain twins run.
+        values_fp8: e4m3 values, or bfloat16.
+        centred: take each channel's mean away before rounding.
+        launch: variant of the attention kernel; None for the fastest known.
+    """
+
+    def __init__(
+        self,
+        codec: Codec,
+        num_heads: int,
+        num_rows: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        values_fp8: bool = True,
+        centred: bool = True,
+        launch: AttendLaunch | None = None,
+    ) -> None:
+        super().__init__(codec, num_heads, num_rows)
+        self.name = "fp8" if values_fp8 else "fp8-bf16v"
+        self.dtype = dtype
+        self.centred = centred
+        self.launch = launch
+        self.scratch = fp8_scratch(num_heads, num_rows, codec.geometry.head_dim, device, values_fp8=values_fp8)
+        self._part: Tensor | None = None
+        if device.type == "cuda" and launch is not None and launch.programs_per_sm:
+            from longtake.kernels import attention_fp8_triton
+
+            programs = attention_fp8_triton.split_programs(launch, device)
+            size = attention_fp8_triton.part_elements(programs, launch.rows, codec.geometry.head_dim)
+            self._part = torch.empty(size, dtype=torch.float32, device=device)
+        self._scaling: tuple[Scaling, Scaling] | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return self.scratch.num_bytes + (0 if self._part is None else self._part.nbytes)
+
+    def begin(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, rotary: Rotary) -> None:
+        super().begin(q_THD, k_THD, v_THD, rotary)
+        _, k_turned_THD, v_THD = self._begun()
+        self._scaling = (calibrate(k_turned_THD, centred=self.centred), calibrate(v_THD, centred=self.centred))
+
+    def write_history(self, pages_GHP: Tensor, slots_N: Tensor, rotary: Rotary) -> None:
+        k_scaling, v_scaling = self._scalings()
+        self.codec.materialise(
+            pages_GHP,
+            slots_N,
+            rotary,
+            self.scratch.k_HXD,
+            self.scratch.v_HXD,
+            k_scaling=k_scaling,
+            v_scaling=v_scaling if self.scratch.values_fp8 else None,
+        )
+
+    def write_own(self, row: int) -> None:
+        _, k_THD, v_THD = self._begun()
+        k_scaling, v_scaling = self._scalings()
+        store(k_THD, k_scaling, self.scratch.k_HXD, row)
+        if self.scratch.values_fp8:
+            store(v_THD, v_scaling, self.scratch.v_HXD, row)
+        else:
+            self.scratch.v_HXD[:, row : row + v_THD.shape[0]] = v_THD.transpose(0, 1)
+
+    def attend(self, num_rows: int) -> tuple[Tensor, Tensor]:
+        k_scaling, v_scaling = self._scalings()
+        return attend_fp8(
+            self._begun()[0], self.scratch, k_scaling, v_scaling, num_rows, launch=self.launch, part=self._part
+        )
+
+    def _scalings(self) -> tuple[Scaling, Scaling]:
+        assert self._scaling is not None, "begin() comes first"
+        return self._scaling
+
+
+def store(x_THD: Tensor, scaling: Scaling, out_HXD: Tensor, row: int) -> None:
+    """Write a block's own rows into an FP8 scratch.
+
+    Args:
+        x_THD: [T, H, D] any float type.
+        scaling: of the scratch's tensor.
+        out_HXD: e4m3 [H, X, D]; channels or tokens contiguous.
+        row: first of the T rows.
+    """
+    if x_THD.is_cuda and x_THD.shape[-1] in (64, 128) and x_THD.stride(-1) == 1:
+        from longtake.kernels import scaling_triton
+
+        scaling_triton.store(x_THD, scaling, out_HXD, row)
+    else:
+        out_HXD[:, row : row + x_THD.shape[0]] = scaling.store(x_THD.transpose(0, 1))
+
+
+def path_names() -> list[str]:
+    """What make_path knows."""
+    return ["dense", "fp8", "fp8-bf16v"]
+
+
+def make_path(
+    name: str, codec: Codec, num_heads: int, num_rows: int, dtype: torch.dtype, device: torch.device
+) -> AttentionPath:
+    """Make an attention path by name.
+
+    Args:
+        name: "dense"; "fp8"; or "fp8-bf16v", e4m3 keys with bfloat16 values.
+        codec: of the history.
+        num_heads: of this rank.
+        num_rows: of the scratch.
+        dtype: of the model.
+        device: of the model.
+
+    Raises:
+        ConfigError: no such path.
+    """
+    if name == "dense":
+        return DensePath(codec, num_heads, num_rows, dtype, device)
+    if name in ("fp8", "fp8-bf16v"):
+        return Fp8Path(codec, num_heads, num_rows, dtype, device, values_fp8=name == "fp8")
+    nearest = difflib.get_close_matches(name, path_names(), n=1, cutoff=0.0)
+    raise ConfigError(
+        f"unknown attention path {name!r}: did you mean {nearest[0]!r}? Known: {', '.join(path_names())}."
+    )

@@ -1,0 +1,79 @@
+"""How keys and values stand in FP8: stored = (value - centre) / scale; a centre for each channel, a scale a head.
+
+Attention does not mind a constant taken from all keys (scores of a query move together; its log-sum-exp is mended), and
+a constant taken from all values is added to the output. So what is common to all tokens, which is most of some channels
+of K, costs none of e4m3's three mantissa bits. The numbers come from a sample of the block's own tokens: the history is
+scaled by them too, with room for values eight times as large; beyond that they are clamped.
+
+Shape legend: T tokens, H heads, X rows of a scratch, D head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longtake.kernels.grid import FP8_MAX, power_of_two_unit, to_fp8
+
+ROOM = 8.0
+SAMPLED_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scaling:
+    """Of one tensor, K or V.
+
+    Args:
+        centre_HD: float32 [H, D], contiguous.
+        scale_H: float32 [H], powers of two.
+    """
+
+    centre_HD: Tensor
+    scale_H: Tensor
+
+    def store(self, x_HXD: Tensor) -> Tensor:
+        """Values to e4m3, the same shape."""
+        return to_fp8((x_HXD.float() - self.centre_HD.unsqueeze(1)) / self.scale_H[:, None, None])
+
+    def load(self, x_HXD: Tensor) -> Tensor:
+        """e4m3 to values, float32."""
+        return x_HXD.float() * self.scale_H[:, None, None] + self.centre_HD.unsqueeze(1)
+
+
+def unscaled(num_heads: int, head_dim: int, device: torch.device) -> Scaling:
+    """Centre 0, scale 1."""
+    return Scaling(
+        centre_HD=torch.zeros(num_heads, head_dim, device=device), scale_H=torch.ones(num_heads, device=device)
+    )
+
+
+def sample_stride(num_tokens: int) -> int:
+    """Every how many tokens are looked at."""
+    return max(1, num_tokens // SAMPLED_TOKENS)
+
+
+def calibrate(x_THD: Tensor, *, centred: bool = True) -> Scaling:
+    """Choose centre and scale for a tensor like this one.
+
+    Args:
+        x_THD: [T, H, D] any float type; channels contiguous.
+        centred: whether to take the mean away.
+
+    Returns:
+        Scaling on the same device; CUDA work does not synchronise.
+    """
+    if x_THD.is_cuda and x_THD.shape[-1] in (64, 128) and x_THD.stride(-1) == 1:
+        from longtake.kernels import scaling_triton
+
+        return scaling_triton.calibrate(x_THD, centred)
+    return calibrate_reference(x_THD, centred=centred)
+
+
+def calibrate_reference(x_THD: Tensor, *, centred: bool = True) -> Scaling:
+    """The plain twin of `calibrate`."""
+    sample = x_THD[:: sample_stride(x_THD.shape[0])].float()
+    centre_HD = sample.mean(0) if centred else torch.zeros_like(sample[0])
+    largest_H = (sample - centre_HD).abs().amax((0, 2))
+    return Scaling(centre_HD=centre_HD, scale_H=power_of_two_unit(largest_H, FP8_MAX / ROOM))

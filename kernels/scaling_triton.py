@@ -1,0 +1,124 @@
+"""FP8 in Triton: calibration, the store at the end of every materialise kernel, and the store of a block's own K or V.
+
+Shape legend: T tokens, H heads, D head dim, R rows of a tile.
+"""
+
+# Triton has no type stubs and its kernels no types.
+# mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator, no-untyped-call"
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from longtake.kernels.grid import FP8_MAX
+from longtake.kernels.scaling import ROOM, Scaling, sample_stride
+
+CALIBRATE_ROWS = 64
+STORE_ROWS = 64
+
+
+@triton.jit
+def emit(
+    tile, out, head, row_R, live_R, stride_oh, stride_ox, stride_od, centre, scale,
+    D: tl.constexpr, SCALED: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    """Store a float32 tile [R, D] into rows of a head, in out's type; SCALED: as (tile - centre) / scale, clamped.
+
+    TURNED: out's tokens are contiguous, not its channels; the tile is turned first, so that stores are wide: as wide as
+    the first row is known to be aligned (`token_alignment`).
+    """
+    column = tl.arange(0, D)
+    if SCALED:
+        tile = tile - tl.load(centre + head * D + column)[None, :]
+        tile = tile * (1.0 / tl.load(scale + head))
+        tile = tl.minimum(tl.maximum(tile, -448.0), 448.0)
+    base = out + head.to(tl.int64) * stride_oh
+    if TURNED:
+        place = base + column[:, None] * stride_od + row_R[None, :]
+        tl.store(place, tl.trans(tile.to(out.dtype.element_ty)), mask=live_R[None, :])
+    else:
+        place = base + row_R[:, None] * stride_ox + column[None, :]
+        tl.store(place, tile.to(out.dtype.element_ty), mask=live_R[:, None])
+
+
+@triton.jit
+def calibrate_kernel(
+    x, centre, scale, stride_t, stride_h, tokens, sampled, stride,
+    D: tl.constexpr, CENTRED: tl.constexpr, ROWS: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """Mean of each channel, then the power of two that brings the largest distance from it to TARGET or below."""
+    head = tl.program_id(0)
+    column = tl.arange(0, D)[None, :]
+    mean = tl.zeros((D,), tl.float32)
+    if CENTRED:
+        total = tl.zeros((ROWS, D), tl.float32)
+        for first in range(0, sampled, ROWS):
+            row = first + tl.arange(0, ROWS)
+            place = x + (row * stride).to(tl.int64)[:, None] * stride_t + head * stride_h + column
+            total += tl.load(place, mask=(row < sampled)[:, None], other=0.0).to(tl.float32)
+        mean = tl.sum(total, 0) / sampled
+    largest = tl.zeros((ROWS, D), tl.float32)
+    for first in range(0, sampled, ROWS):
+        row = first + tl.arange(0, ROWS)
+        live = (row < sampled)[:, None]
+        place = x + (row * stride).to(tl.int64)[:, None] * stride_t + head * stride_h + column
+        far = tl.abs(tl.load(place, mask=live, other=0.0).to(tl.float32) - mean[None, :])
+        largest = tl.maximum(largest, tl.where(live, far, 0.0))
+    top = tl.max(tl.max(largest, 1), 0)
+    exponent = tl.ceil(tl.math.log2(tl.where(top > 0, top, TARGET) / TARGET))
+    tl.store(scale + head, tl.math.exp2(tl.minimum(tl.maximum(exponent, -120.0), 120.0)))
+    tl.store(centre + head * D + tl.arange(0, D), mean)
+
+
+@triton.jit
+def store_kernel(
+    x, out, centre, scale, stride_t, stride_h, stride_oh, stride_ox, stride_od, first_row, tokens,
+    D: tl.constexpr, TURNED: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """ROWS tokens of one head of x [T, H, D] into rows first_row .. of the scratch."""
+    head = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = row < tokens // ALIGN * ALIGN  # the same number, seen to be aligned
+    place = x + row.to(tl.int64)[:, None] * stride_t + head * stride_h + tl.arange(0, D)[None, :]
+    tile = tl.load(place, mask=live[:, None], other=0.0).to(tl.float32)
+    target = tl.cast(first_row, tl.int64) // ALIGN * ALIGN + row
+    emit(tile, out, head, target, live, stride_oh, stride_ox, stride_od, centre, scale, D, True, TURNED)
+
+
+def token_alignment(*counts: int) -> int:
+    """The largest power of two, up to 16, that divides them: FP8 stores along tokens can be that many bytes wide."""
+    return math.gcd(16, *counts)
+
+
+def calibrate(x_THD: Tensor, centred: bool) -> Scaling:
+    """Triton twin of scaling.calibrate: D 64 or 128, channels contiguous."""
+    tokens, num_heads, dim = x_THD.shape
+    centre_HD = torch.empty((num_heads, dim), dtype=torch.float32, device=x_THD.device)
+    scale_H = torch.empty(num_heads, dtype=torch.float32, device=x_THD.device)
+    stride = sample_stride(tokens)
+    calibrate_kernel[(num_heads,)](
+        x_THD, centre_HD, scale_H, x_THD.stride(0), x_THD.stride(1), tokens, triton.cdiv(tokens, stride), stride,
+        D=dim, CENTRED=centred, ROWS=CALIBRATE_ROWS, TARGET=FP8_MAX / ROOM, num_warps=8,
+    )  # fmt: skip
+    return Scaling(centre_HD=centre_HD, scale_H=scale_H)
+
+
+def store(x_THD: Tensor, scaling: Scaling, out_HXD: Tensor, row: int) -> None:
+    """Write a block's own rows, e4m3.
+
+    Args:
+        x_THD: [T, H, D], D 64 or 128, channels contiguous.
+        scaling: of the scratch.
+        out_HXD: e4m3 [H, X, D]; channels or tokens contiguous.
+        row: first of the T rows.
+    """
+    tokens, num_heads, dim = x_THD.shape
+    store_kernel[(triton.cdiv(tokens, STORE_ROWS), num_heads)](
+        x_THD, out_HXD, scaling.centre_HD, scaling.scale_H, x_THD.stride(0), x_THD.stride(1),
+        out_HXD.stride(0), out_HXD.stride(1), out_HXD.stride(2), row, tokens,
+        D=dim, TURNED=out_HXD.stride(2) != 1, ROWS=STORE_ROWS, ALIGN=token_alignment(tokens, row),
+    )  # fmt: skip
