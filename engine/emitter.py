@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from longtake.engine.video import SegmentWriter
 from torch import Tensor
 
 from longtake.engine.config import ShotConfig
 from longtake.engine.vae import StreamingDecoder
+from longtake.engine.video import SegmentWriter
 
 SEGMENT_S = 10.0
 _QUEUE_BLOCKS = 2

@@ -109,7 +109,7 @@ class Attention(nn.Module):
 
     def split(self, x: Tensor) -> Tensor:
         """[B, T, M] -> [B, T, H, D], a view."""
-        return x.unflatten(-1, (self.num_heads, -1))
+        return x.view(*x.shape[:-1], self.num_heads, -1)
 
     def query(self, x: Tensor) -> Tensor:
         """Normed queries [B, T, H, D] of ``x`` [B, T, M]."""

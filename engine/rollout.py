@@ -66,7 +66,7 @@ class Rollout:
         self.shot, self.model, self.contexts, self.cache, self.prefix = shot, model, contexts, cache, prefix
         self._timer = timer
         self._sigmas = shifted_sigmas(shot.sampler)
-        self.codec = cache.shape.codec
+        self.codec = shot_codec(shot)
         self.scratch = Scratch(
             model.config.num_heads,
             scratch_tokens(shot, len(prefix.latents), self.dtype),
@@ -136,7 +136,8 @@ class Rollout:
     def _run(self, latents: Tensor, timestep: float, context: TextContext, attention: HistoryAttention) -> Tensor:
         frames = latents.shape[1] // self.model.config.patch_size[0]
         timesteps_BF = torch.full((1, frames), timestep, dtype=torch.float32, device=self.device)
-        return self.model(latents[None].to(self.dtype), timesteps_BF, context, attention)[0]
+        flow: Tensor = self.model(latents[None].to(self.dtype), timesteps_BF, context, attention)
+        return flow[0]
 
 
 def shot_codec(shot: ShotConfig) -> Codec:

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from longtake.engine.text import TextEncoder
 
 from longtake.engine.config import ModelSpec, ShotConfig
 from longtake.engine.emitter import Emitted, Emitter, segment_blocks
 from longtake.engine.latents import LatentLog
 from longtake.engine.model import CausalWan, TextContext
 from longtake.engine.rollout import Prefix, Rollout, open_cache
+from longtake.engine.text import TextEncoder
 from longtake.engine.vae import StreamingDecoder, load_vae, receptive_latents
 from longtake.engine.weights import load_transformer
 from longtake.kernels.errors import ConfigError, StorageError

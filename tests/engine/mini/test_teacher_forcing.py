@@ -43,7 +43,8 @@ def test_noisy_copy_equals_a_rollout_pass() -> None:
 
     # block by block, as a rollout does
     geometry = BlockGeometry(num_tokens=layout.block_tokens, head_dim=32)
-    shape = ModelKVShape(num_layers=2, num_heads=2, codec=make_codec("fp32", geometry))
+    codec = make_codec("fp32", geometry)
+    shape = ModelKVShape(num_layers=2, num_heads=2, codec=codec)
     cache = KVCache(shape=shape, device=CPU, budget=CacheBudget(num_blocks=3))
     scratch = Scratch(2, 4 * layout.block_tokens, 32, torch.float32, CPU)
     for block in range(3):
@@ -56,7 +57,7 @@ def test_noisy_copy_equals_a_rollout_pass() -> None:
         context = texts[beat_of_block[block]]
         frames = slice(2 * block, 2 * block + 2)
         with cache.prepare(plan.blocks) as reading:
-            history = HistoryAttention(plan, reading, shape.codec, (3, 4), 2, scratch)
+            history = HistoryAttention(plan, reading, codec, (3, 4), 2, scratch)
             single = model(noisy[:, :, frames], torch.full((1, 2), float(1000 * sigmas[block])), context, history)
             torch.testing.assert_close(flow[:, :, frames], single, rtol=0, atol=2e-5)
             commit = cache.begin_commit(block)
