@@ -237,6 +237,14 @@ def to_json(config: Any) -> dict[str, Any]:
     return data
 
 
-def fingerprint(config: Any) -> str:
-    """Content hash (hex, 16 characters) of a config: equal configs, equal hash, on any machine."""
-    return hashlib.blake2b(json.dumps(to_json(config), sort_keys=True).encode(), digest_size=8).hexdigest()
+def essence(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a shot's JSON that decides its bytes: without where its model lies and without budgets."""
+    model = {key: value for key, value in config["model"].items() if key != "path"}
+    cache = {key: value for key, value in config["cache"].items() if not key.endswith("_bytes")}
+    return {**config, "model": model, "cache": cache}
+
+
+def fingerprint(shot: ShotConfig) -> str:
+    """Content hash (hex, 16 characters) of a shot's essence: equal shots, equal hash, on any machine."""
+    text = json.dumps(essence(to_json(shot)), sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -1,4 +1,4 @@
-"""From clean latents to segments of video, beside the rollout: decoding a block overlaps with denoising the next.
+"""From clean latents to the latent log and to segments of video, beside the rollout, which goes on with the next block.
 
 Segments are cut every ``segment_blocks`` blocks, whatever happens in between, so that a resumed shot has the bytes of
 an undisturbed one. A worker thread owns the decoder and, on CUDA, a stream of its own; a small queue holds the rollout
@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from longtake.engine.config import ShotConfig
+from longtake.engine.latents import LatentLog
 from longtake.engine.vae import StreamingDecoder
 from longtake.engine.video import SegmentWriter
+from longtake.engine.video_codec import video_codec
 
 SEGMENT_S = 10.0
 _QUEUE_BLOCKS = 2
@@ -44,8 +46,10 @@ class Emitter:
     Args:
         shot: what is rendered.
         decoder: warmed up to the block before ``first_block``; the worker's alone from now on.
+        latents: where blocks from ``keep_from`` on are kept before they are decoded.
         folder: of the segments.
         first_block: a multiple of :func:`segment_blocks`.
+        keep_from: blocks before it are in ``latents`` already.
         on_emitted: called in the worker's thread after each block.
     """
 
@@ -53,11 +57,14 @@ class Emitter:
         self,
         shot: ShotConfig,
         decoder: StreamingDecoder,
+        latents: LatentLog,
         folder: Path,
         first_block: int,
+        keep_from: int,
         on_emitted: Callable[[Emitted], None],
     ) -> None:
         self._shot, self._decoder, self._folder, self._on_emitted = shot, decoder, folder, on_emitted
+        self._latents, self._keep_from = latents, keep_from
         self._block = first_block
         self._size = segment_blocks(shot)
         self._num_frames = shot.frames_of_latents(first_block * shot.model.block_frames)
@@ -117,8 +124,10 @@ class Emitter:
 
     def _emit(self, latents_CFYX: Tensor) -> None:
         shot, block = self._shot, self._block
+        if block >= self._keep_from:
+            self._latents.write(block, latents_CFYX)
         if self._writer is None:
-            path = self._folder / f"{block // self._size:05d}.mp4"
+            path = self._folder / f"{block // self._size:05d}{video_codec(shot.video_codec).suffix}"
             self._writer = SegmentWriter(path, fps=shot.fps, size=(shot.height, shot.width), codec=shot.video_codec)
         frames = self._decoder.decode(latents_CFYX)[: shot.num_frames - self._num_frames]
         self._writer.write(frames.cpu())

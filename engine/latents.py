@@ -60,6 +60,10 @@ class LatentLog:
         """Blocks that the array has room for."""
         return int(self._array.shape[0])
 
+    def num_written(self) -> int:
+        """How many blocks from 0 on are there."""
+        return next((block for block in range(len(self)) if not self._chunk(block).exists()), len(self))
+
     def write(self, block: int, latents_CFYX: Tensor) -> None:
         """Keep one block: float32 [C, F, Y, X] on any device. Durable on return."""
         self._array[block] = latents_CFYX.cpu().numpy()

@@ -156,12 +156,13 @@ def modulated_norm(x_BTM: Tensor, scale_BFM: Tensor, shift_BFM: Tensor, eps: flo
     """
     num_frames = scale_BFM.shape[1]
     x_BFSM = F.layer_norm(x_BTM.float(), x_BTM.shape[-1:], eps=eps).unflatten(1, (num_frames, -1))
-    return (x_BFSM * (1 + scale_BFM[:, :, None]) + shift_BFM[:, :, None]).flatten(1, 2).to(x_BTM.dtype)
+    modulated: Tensor = x_BFSM * (1 + scale_BFM[:, :, None]) + shift_BFM[:, :, None]
+    return modulated.flatten(1, 2).to(x_BTM.dtype)
 
 
 def gated_add(x_BTM: Tensor, update_BTM: Tensor, gate_BFM: Tensor) -> Tensor:
     """``x + update * gate`` in float32, gate per latent frame; returns the dtype of ``x_BTM``."""
-    update = update_BTM.float().unflatten(1, (gate_BFM.shape[1], -1)) * gate_BFM[:, :, None]
+    update: Tensor = update_BTM.float().unflatten(1, (gate_BFM.shape[1], -1)) * gate_BFM[:, :, None]
     return (x_BTM.float() + update.flatten(1, 2)).to(x_BTM.dtype)
 
 
@@ -294,6 +295,6 @@ class CausalWan(nn.Module):
 
     def unpatchify(self, x_BTP: Tensor, grid: torch.Size) -> Tensor:
         """[B, T, pt*py*px*C] -> [B, C, F, Y, X] for a token grid of (frames, rows, columns)."""
-        parts = x_BTP.unflatten(2, (*self.config.patch_size, self.config.out_channels)).unflatten(1, tuple(grid))
+        parts: Tensor = x_BTP.unflatten(2, (*self.config.patch_size, self.config.out_channels)).unflatten(1, tuple(grid))
         # B f h w pt py px C -> B C f pt h py w px
         return parts.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)

@@ -20,10 +20,12 @@ from longtake.engine.sampler import denoise, shifted_sigmas
 from longtake.engine.timing import NO_TIMER, StageTimer
 from longtake.kernels.codec import BlockGeometry, Codec, make_codec
 from longtake.offload.cache import CacheBudget, KVCache
+from longtake.offload.run import RunDirectory
 from longtake.offload.shape import ModelKVShape
 
 # Dense keys and values of one layer's chunk of history; more history than this is attended in several chunks.
 SCRATCH_BYTES = 256 << 20
+_PLANS_AHEAD = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +98,7 @@ class Rollout:
         plan = history.plan(self.shot.history, index, self.shot.model.block_frames)
         context = self.contexts[self.shot.beat_of_block(max(block, 0))]
         with self.cache.prepare(plan.blocks) as reading:
+            self.cache.schedule(self._coming(index + 1))
             attention = HistoryAttention(
                 plan, reading, self.codec, self.shot.grid, self.shot.model.block_frames, self.scratch, self._timer
             )
@@ -127,6 +130,11 @@ class Rollout:
             **self.cache.memory(),
         }
 
+    def _coming(self, index: int) -> list[tuple[int, ...]]:
+        """What the next blocks will read, so that copies run ahead of them."""
+        coming = range(index, min(index + _PLANS_AHEAD, self.total_blocks))
+        return [history.attended(self.shot.history, block) for block in coming]
+
     def _noise(self, block: int, step: int) -> Tensor:
         noise = block_noise(self.shot.seed, self.shot.name, block, step, self.shot.latent_shape)
         if self.device.type == "cuda":
@@ -150,17 +158,33 @@ def shot_codec(shot: ShotConfig) -> Codec:
     return make_codec(shot.cache.codec, BlockGeometry(num_tokens=shot.tokens_per_block, head_dim=head_dim))
 
 
-def open_cache(shot: ShotConfig, device: torch.device, num_prefix: int = 0) -> KVCache:
-    """An empty cache that fits a shot.
+def kv_shape(shot: ShotConfig) -> ModelKVShape:
+    """What is kept of each block of a shot."""
+    model = shot.model.transformer
+    return ModelKVShape(num_layers=model.num_layers, num_heads=model.num_heads, codec=shot_codec(shot))
+
+
+def open_cache(shot: ShotConfig, device: torch.device, num_prefix: int = 0, run: RunDirectory | None = None) -> KVCache:
+    """A cache that fits a shot.
+
+    Args:
+        shot: with its budgets.
+        device: of the rollout.
+        num_prefix: blocks that the shot starts from.
+        run: the disk tier; None: the history lives and dies with the process.
 
     Raises:
-        CapacityError: the shot's device budget holds less than the history it attends.
+        CapacityError: a budget is too small for the history that the shot attends.
     """
-    model = shot.model.transformer
-    shape = ModelKVShape(num_layers=model.num_layers, num_heads=model.num_heads, codec=shot_codec(shot))
-    num_blocks = history.max_attended(shot.history, num_prefix + shot.num_blocks)
-    budget = CacheBudget(device_bytes=shot.cache.device_bytes, num_blocks=num_blocks)
-    return KVCache(shape=shape, device=device, budget=budget)
+    total = num_prefix + shot.num_blocks
+    budget = CacheBudget(
+        device_bytes=shot.cache.device_bytes,
+        num_blocks=history.max_attended(shot.history, total),
+        host_bytes=shot.cache.host_bytes,
+        disk_bytes=shot.cache.disk_bytes,
+        total_blocks=total,
+    )
+    return KVCache(shape=kv_shape(shot), device=device, budget=budget, run=run)
 
 
 def scratch_tokens(shot: ShotConfig, num_prefix: int, dtype: torch.dtype) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -10,19 +12,22 @@ from pathlib import Path
 
 import torch
 
-from longtake.engine.config import ModelSpec, ShotConfig
+from longtake.engine.config import ModelSpec, ShotConfig, fingerprint
 from longtake.engine.emitter import Emitted, Emitter, segment_blocks
 from longtake.engine.latents import LatentLog
 from longtake.engine.model import CausalWan, TextContext
-from longtake.engine.rollout import Prefix, Rollout, open_cache
+from longtake.engine.rollout import Prefix, Rollout, kv_shape, open_cache
 from longtake.engine.text import TextEncoder
 from longtake.engine.vae import StreamingDecoder, load_vae, receptive_latents
+from longtake.engine.video_codec import video_codec
 from longtake.engine.weights import load_transformer
 from longtake.kernels.errors import ConfigError, StorageError
+from longtake.offload.run import RunDirectory
 
 LATENTS_NAME = "latents.zarr"
 SEGMENTS_NAME = "segments"
 METRICS_NAME = "metrics.jsonl"
+PROMPTS_NAME = "prompts"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,11 +99,19 @@ class ShotRenderer:
         """
         device = parse_device(device_name)
         model, decoder = self._load(shot.model, device)
-        contexts = encode_beats(shot, model, device)
+        contexts = encode_beats(shot, folder, model, device)
         prefix = read_prefix(shot, folder)
+        folder.mkdir(parents=True, exist_ok=True)
         latents = LatentLog(folder / LATENTS_NAME, shot.num_blocks, shot.latent_shape)
-        rollout = Rollout(shot, model, contexts, open_cache(shot, device, len(prefix.latents)), prefix)
-        return _Run(shot, folder, rollout, decoder, latents, prefix).until(stop, progress)
+        with contextlib.ExitStack() as held:
+            run = open_run(shot, folder, len(prefix.latents), latents)
+            held.callback(run.close)
+            cache = open_cache(shot, device, len(prefix.latents), run)
+            held.callback(cache.close)
+            rollout = Rollout(shot, model, contexts, cache, prefix)
+            result = _Run(shot, folder, rollout, decoder, latents, prefix).until(stop, progress)
+            cache.flush()
+        return result
 
     def _load(self, spec: ModelSpec, device: torch.device) -> tuple[CausalWan, StreamingDecoder]:
         key = (spec.path, str(device))
@@ -135,7 +148,15 @@ class _Run:
         first = done if done == shot.num_blocks else done - done % size
         self._drop_segments_from(first // size)
         self._warm_up(decoder, prefix, first)
-        self._emitter = Emitter(shot, decoder, self._segments, first, self._on_emitted)
+        self._emitter = Emitter(
+            shot,
+            decoder,
+            latents,
+            self._segments,
+            first_block=first,
+            keep_from=done,
+            on_emitted=self._on_emitted,
+        )
         for block in range(first, done):
             self._emitter.put(latents.read(block, block + 1))
 
@@ -148,7 +169,6 @@ class _Run:
                     started, block = time.perf_counter(), rollout.next_block
                     clean = rollout.step()
                     if block >= 0:
-                        self._latents.write(block, clean)
                         self._emitter.put(clean)
                         report = self._report(block + 1, time.perf_counter() - started)
                         progress(report)
@@ -157,7 +177,7 @@ class _Run:
         finally:
             self._emitter.close()
         finished = rollout.next_block == shot.num_blocks
-        return ShotResult(finished=finished, segments=tuple(sorted(self._segments.glob("*.mp4"))))
+        return ShotResult(finished=finished, segments=self._complete_segments())
 
     def _warm_up(self, decoder: StreamingDecoder, prefix: Prefix, first: int) -> None:
         """Bring the decoder to the state it had before block ``first``, from the latents before it."""
@@ -169,8 +189,11 @@ class _Run:
         if blocks:
             decoder.warm_up(self._latents.read(first - blocks, first))
 
+    def _complete_segments(self) -> tuple[Path, ...]:
+        return tuple(sorted(self._segments.glob(f"*{video_codec(self._shot.video_codec).suffix}")))
+
     def _drop_segments_from(self, index: int) -> None:
-        for path in self._segments.glob("*.mp4"):
+        for path in self._complete_segments():
             if int(path.stem) >= index:
                 path.unlink()
 
@@ -195,15 +218,32 @@ class _Run:
             "seconds": round(report.seconds_block, 4),
             "frames": report.frames_done,
             "memory": self._rollout.memory(),
+            "durable_blocks": self._rollout.cache.durable_blocks,
+            **dataclasses.asdict(self._rollout.cache.stats()),
         }
         return json.dumps(record)
 
 
-def encode_beats(shot: ShotConfig, model: CausalWan, device: torch.device) -> Sequence[TextContext]:
+def open_run(shot: ShotConfig, folder: Path, num_prefix: int, latents: LatentLog) -> RunDirectory:
+    """The shot's durable history; what lies beyond the last block whose latents are there too is cut off.
+
+    Raises:
+        LockedError, ConfigError, StorageError: another process renders it, it is of another shot, it is damaged.
+    """
+    known = num_prefix + latents.num_written()
+    return RunDirectory(
+        folder,
+        shape=kv_shape(shot),
+        config_hash=fingerprint(shot),
+        agree=lambda num_blocks: min(num_blocks, known),
+        num_blocks=num_prefix + shot.num_blocks,
+    )
+
+
+def encode_beats(shot: ShotConfig, folder: Path, model: CausalWan, device: torch.device) -> Sequence[TextContext]:
     """Cross-attention context of each beat; the text encoder is gone from memory when this returns."""
-    encoder = TextEncoder(shot.model.path, text_len=shot.model.text_len)
-    embeds = {beat.prompt: encoder.encode(beat.prompt) for beat in shot.beats}
-    encoder.release()
+    encoder = TextEncoder(shot.model.path, text_len=shot.model.text_len, cache_dir=folder.parent / PROMPTS_NAME)
+    embeds = encoder.encode_all(beat.prompt for beat in shot.beats)
     with torch.inference_mode():
         contexts = {prompt: model.text_context(embed[None].to(device)) for prompt, embed in embeds.items()}
     return [contexts[beat.prompt] for beat in shot.beats]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longtake.engine.config import ShotConfig, to_json
+from longtake.engine.config import ShotConfig, essence, to_json
 from longtake.kernels.errors import ConfigError, StorageError
 
 FORMAT = 1
@@ -82,10 +82,7 @@ class Recipe:
 
 def _essence(data: dict[str, Any]) -> dict[str, Any]:
     """The part of a recipe's JSON that decides the frames: no version, no paths, no budgets."""
-    config = dict(data["config"])
-    config["model"] = {key: value for key, value in config["model"].items() if key != "path"}
-    config["cache"] = {key: value for key, value in config["cache"].items() if not key.endswith("_bytes")}
-    return {"starts_from": data["starts_from"], **config}
+    return {"starts_from": data["starts_from"], **essence(data["config"])}
 
 
 def _differences(before: Any, now: Any, key: str) -> Iterator[str]:

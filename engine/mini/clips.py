@@ -1,8 +1,8 @@
 """Training clips as latents on the device: rendered, encoded and captioned on the fly, replaced little by little.
 
-A clip is 30 s of a world under a script of one to three prompts. A training sequence takes some of its blocks: a run, or
-a sparse past and a recent run, at their true places in time, closed up, or with a gap, so that full histories, windows
-with sinks and retrieved blocks are all seen.
+A clip is 30 s of a world under a script of one to three prompts. A training sequence takes some of its blocks: a run,
+or a sparse past and a recent run, at their true places in time, closed up, or with a gap, so that full histories,
+windows with sinks and retrieved blocks are all seen.
 
 Shape legend: M clips, B batch, N blocks of a sequence, Q blocks of a clip, C channels, F latent frames, Y, X latent
 rows and columns, K text tokens, P prompts of a clip, T tokens of the doubled sequence.
@@ -141,8 +141,8 @@ def prompt_of_block(script: Script) -> list[int]:
 def choose_blocks(batch: int, count: int, device: torch.device) -> Tensor:
     """Which blocks of a clip make a sequence: int64 [B, N], ascending.
 
-    Half are runs, half of those from the clip's start. The others end anywhere, with a recent run of 4 to 12 blocks, and
-    are filled up with blocks from before it, with the clip's first one in most.
+    Half are runs, half of those from the clip's start. The others end anywhere, with a recent run of 4 to 12 blocks,
+    and are filled up with blocks from before it, with the clip's first one in most.
     """
     rank_BQ = torch.arange(CLIP_BLOCKS, device=device).expand(batch, -1)
 

@@ -200,10 +200,10 @@ class Trainer:
             first = 1 + (self.step // plan.pool_steps) * plan.pool_worlds
             self.pool = None
             self.pool = Pool(list(range(first, first + plan.pool_worlds)), self.device)
-        if self.step % 2 and self.recent:  # rendering takes as long as a step: every clip serves about twice
+        if self.step % 3 and self.recent:  # rendering takes as long as a step: a clip serves about three times
             chosen = int(torch.randint(0, len(self.recent), (1,), generator=self.generator))
             return self.recent[chosen].flip(-1)
-        clips, frames = plan.shapes[self.step // 2 % len(plan.shapes)]
+        clips, frames = plan.shapes[self.step // 3 % len(plan.shapes)]
         angle, seconds = random_cameras(clips, frames, self.generator)
         index = torch.randint(0, plan.pool_worlds, (clips,), generator=self.generator)
         video = self.pool.cut(index, angle, seconds)
