@@ -7,8 +7,9 @@ by stage comes from a block of its own with events around each stage, so that th
 
 from __future__ import annotations
 
+import argparse
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +168,35 @@ def _vae(clean: torch.Tensor, device: torch.device) -> dict[str, Any]:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def main(arguments: list[str]) -> None:
+    """Command line of ``longtake bench rollout``."""
+    parser = argparse.ArgumentParser(prog="longtake bench rollout", description=__doc__)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--geometry", choices=sorted(GEOMETRIES), default="1.3b")
+    parser.add_argument("--codecs", default="bf16,int4", help="one run each")
+    parser.add_argument("--window", type=int, default=6, help="blocks of history")
+    parser.add_argument("--blocks", type=int, default=8, help="timed blocks")
+    parser.add_argument("--size", default="480x832")
+    parser.add_argument("--no-compile", action="store_true")
+    options = parser.parse_args(arguments)
+    height, width = (int(side) for side in options.size.split("x"))
+    runs = []
+    for index, codec in enumerate(options.codecs.split(",")):
+        bench = RolloutBench(
+            geometry=options.geometry,
+            codec=codec,
+            height=height,
+            width=width,
+            window_blocks=options.window,
+            blocks=options.blocks,
+            compile_layers=not options.no_compile,
+            device=options.device,
+            vae=index == 0,
+        )
+        result = run_rollout(bench)
+        runs.append({"config": asdict(bench), "result": result})
+        print(f"{codec}: {result['seconds_a_block']['median']:.4f} s a block, stages {result['stages_s']}", flush=True)
+    record.write(options.json, "rollout", {"arguments": arguments}, runs)

@@ -1,0 +1,244 @@
+"""``longtake bench memory``: what a rollout remembers, against the procedural world's own truth.
+
+Return visits. In a held-out world a camera pans at a constant speed for one turn and a little more. The true latents
+of the whole turn are committed as history; then a few blocks are generated and compared with the world itself: what they
+show was last seen one turn ago, and only the history can tell how it looked. A faster camera returns sooner, so speeds
+give ages.
+
+Consistency. The model renders a film of its own over several turns; frames at equal camera angles are compared with each
+other: what it invented must still be there a turn later.
+
+Both without actors, in clear weather, in every light; PSNR of 8-bit frames in dB, over worlds of the mean over frames.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longtake.engine import record
+from longtake.engine.config import (
+    BeatConfig,
+    CacheConfig,
+    HistoryConfig,
+    HistoryPolicy,
+    ModelSpec,
+    Positions,
+    ShotConfig,
+)
+from longtake.engine.mini import palette
+from longtake.engine.mini.prompts import Beat, Scene, Script, camera_path, describe, stage
+from longtake.engine.mini.render import render
+from longtake.engine.mini.world import FPS, RING_PX, build_worlds
+from longtake.engine.model import CausalWan
+from longtake.engine.rollout import Prefix, Rollout, open_cache
+from longtake.engine.text import TextEncoder
+from longtake.engine.vae import StreamingDecoder, StreamingEncoder, from_uint8, load_vae
+from longtake.engine.weights import load_transformer, read_spec
+
+FIRST_SEED = 10_000_000
+FULL = HistoryConfig(policy=HistoryPolicy.FULL, positions=Positions.ABSOLUTE)
+
+
+def window(blocks: int, sinks: int = 1) -> HistoryConfig:
+    """A window of ``blocks`` blocks of history, ``sinks`` of them the first ones."""
+    return HistoryConfig(sink_blocks=sinks, recent_blocks=blocks - sinks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One way to remember: a history policy and a codec."""
+
+    name: str
+    history: HistoryConfig
+    codec: str
+
+
+CASES = (
+    Case(name="full", history=FULL, codec="bf16"),
+    Case(name="full, int4", history=FULL, codec="int4"),
+    Case(name="window 24", history=window(24), codec="bf16"),
+    Case(name="window 4", history=window(4, 0), codec="bf16"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Models:
+    """A model with all its parts, loaded once."""
+
+    spec: ModelSpec
+    transformer: CausalWan
+    vae: Any
+    text: TextEncoder
+    device: torch.device
+
+
+def load(name: str, device: torch.device) -> Models:
+    """Load a model trained on the procedural world."""
+    spec = read_spec(name)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return Models(
+        spec=spec,
+        transformer=load_transformer(spec, device, dtype),
+        vae=load_vae(spec.path / "vae", dtype=dtype, device=device),
+        text=TextEncoder(spec.path, text_len=spec.text_len),
+        device=device,
+    )
+
+
+def plain_script(seed: int, pan_px: int) -> Script:
+    """One beat: a light that the seed chooses, clear weather, nobody there, a camera that pans all the time."""
+    rng = np.random.Generator(np.random.Philox(key=seed))
+    light = palette.TIMES[seed % len(palette.TIMES)]
+    scene = Scene(time=light, weather="clear", pan_px=pan_px, actors=(), landmark=None)
+    return (Beat(at_s=0.0, scene=scene, prompt=describe(scene, None, rng)),)
+
+
+def film_truth(seed: int, script: Script, num_frames: int, device: torch.device) -> Tensor:
+    """The world itself: uint8 [N, height, width, 3]."""
+    start = np.zeros(1)
+    worlds = stage(build_worlds([seed]), [script], start).to(device)
+    angle = torch.from_numpy(camera_path(script, num_frames, 0.0))[None].to(device)
+    time_s = (torch.arange(num_frames, dtype=torch.float64, device=device) / FPS)[None]
+    video = render(worlds, angle, time_s)[0]
+    return (video * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """PSNR in dB of each frame of two uint8 clips [N, height, width, 3]."""
+    error = (a.float() - b.float()).square().mean(dim=(1, 2, 3)).clamp_min(1e-3)
+    return 10 * torch.log10(255.0**2 / error)
+
+
+def make_shot(models: Models, seed: int, script: Script, case: Case, num_blocks: int, after: bool) -> ShotConfig:
+    """A shot of ``num_blocks`` blocks under one prompt."""
+    spec = models.spec
+    latents = num_blocks * spec.block_frames
+    return ShotConfig(
+        name=f"world-{seed}",
+        model=spec,
+        num_frames=latents * spec.temporal_stride if after else 1 + (latents - 1) * spec.temporal_stride,
+        fps=spec.fps,
+        height=spec.height,
+        width=spec.width,
+        seed=seed,
+        beats=(BeatConfig(at_s=0.0, prompt=script[0].prompt),),
+        sampler=spec.sampler,
+        history=case.history,
+        cache=CacheConfig(codec=case.codec),
+        after="truth" if after else None,
+        after_blocks=0,
+    )
+
+
+@torch.inference_mode()
+def return_visit(models: Models, seed: int, pan_px: int, cases: tuple[Case, ...], blocks: int) -> dict[str, float]:
+    """PSNR of ``blocks`` generated blocks against the world, one turn after it was seen, for each case.
+
+    The VAE's own loss is in all of them; ``vae`` is what it alone leaves.
+    """
+    spec, device = models.spec, models.device
+    frames_a_block = spec.block_frames * spec.temporal_stride
+    turn_frames = RING_PX // pan_px
+    history_blocks = -(-(turn_frames + 3) // frames_a_block)
+    num_frames = 1 + ((history_blocks + blocks) * spec.block_frames - 1) * spec.temporal_stride
+    script = plain_script(seed, pan_px)
+    truth = film_truth(seed, script, num_frames, device)
+    latents = StreamingEncoder(models.vae).encode_float(from_uint8(truth))
+    split = history_blocks * spec.block_frames
+    past, target = latents[:, :split], truth[1 + (split - 1) * spec.temporal_stride :]
+    prefix = Prefix(latents=past.split(spec.block_frames, dim=1))
+    context = [models.transformer.text_context(models.text.encode(script[0].prompt)[None].to(device))]
+    results = {}
+    for case in cases:
+        shot = make_shot(models, seed, script, case, blocks, after=True)
+        rollout = Rollout(shot, models.transformer, context, open_cache(shot, device, history_blocks), prefix)
+        clean = [rollout.step() for _ in range(rollout.total_blocks)][history_blocks:]
+        results[case.name] = _decoded_psnr(models, past, torch.cat(clean, dim=1), target)
+    results["vae"] = _decoded_psnr(models, past, latents[:, split:], target)
+    return results
+
+
+def _decoded_psnr(models: Models, past: Tensor, latents: Tensor, target: Tensor) -> float:
+    decoder = StreamingDecoder(models.vae)
+    decoder.warm_up(past)
+    return float(psnr(decoder.decode(latents), target).mean())
+
+
+@torch.inference_mode()
+def own_film(models: Models, seed: int, pan_px: int, case: Case, seconds: float) -> Tensor:
+    """A film from the prompt alone: uint8 [N, height, width, 3] on the device."""
+    spec = models.spec
+    script = plain_script(seed, pan_px)
+    num_blocks = round(seconds * spec.fps / (spec.block_frames * spec.temporal_stride))
+    shot = make_shot(models, seed, script, case, num_blocks, after=False)
+    context = [models.transformer.text_context(models.text.encode(script[0].prompt)[None].to(models.device))]
+    rollout = Rollout(shot, models.transformer, context, open_cache(shot, models.device))
+    decoder = StreamingDecoder(models.vae)
+    return torch.cat([decoder.decode(rollout.step()) for _ in range(num_blocks)])
+
+
+def consistency(film: Tensor, pan_px: int) -> list[float]:
+    """PSNR of each later turn of a film against its first, frame by frame at equal angles, from the second turn on."""
+    turn = RING_PX // pan_px
+    turns = len(film) // turn
+    return [float(psnr(film[k * turn : (k + 1) * turn], film[:turn]).mean()) for k in range(1, turns)]
+
+
+def run_memory(
+    name: str, device: torch.device, *, worlds: int, blocks: int, speeds: tuple[int, ...], film_s: float
+) -> dict[str, Any]:
+    """All cases at all ages; see the module's docstring."""
+    models = load(name, device)
+    visits: dict[str, dict[str, dict[str, float]]] = {}
+    for speed in speeds:
+        rows = [return_visit(models, FIRST_SEED + w, speed, CASES, blocks) for w in range(worlds)]
+        age = f"{RING_PX / speed / FPS:.1f} s"
+        visits[age] = {case: record.summary([row[case] for row in rows]) for case in rows[0]}
+        print(age, {case: round(found["median"], 2) for case, found in visits[age].items()}, flush=True)
+    films: dict[str, Any] = {}
+    if film_s:
+        for case in CASES[:1] + CASES[2:]:
+            turns = [consistency(own_film(models, FIRST_SEED + w, 4, case, film_s), 4) for w in range(min(worlds, 4))]
+            films[case.name] = [record.summary(found) for found in zip(*turns, strict=True)]
+            print(case.name, [round(turn["median"], 2) for turn in films[case.name]], flush=True)
+    return {"return_visit_psnr_db": visits, "consistency_psnr_db_by_turn": films}
+
+
+def main(arguments: list[str]) -> None:
+    """Command line of ``longtake bench memory``."""
+    parser = argparse.ArgumentParser(prog="longtake bench memory", description=__doc__)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--model", default="mini")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--worlds", type=int, default=8)
+    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--speeds", default="4,3,2")
+    parser.add_argument("--film-seconds", type=float, default=60.0)
+    options = parser.parse_args(arguments)
+    speeds = tuple(int(speed) for speed in options.speeds.split(","))
+    results = run_memory(
+        options.model,
+        torch.device(options.device),
+        worlds=options.worlds,
+        blocks=options.blocks,
+        speeds=speeds,
+        film_s=options.film_seconds,
+    )
+    config = {
+        "model": options.model,
+        "device": options.device,
+        "worlds": options.worlds,
+        "blocks": options.blocks,
+        "speeds_px_a_frame": speeds,
+        "film_s": options.film_seconds,
+        "cases": [dataclasses.asdict(case) for case in CASES],
+    }
+    record.write(options.json, "memory", config, results)
