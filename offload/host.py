@@ -64,7 +64,7 @@ class HostPool:
 
         Pinning is also what first touches the memory, so it comes from the node of the CPU that does it.
         """
-        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        runtime = torch.cuda.cudart()
         with near(self.device):
             for slab_FHP in self.slabs_LFHP:
                 address = slab_FHP.data_ptr()
@@ -94,5 +94,5 @@ class HostPool:
     def close(self) -> None:
         """Unpin; no copy may be under way."""
         for address in self._registered:
-            torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+            torch.cuda.cudart().cudaHostUnregister(address)
         self._registered.clear()

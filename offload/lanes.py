@@ -34,7 +34,7 @@ class _EventFence(Fence):
     """Work up to an event on a CUDA stream."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._event = torch.cuda.Event()
         self._event.record(stream)
         self._device = stream.device
 
@@ -45,7 +45,7 @@ class _EventFence(Fence):
         self._event.synchronize()
 
     def done(self) -> bool:
-        return bool(self._event.query())  # type: ignore[no-untyped-call]
+        return bool(self._event.query())
 
 
 def mark(device: torch.device) -> Fence:
@@ -66,7 +66,7 @@ class Lane:
         self._lock = threading.Lock()
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._stream = torch.cuda.Stream(device)
 
     def copy(self, pairs: Iterable[tuple[Tensor, Tensor]], after: Iterable[Fence] = ()) -> Fence:
         """Queue copies.

@@ -34,10 +34,16 @@ class LateFence(Fence):
 
 
 class LateLane(Lane):
-    """Copies in order, each some time after it was given."""
+    """Copies in order, each some time after it was given.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: as of a Lane.
+        job_delay_s: time before each set of copies; besides, single copies take up to a millisecond.
+    """
+
+    def __init__(self, device: torch.device, job_delay_s: float = 0.0) -> None:
         super().__init__(device)
+        self._job_delay_s = job_delay_s
         self._jobs: queue.SimpleQueue[tuple[list[tuple[Tensor, Tensor]], list[Fence], LateFence]] = queue.SimpleQueue()
         self._delays = random.Random(1)
         threading.Thread(target=self._work, daemon=True).start()
@@ -55,6 +61,7 @@ class LateLane(Lane):
             pairs, after, fence = self._jobs.get()
             for earlier in after:
                 earlier.synchronize()
+            time.sleep(self._job_delay_s)
             for target, source in pairs:
                 if self._delays.random() < 0.2:
                     time.sleep(self._delays.random() * 0.001)

@@ -47,7 +47,7 @@ def commit_late(cache: KVCache, block: int, wanted_BLHP: torch.Tensor) -> None:
     """Fill the pages long after `complete` has returned."""
     opened = cache.begin_commit(block)
     for layer in range(SHAPE.num_layers):
-        torch.cuda._sleep(BUSY_CYCLES)  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(BUSY_CYCLES)
         opened.page(layer).copy_(wanted_BLHP[block, layer])
     opened.complete()
 
@@ -57,7 +57,7 @@ def count_wrong(
 ) -> None:
     """Compare a layer on the device, long after `pages` has returned; adds to `wrong` without synchronising."""
     pages_GHP, slots_N = reading.pages(layer)
-    torch.cuda._sleep(BUSY_CYCLES)  # type: ignore[no-untyped-call]
+    torch.cuda._sleep(BUSY_CYCLES)
     for column, block in enumerate(plan):
         page_1HP = pages_GHP.index_select(0, slots_N[column : column + 1])
         wrong += (page_1HP[0] != wanted_BLHP[block, layer]).sum()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from longtake.kernels.errors import CapacityError
 from longtake.offload.cache import CacheBudget, KVCache
+from longtake.offload.lanes import Lane
 from longtake.offload.run import RunDirectory
 from tests.offload.late_lane import LateLane
 from tests.offload.payloads import SHAPE, check_pages, check_passes, commit, open_run
@@ -28,15 +31,21 @@ TIERS: dict[str, tuple[int, int | None, bool, int]] = {
     "least": (5, 2, True, 7),
 }
 
-Maker = Callable[[], KVCache]
+LATE_S = 0.002
+LANES: dict[str, tuple[type[Lane] | Callable[[torch.device], Lane], type[Lane] | Callable[[torch.device], Lane]]] = {
+    "at once": (Lane, Lane),
+    "late": (LateLane, LateLane),
+    "late down": (partial(LateLane, job_delay_s=LATE_S), LateLane),
+    "late up": (LateLane, partial(LateLane, job_delay_s=LATE_S)),
+}
 
 
-@pytest.fixture(params=["at once", "late"], autouse=True)
+@pytest.fixture(params=list(LANES), autouse=True)
 def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copies that are done at once, as on a CPU, and ones that come late, as on a stream."""
-    if request.param == "late":
-        monkeypatch.setattr("longtake.offload.hosttier.Lane", LateLane)
-        monkeypatch.setattr("longtake.offload.devicetier.Lane", LateLane)
+    """Copies that are done at once, as on a CPU, and ones that come late, as on a stream; one direction later still."""
+    down, up = LANES[request.param]
+    monkeypatch.setattr("longtake.offload.hosttier.Lane", down)
+    monkeypatch.setattr("longtake.offload.devicetier.Lane", up)
 
 
 @pytest.fixture(params=list(TIERS))
@@ -90,7 +99,7 @@ def test_random_plans_in_any_order_of_layers(cache: KVCache, longest: int) -> No
     chooser = random.Random(0)
     for block in range(NUM_BLOCKS):
         commit(cache, block)
-    upcoming = [tuple(chooser.sample(range(NUM_BLOCKS), chooser.randrange(1, longest + 1))) for _ in range(30)]
+    upcoming = [tuple(chooser.sample(range(NUM_BLOCKS), chooser.randrange(1, longest + 1))) for _ in range(20)]
     for number, plan in enumerate(upcoming):
         with cache.prepare(plan) as reading:
             cache.schedule(upcoming[number + 1 : number + 3])
@@ -98,6 +107,14 @@ def test_random_plans_in_any_order_of_layers(cache: KVCache, longest: int) -> No
                 layer = chooser.randrange(SHAPE.num_layers)
                 check_pages(reading, layer, plan)
                 check_pages(reading, layer, plan)
+
+
+def test_what_was_just_committed_leaves_and_comes_back(cache: KVCache) -> None:
+    for block in range(NUM_BLOCKS):
+        commit(cache, block)
+        check_passes(cache, (block, block // 2), 1)
+    for block in range(NUM_BLOCKS):
+        check_passes(cache, (block, (5 * block) % NUM_BLOCKS), 1)
 
 
 def test_nothing_stays_pinned_and_nothing_grows(cache: KVCache) -> None:
