@@ -38,7 +38,8 @@ def test_a_prefetch_overtaken_by_commits(
     cache.schedule([])
     for block in (6, 7, 8):
         commit(cache, block)
-    for block in (6, 7, 8, 0):
+    time.sleep(0.1)
+    for block in (8, 7, 6, 0):
         check_passes(cache, (block,), 1)
     cache.close()
     run.close()
