@@ -1,7 +1,8 @@
 """Self-attention of one block over its planned history, from encoded pages.
 
 For each layer: materialise a chunk of history into the scratch, attend, merge by log-sum-exp; the block's own keys and
-values join the last chunk. When a history fits the scratch there is one chunk and nothing to merge.
+values join the last chunk. When a history fits the scratch there is one chunk and nothing to merge. How rows stand in
+the scratch and which kernels attend them is the attention path's.
 
 Shape legend: B batch (1), T tokens of a block, H heads, D head dim, N history blocks, G arena slots, X scratch rows.
 """
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from longtake.engine.history import Plan
 from longtake.engine.timing import NO_TIMER, StageTimer
-from longtake.kernels.attention import attend, merge
+from longtake.kernels.attention import merge
+from longtake.kernels.attention_path import AttentionPath
 from longtake.kernels.codec import Codec
-from longtake.kernels.rotary import Rotary, apply_rotary, rotary_table
+from longtake.kernels.rotary import Rotary, rotary_table
 
 
 class Pages(Protocol):
@@ -38,27 +40,6 @@ class Commit(Protocol):
         """uint8 [H, P] to be filled with the block's payloads of ``layer``."""
 
 
-class Scratch:
-    """The dense keys and values of one chunk of one layer: two buffers [H, X, D], allocated once.
-
-    Args:
-        num_heads, head_dim: of this rank.
-        num_tokens: rows X; at least two blocks, one of history and the block itself.
-        dtype, device: of the model.
-    """
-
-    def __init__(
-        self, num_heads: int, num_tokens: int, head_dim: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.k_HXD = torch.empty(num_heads, num_tokens, head_dim, dtype=dtype, device=device)
-        self.v_HXD = torch.empty_like(self.k_HXD)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of both buffers."""
-        return 2 * self.k_HXD.numel() * self.k_HXD.element_size()
-
-
 class HistoryAttention:
     """The ``attend`` of all passes of one block; give it to the model.
 
@@ -66,11 +47,12 @@ class HistoryAttention:
 
     Args:
         plan: of the block.
-        reading: the planned blocks' pages; ignored when the plan has no history.
+        reading: the planned blocks' pages; may be None when the plan has no history.
         codec: that wrote them and will write the block's own.
         grid: token rows and columns of a latent frame.
         block_frames: latent frames of a block.
-        scratch: shared by all blocks of the rollout.
+        path: how history is unpacked and attended; shared by all blocks of the rollout, as is its scratch.
+        device: of the model.
         timer: where time goes, for benchmarks.
     """
 
@@ -81,23 +63,23 @@ class HistoryAttention:
         codec: Codec,
         grid: tuple[int, int],
         block_frames: int,
-        scratch: Scratch,
+        path: AttentionPath,
+        device: torch.device,
         timer: StageTimer = NO_TIMER,
     ) -> None:
         self._reading = reading
         self._codec = codec
-        self._scratch = scratch
+        self._path = path
         self._timer = timer
         self._tokens = codec.geometry.num_tokens
         self._commit: Commit | None = None
-        device, head_dim = scratch.k_HXD.device, scratch.k_HXD.shape[-1]
 
         def table(starts: Sequence[int]) -> Rotary:
             frames = [start + frame for start in starts for frame in range(block_frames)]
-            return rotary_table(frames, *grid, head_dim, device)
+            return rotary_table(frames, *grid, codec.geometry.head_dim, device)
 
         self._own_rotary = table([plan.start])
-        per_chunk = scratch.k_HXD.shape[1] // self._tokens - 1
+        per_chunk = path.num_rows // self._tokens - 1
         self._chunks = [
             (first, min(first + per_chunk, len(plan.starts)), table(plan.starts[first : first + per_chunk]))
             for first in range(0, len(plan.starts), per_chunk)
@@ -111,27 +93,26 @@ class HistoryAttention:
     def __call__(self, layer: int, q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor:
         """Attend history and own block; q, k normed and unrotated; returns [1, T, H, D]."""
         q_THD, k_THD, v_THD = q_BTHD[0], k_BTHD[0], v_BTHD[0]
+        path, timer = self._path, self._timer
         if self._commit is not None:
-            with self._timer("encode"):
+            with timer("encode"):
                 self._codec.encode(k_THD, v_THD, self._commit.page(layer), block=self._commit.block, layer=layer)
-        with self._timer("rotary"):
-            q_HTD = apply_rotary(q_THD, self._own_rotary).transpose(0, 1)
-            own_k_HTD = apply_rotary(k_THD, self._own_rotary).transpose(0, 1)
-        k_HXD, v_HXD = self._scratch.k_HXD, self._scratch.v_HXD
+        with timer("rotary"):
+            path.begin(q_THD, k_THD, v_THD, self._own_rotary)
         out_HTD = lse_HT = None
         for first, last, rotary in self._chunks or [(0, 0, self._own_rotary)]:
             rows = (last - first) * self._tokens
             if rows:
                 assert self._reading is not None, "a plan with history needs a reading"
                 pages_GHP, slots_N = self._reading.pages(layer)
-                with self._timer("materialise"):
-                    self._codec.materialise(pages_GHP, slots_N[first:last], rotary, k_HXD[:, :rows], v_HXD[:, :rows])
+                with timer("materialise"):
+                    path.write_history(pages_GHP, slots_N[first:last], rotary)
             if not self._chunks or last == self._chunks[-1][1]:
-                k_HXD[:, rows : rows + self._tokens] = own_k_HTD
-                v_HXD[:, rows : rows + self._tokens] = v_THD.transpose(0, 1)
+                with timer("rotary"):
+                    path.write_own(rows)
                 rows += self._tokens
-            with self._timer("attention"):
-                part_HTD, part_lse_HT = attend(q_HTD, k_HXD[:, :rows], v_HXD[:, :rows])
+            with timer("attention"):
+                part_HTD, part_lse_HT = path.attend(rows)
                 if out_HTD is None or lse_HT is None:
                     out_HTD, lse_HT = part_HTD, part_lse_HT
                 else:

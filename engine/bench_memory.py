@@ -1,12 +1,12 @@
 """``longtake bench memory``: what a rollout remembers, against the procedural world's own truth.
 
 Return visits. In a held-out world a camera pans at a constant speed for one turn and a little more. The true latents
-of the whole turn are committed as history; then a few blocks are generated and compared with the world itself: what they
-show was last seen one turn ago, and only the history can tell how it looked. A faster camera returns sooner, so speeds
-give ages.
+of the whole turn are committed as history; then a few blocks are generated and compared with the world itself: what
+they show was last seen one turn ago, and only the history can tell how it looked. A faster camera returns sooner, so
+speeds give ages.
 
-Consistency. The model renders a film of its own over several turns; frames at equal camera angles are compared with each
-other: what it invented must still be there a turn later.
+Consistency. The model renders a film of its own over several turns; frames at equal camera angles are compared with
+each other: what it invented must still be there a turn later.
 
 Both without actors, in clear weather, in every light; PSNR of 8-bit frames in dB, over worlds of the mean over frames.
 """

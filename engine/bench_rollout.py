@@ -46,6 +46,7 @@ class RolloutBench:
 
     geometry: str = "1.3b"
     codec: str = "bf16"
+    attention: str = "dense"
     height: int = 480
     width: int = 832
     window_blocks: int = 6
@@ -83,6 +84,7 @@ def make_shot(bench: RolloutBench) -> ShotConfig:
         sampler=sampler,
         history=history,
         cache=CacheConfig(codec=bench.codec),
+        attention=bench.attention,
     )
 
 
@@ -176,7 +178,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--geometry", choices=sorted(GEOMETRIES), default="1.3b")
-    parser.add_argument("--codecs", default="bf16,int4", help="one run each")
+    parser.add_argument(
+        "--cases", default="bf16,int4,int4/fp8", help="CODEC or CODEC/ATTENTION (dense, fp8, fp8-bf16v), one run each"
+    )
     parser.add_argument("--window", type=int, default=6, help="blocks of history")
     parser.add_argument("--blocks", type=int, default=8, help="timed blocks")
     parser.add_argument("--size", default="480x832")
@@ -184,10 +188,12 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     height, width = (int(side) for side in options.size.split("x"))
     runs = []
-    for index, codec in enumerate(options.codecs.split(",")):
+    for index, case in enumerate(options.cases.split(",")):
+        codec, _, attention = case.partition("/")
         bench = RolloutBench(
             geometry=options.geometry,
             codec=codec,
+            attention=attention or "dense",
             height=height,
             width=width,
             window_blocks=options.window,
@@ -198,5 +204,5 @@ def main(arguments: list[str]) -> None:
         )
         result = run_rollout(bench)
         runs.append({"config": asdict(bench), "result": result})
-        print(f"{codec}: {result['seconds_a_block']['median']:.4f} s a block, stages {result['stages_s']}", flush=True)
+        print(f"{case}: {result['seconds_a_block']['median']:.4f} s a block, stages {result['stages_s']}", flush=True)
     record.write(options.json, "rollout", {"arguments": arguments}, runs)

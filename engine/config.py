@@ -165,6 +165,7 @@ class BeatConfig:
 class ShotConfig:
     """Everything that decides what one shot looks like, resolved: no defaults left to fill in.
 
+    ``attention`` is how history is attended: dense (the model's dtype), fp8, fp8-bf16v (FP8 keys, bfloat16 values).
     ``beats[0].at_s`` is 0. ``after`` names the shot whose last ``after_blocks`` blocks start this one.
     """
 
@@ -179,6 +180,7 @@ class ShotConfig:
     sampler: SamplerConfig
     history: HistoryConfig
     cache: CacheConfig = field(default_factory=CacheConfig)
+    attention: str = "dense"
     video_codec: str = "h264"
     after: str | None = None
     after_blocks: int = 0

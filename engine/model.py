@@ -295,6 +295,8 @@ class CausalWan(nn.Module):
 
     def unpatchify(self, x_BTP: Tensor, grid: torch.Size) -> Tensor:
         """[B, T, pt*py*px*C] -> [B, C, F, Y, X] for a token grid of (frames, rows, columns)."""
-        parts: Tensor = x_BTP.unflatten(2, (*self.config.patch_size, self.config.out_channels)).unflatten(1, tuple(grid))
+        parts: Tensor = x_BTP.unflatten(2, (*self.config.patch_size, self.config.out_channels)).unflatten(
+            1, tuple(grid)
+        )
         # B f h w pt py px C -> B C f pt h py w px
         return parts.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from longtake.engine import history
-from longtake.engine.attention import HistoryAttention, Scratch
+from longtake.engine.attention import HistoryAttention
 from longtake.engine.config import ShotConfig
 from longtake.engine.model import CausalWan, TextContext
 from longtake.engine.noise import block_noise
 from longtake.engine.sampler import denoise, shifted_sigmas
 from longtake.engine.timing import NO_TIMER, StageTimer
+from longtake.kernels.attention_path import make_path
 from longtake.kernels.codec import BlockGeometry, Codec, make_codec
 from longtake.offload.cache import CacheBudget, KVCache
 from longtake.offload.run import RunDirectory
@@ -69,10 +70,11 @@ class Rollout:
         self._timer = timer
         self._sigmas = shifted_sigmas(shot.sampler)
         self.codec = shot_codec(shot)
-        self.scratch = Scratch(
+        self.path = make_path(
+            shot.attention,
+            self.codec,
             model.config.num_heads,
             scratch_tokens(shot, len(prefix.latents), self.dtype),
-            model.config.head_dim,
             self.dtype,
             self.device,
         )
@@ -100,7 +102,14 @@ class Rollout:
         with self.cache.prepare(plan.blocks) as reading:
             self.cache.schedule(self._coming(index + 1))
             attention = HistoryAttention(
-                plan, reading, self.codec, self.shot.grid, self.shot.model.block_frames, self.scratch, self._timer
+                plan,
+                reading,
+                self.codec,
+                self.shot.grid,
+                self.shot.model.block_frames,
+                self.path,
+                self.device,
+                self._timer,
             )
 
             def predict_flow(noisy: Tensor, sigma: float) -> Tensor:
@@ -125,7 +134,7 @@ class Rollout:
         contexts = (tensor for context in self.contexts for pair in context for tensor in pair)
         return {
             "weights": sum(p.numel() * p.element_size() for p in self.model.parameters()),
-            "scratch": self.scratch.num_bytes,
+            "scratch": self.path.num_bytes,
             "text_context": sum(t.numel() * t.element_size() for t in contexts),
             **self.cache.memory(),
         }

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longtake.engine.attention import HistoryAttention, Scratch
+from longtake.engine.attention import HistoryAttention
 from longtake.engine.config import ModelConfig
 from longtake.engine.history import Plan
 from longtake.engine.mini.teacher_forcing import Layout, Rotations, block_mask, make_attend
 from longtake.engine.model import CausalWan
+from longtake.kernels.attention_path import DensePath
 from longtake.kernels.codec import BlockGeometry, make_codec
 from longtake.offload.cache import CacheBudget, KVCache
 from longtake.offload.shape import ModelKVShape
@@ -46,7 +47,7 @@ def test_noisy_copy_equals_a_rollout_pass() -> None:
     codec = make_codec("fp32", geometry)
     shape = ModelKVShape(num_layers=2, num_heads=2, codec=codec)
     cache = KVCache(shape=shape, device=CPU, budget=CacheBudget(num_blocks=3))
-    scratch = Scratch(2, 4 * layout.block_tokens, 32, torch.float32, CPU)
+    path = DensePath(codec, 2, 4 * layout.block_tokens, torch.float32, CPU)
     for block in range(3):
         plan = Plan(
             block=block,
@@ -57,7 +58,7 @@ def test_noisy_copy_equals_a_rollout_pass() -> None:
         context = texts[beat_of_block[block]]
         frames = slice(2 * block, 2 * block + 2)
         with cache.prepare(plan.blocks) as reading:
-            history = HistoryAttention(plan, reading, codec, (3, 4), 2, scratch)
+            history = HistoryAttention(plan, reading, codec, (3, 4), 2, path, CPU)
             single = model(noisy[:, :, frames], torch.full((1, 2), float(1000 * sigmas[block])), context, history)
             torch.testing.assert_close(flow[:, :, frames], single, rtol=0, atol=2e-5)
             commit = cache.begin_commit(block)
