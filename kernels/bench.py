@@ -47,7 +47,7 @@ class Timing:
 
 
 def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    return torch.cuda.Event(enable_timing=True)
 
 
 class Clock:
@@ -109,7 +109,7 @@ def setting(commit: str) -> dict[str, str]:
     if torch.cuda.is_available():
         found["device"] = torch.cuda.get_device_name()
         found["cuda"] = str(torch.version.cuda)
-        found["cudnn"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
+        found["cudnn"] = str(torch.backends.cudnn.version())
     else:
         found["device"] = platform.processor() or platform.machine()
     return found

@@ -29,7 +29,8 @@ TOLERANCE = {
     "float8_e4m3fn interpreted": (0.5, "the interpreter loses the carry when it rounds up to a power of two"),
     "attention": (0.03, "queries and weights rounded to e4m3 relative to other maxima: 2^-4 each, averaged over keys"),
 }
-CODECS = ["fp32", "bf16", "int4", "rtn2", "int8"]
+CODECS = ["fp32", "bf16", "int4", "rtn2", "int8"]  # encode to the same bytes as their references
+ALL_CODECS = [*CODECS, "lt2"]
 
 
 def close(got: torch.Tensor, want: torch.Tensor, check: str) -> None:
@@ -66,8 +67,9 @@ def reference_twin(codec: TensorCodec) -> tuple[Callable[..., None], Callable[..
 
 def kernel_twin(codec: TensorCodec) -> tuple[Callable[..., None], Callable[..., None]]:
     """The codec's kernels, called directly, so that the interpreter can run them on CPU tensors."""
-    from longtake.kernels import dense_triton, rtn_triton
+    from longtake.kernels import dense_triton, lt2_triton, rtn_triton
     from longtake.kernels.dense import DenseCodec
+    from longtake.kernels.lt2 import LowRankTwoBit
     from longtake.kernels.rtn import RoundToNearest
 
     tokens = codec.geometry.num_tokens
@@ -75,6 +77,11 @@ def kernel_twin(codec: TensorCodec) -> tuple[Callable[..., None], Callable[..., 
         return (
             lambda *a: codec.pack_into(*a),
             lambda p, s, r, o, c=None: dense_triton.materialise(p, s, r, o, tokens, codec.dtype, c),
+        )
+    if isinstance(codec, LowRankTwoBit):
+        return (
+            lambda *a: TensorCodec.pack_into(codec, *a),
+            lambda p, s, r, o, c=None: lt2_triton.materialise(p, s, r, o, codec, c),
         )
     assert isinstance(codec, RoundToNearest)
     grid = codec.layout.offset("grid")
@@ -122,6 +129,31 @@ def check_codec(name: str, tokens: int, dim: int, device: str, out_dtype: torch.
         assert got[:, rows:].isnan().all(), "rows beyond the last were written"
         exact = name in ("fp32", "bf16") and rotary is None
         close(got[:, :rows], want[:, :rows], "copy" if exact else str(out_dtype).removeprefix("torch."))
+
+
+def check_lt2_encode(tokens: int, dim: int, rank: int, device: str) -> None:
+    """Fit: as good a model as the reference's. Quantise: nearly all the reference's bytes, given its model."""
+    from longtake.kernels import lt2_triton
+    from longtake.kernels.lt2 import LowRankTwoBit
+
+    codec = LowRankTwoBit(BlockGeometry(num_tokens=tokens, head_dim=dim), rank=rank)
+    g = torch.Generator().manual_seed(dim)
+    x = torch.randn(tokens, 4, rank, generator=g) * torch.arange(rank, 0, -1) @ torch.randn(rank, dim, generator=g)
+    x = (x + torch.randn(tokens, 4, dim, generator=g) + 9 * torch.randn(dim, generator=g)).to(device)[:, 1:]
+    x = x if device == "cpu" else x.bfloat16()
+    want = codec.pack(x.transpose(0, 1).float(), [0] * 3)
+    got, fitted = torch.zeros_like(want), want.clone()
+    lt2_triton.encode(x, got, codec)
+    exact = x.transpose(0, 1).float()
+    error, reference = ((codec.unpack(s) - exact).norm() / exact.norm() for s in (got, want))
+    assert error <= 1.02 * reference, f"error {error}, the reference's {reference}"
+    for name in ("codes", "coefficients", "gains"):
+        codec.layout.view(fitted, name).zero_()
+    lt2_triton.quantise(x, fitted, codec)
+    for name in ("codes", "coefficients", "gains"):
+        same = codec.layout.view(fitted, name).view(torch.uint8) == codec.layout.view(want, name).view(torch.uint8)
+        # the interpreter rounds some gains to e4m3 otherwise, and those tokens' codes differ
+        assert same.float().mean() > (0.99 if device == "cuda" or name == "coefficients" else 0.8), name
 
 
 def check_fp8_rows(name: str, tokens: int, dim: int, device: str) -> None:
@@ -234,7 +266,7 @@ def check_merge(dim: int, device: str, dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("tokens", "dim"), [(180, 64), (77, 128), (4680, 128), (77, 64)])
-@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("name", ALL_CODECS)
 def test_codec_kernels_equal_their_twins(name: str, tokens: int, dim: int, out_dtype: torch.dtype) -> None:
     check_codec(name, tokens, dim, "cuda", out_dtype)
 
@@ -255,9 +287,15 @@ def test_merge_kernel_equals_its_twin(dim: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("tokens", "dim"), [(180, 64), (77, 128), (4680, 128)])
-@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("name", ALL_CODECS)
 def test_fp8_rows_equal_their_twins(name: str, tokens: int, dim: int) -> None:
     check_fp8_rows(name, tokens, dim, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("tokens", "dim", "rank"), [(180, 64, 2), (77, 128, 4), (4680, 128, 8)])
+def test_lt2_encoder_is_as_good_as_its_twin(tokens: int, dim: int, rank: int) -> None:
+    check_lt2_encode(tokens, dim, rank, "cuda")
 
 
 @pytest.mark.gpu
@@ -302,14 +340,17 @@ def test_every_kernel_compiles_for_sm_90_without_spills() -> None:
 
 def main() -> None:
     """The interpreted run: few, small cases."""
-    for name in CODECS:
+    for name in ALL_CODECS:
         for tokens, dim in ((77, 128), (36, 64)):
             check_codec(name, tokens, dim, "cpu", torch.float32)
             print("ok", name, tokens, dim)
     check_rotate(77, 128, "cpu", torch.float32)
     check_rotate(36, 64, "cpu", torch.float32)
     check_merge(64, "cpu", torch.float32)
-    for name in ("bf16", "rtn2"):
+    for rank in (2, 8):
+        check_lt2_encode(77, 64, rank, "cpu")
+        print("ok lt2", rank)
+    for name in ("bf16", "rtn2", "lt2"):
         check_fp8_rows(name, 36, 64, "cpu")
         print("ok fp8 rows", name)
     check_scaling(77, 64, "cpu", torch.float32)
