@@ -157,10 +157,11 @@ class Mover:
 
     def _demand(self, host: HostTier, block: int, missing: Sequence[int]) -> None:
         """Bring a block to the host and pin it there; the reads of the missing ones after it start as well."""
-        self._uses.fetching(missing)
-        for ahead in missing:
-            if not host.fetch(ahead, 0.0, -1.0):
-                break
+        if not host.holds(block):  # else nothing is to be fetched, and a long history is walked in linear time
+            self._uses.fetching(missing)
+            for ahead in missing:
+                if not host.fetch(ahead, 0.0, -1.0):
+                    break
         host.demand(block)
 
     def _stream(self, blocks: tuple[int, ...], chosen: Split, pins: list[tuple[Tier, int]]) -> Placed:
