@@ -122,7 +122,7 @@ def step(acc, top, total, q8, scale, k_tile, v_tile, start, num_keys, BN: tl.con
     return acc, new_top, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_heads", "num_queries", "num_keys"])  # a history grows: one build serves all
 def attend_kernel(
     q, k, v, k_scale, v_scale, k_centre, v_centre, out, lse, part, part_lse,
     stride_qh, stride_qt, stride_kh, stride_kx, stride_vh, stride_vd, stride_vx, stride_oh, stride_ot,
@@ -190,7 +190,7 @@ def attend_kernel(
             tl.store(part_lse + line, result_lse)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_heads", "num_queries", "num_keys", "programs"])
 def join_kernel(
     part, part_lse, out, lse, stride_oh, stride_ot, num_heads, num_queries, num_keys, programs,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr,

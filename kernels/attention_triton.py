@@ -15,7 +15,7 @@ from torch import Tensor
 MERGE_ROWS = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_queries"])
 def merge_kernel(
     out_a, lse_a, out_b, lse_b, out, lse,
     stride_ah, stride_at, stride_bh, stride_bt, num_queries,

@@ -2,10 +2,13 @@
 
 For each number of history blocks and each kind of input: attention by cuDNN over dense bfloat16 keys and values, and,
 for each codec, encoding of one block, materialise, materialise + attend (and its ratio to dense attention), the same in
-chunks merged by log-sum-exp, and the error of the attention output against dense attention. Every call is timed apart
-with the L2 cache overwritten before it; medians, 10th and 90th percentiles. Nothing is asserted.
+chunks merged by log-sum-exp, and the error of the attention output against dense attention; then the same through FP8:
+materialise into e4m3 rows, FP8 attention, both, what they take relative to dense attention, and the error that FP8 adds
+relative to the codec's own. Every call is timed apart with the L2 cache overwritten before it; medians, 10th and 90th
+percentiles. Nothing is asserted.
 
---sweep also times materialise under other tile sizes. On a CPU (small sizes only) the same program runs, slowly.
+--sweep also times FP8 attention and materialise under other tile sizes and variants (bench_sweep.py). On a CPU (small
+sizes only) the same program runs, slowly.
 
 Shape legend: N blocks, T tokens of a block, H heads, D head dim, X = N*T rows of the scratch.
 """
@@ -15,11 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import platform
-import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,92 +26,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtake.kernels import synthetic
+from longtake.kernels import bench_sweep, synthetic
 from longtake.kernels.attention import attend, merge
-from longtake.kernels.codec import BlockGeometry, Codec, PairCodec, make_codec
+from longtake.kernels.attention_path import make_path
+from longtake.kernels.clock import Clock, relative_error, setting
+from longtake.kernels.codec import BlockGeometry, Codec, make_codec
 from longtake.kernels.rotary import Rotary, apply_rotary, rotary_table
 
-FLUSH_BYTES = 1 << 30  # many times the L2, and slow enough (0.3 ms) that launches queue up ahead of the device
-DEFAULT_CODECS = "bf16,int8,int4,rtn2"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Timing:
-    """Milliseconds of one call: median, 10th and 90th percentile of `repeats` calls."""
-
-    median_ms: float
-    p10_ms: float
-    p90_ms: float
-    repeats: int
-
-
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)
-
-
-class Clock:
-    """Times calls one by one.
-
-    Args:
-        device: where they run.
-        repeats: timed calls, after a fifth as many untimed ones.
-    """
-
-    def __init__(self, device: torch.device, repeats: int) -> None:
-        self.device = device
-        self.repeats = repeats
-        self.flush = torch.empty(FLUSH_BYTES if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
-
-    def __call__(self, call: Callable[[], object]) -> Timing:
-        for _ in range(max(2, self.repeats // 5)):
-            call()
-        times = sorted(self._cuda(call) if self.device.type == "cuda" else self._cpu(call))
-        tenth = len(times) // 10
-        return Timing(
-            median_ms=times[len(times) // 2], p10_ms=times[tenth], p90_ms=times[-1 - tenth], repeats=len(times)
-        )
-
-    def _cuda(self, call: Callable[[], object]) -> list[float]:
-        pairs = []
-        for _ in range(self.repeats):
-            start, stop = _event(), _event()
-            self.flush.zero_()
-            start.record()
-            call()
-            stop.record()
-            pairs.append((start, stop))
-        torch.cuda.synchronize()
-        return [float(start.elapsed_time(stop)) for start, stop in pairs]
-
-    def _cpu(self, call: Callable[[], object]) -> list[float]:
-        times = []
-        for _ in range(self.repeats):
-            start = time.perf_counter()
-            call()
-            times.append(1e3 * (time.perf_counter() - start))
-        return times
-
-
-def setting(commit: str) -> dict[str, str]:
-    """What the figures were measured on."""
-    found: dict[str, str] = {"python": platform.python_version(), "torch": torch.__version__, "commit": commit}
-    if not commit:
-        call = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-        done = subprocess.run(call, capture_output=True, text=True)
-        found["commit"] = done.stdout.strip() or "unknown"
-    try:
-        import triton  # type: ignore[import-untyped]
-
-        found["triton"] = triton.__version__
-    except ImportError:
-        found["triton"] = "none"
-    if torch.cuda.is_available():
-        found["device"] = torch.cuda.get_device_name()
-        found["cuda"] = str(torch.version.cuda)
-        found["cudnn"] = str(torch.backends.cudnn.version())
-    else:
-        found["device"] = platform.processor() or platform.machine()
-    return found
+DEFAULT_CODECS = "bf16,int8,int4,rtn2,lt2"
+FP8_PATHS = ("fp8", "fp8-bf16v")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +45,9 @@ class Case:
         codec: codec measured.
         k_NTHD: keys of all blocks in the compute dtype, before RoPE.
         v_NTHD: values.
-        q_HTD: queries, turned.
+        q_THD: queries of the block after them, before RoPE.
+        q_HTD: the same, turned.
+        own: tables of that block.
         rotary: tables of all blocks' tokens.
         k_HXD: scratch of keys.
         v_HXD: scratch of values.
@@ -132,7 +56,9 @@ class Case:
     codec: Codec
     k_NTHD: Tensor
     v_NTHD: Tensor
+    q_THD: Tensor
     q_HTD: Tensor
+    own: Rotary
     rotary: Rotary
     k_HXD: Tensor
     v_HXD: Tensor
@@ -166,11 +92,6 @@ class Case:
         return out
 
 
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """Norm of the difference over the norm of what is wanted."""
-    return float(((got.float() - want.float()).norm() / want.float().norm()).item())
-
-
 def measure_codec(case: Case, dense_ms: float, want: Tensor, clock: Clock, chunk: int) -> dict[str, Any]:
     """All figures of one codec on one input."""
     blocks, _, heads, _ = case.k_NTHD.shape
@@ -184,6 +105,7 @@ def measure_codec(case: Case, dense_ms: float, want: Tensor, clock: Clock, chunk
     encode, unpack = clock(lambda: case.encode(arena, 0)), clock(lambda: case.materialise(arena, slots))
     both, chunks = clock(lambda: case.read(arena, slots)), clock(lambda: case.read_chunks(arena, slots, chunk))
     written = 2 * case.k_HXD.numel() * case.k_HXD.element_size()
+    paths = {name: measure_fp8(case, name, (arena, slots), dense_ms, (got, want), clock) for name in FP8_PATHS}
     return {
         "bits_per_element": case.codec.bits_per_element,
         "encode_block": asdict(encode),
@@ -196,6 +118,59 @@ def measure_codec(case: Case, dense_ms: float, want: Tensor, clock: Clock, chunk
         "chunk_blocks": chunk,
         "chunked_ratio_to_dense": chunks.median_ms / dense_ms,
         "output_relative_error": relative_error(got, want),
+        "paths": paths,
+    }
+
+
+def measure_fp8(
+    case: Case,
+    name: str,
+    history: tuple[Tensor, Tensor],
+    dense_ms: float,
+    outputs: tuple[Tensor, Tensor],
+    clock: Clock,
+) -> dict[str, Any]:
+    """One FP8 path over a codec's pages.
+
+    Args:
+        case: what is attended.
+        name: of the path.
+        history: the arena and its slots.
+        dense_ms: of dense attention.
+        outputs: the codec's output through bfloat16, and the exact one.
+        clock: times it.
+    """
+    got, want = outputs
+    rows, tokens = case.k_HXD.shape[1], case.codec.geometry.num_tokens
+    path = make_path(name, case.codec, want.shape[0], rows + tokens, want.dtype, want.device)
+
+    def begin() -> None:
+        path.begin(case.q_THD, case.k_NTHD[-1], case.v_NTHD[-1], case.own)
+
+    def read() -> Tensor:
+        path.write_history(*history, case.rotary)
+        return path.attend(rows)[0]
+
+    begin()
+    fp8 = read()
+    unpack, attention = clock(lambda: path.write_history(*history, case.rotary)), clock(lambda: path.attend(rows))
+    both = clock(read)
+    # scratch bytes of the rows written: one for a key, one or two for a value
+    written = rows * want.shape[0] * want.shape[2] * (2 if name == "fp8" else 3)
+    flop = 4 * want.shape[0] * want.shape[1] * rows * want.shape[2]
+    own_error, added = relative_error(got, want), relative_error(fp8, got)
+    return {
+        "begin": asdict(clock(begin)),
+        "write_own": asdict(clock(lambda: path.write_own(rows))),
+        "materialise": asdict(unpack),
+        "materialise_write_TB_per_s": written / unpack.median_ms / 1e9,
+        "attend": asdict(attention),
+        "attend_TFLOP_per_s": flop / attention.median_ms / 1e9,
+        "materialise_and_attend": asdict(both),
+        "ratio_to_dense": both.median_ms / dense_ms,
+        "output_relative_error": relative_error(fp8, want),
+        "fp8_difference": added,
+        "error_growth": relative_error(fp8, want) / own_error - 1 if own_error else None,
     }
 
 
@@ -235,7 +210,15 @@ def measure(args: argparse.Namespace, kind: str, blocks: int, clock: Clock) -> d
     for name in args.codecs.split(",") if "=" not in args.codecs else args.codecs.split(";"):
         codec = make_codec(name, BlockGeometry(num_tokens=grid.num_tokens, head_dim=args.dim))
         case = Case(
-            codec=codec, k_NTHD=k_NTHD, v_NTHD=v_NTHD, q_HTD=q_HTD, rotary=rotary, k_HXD=scratch[0], v_HXD=scratch[1]
+            codec=codec,
+            k_NTHD=k_NTHD,
+            v_NTHD=v_NTHD,
+            q_THD=q_THD,
+            q_HTD=q_HTD,
+            own=own,
+            rotary=rotary,
+            k_HXD=scratch[0],
+            v_HXD=scratch[1],
         )
         result["codecs"][name] = measure_codec(case, dense.median_ms, want, clock, args.chunk)
         print(line(kind, rows, name, result), file=sys.stderr, flush=True)
@@ -246,45 +229,20 @@ def line(kind: str, rows: int, name: str, result: dict[str, Any]) -> str:
     """One codec's figures for the terminal."""
     of = result["codecs"][name]
     dense = result["dense_attend"]["median_ms"]
+    fp8 = "".join(
+        f"\n{'':<22}{name:<12} materialise {path['materialise']['median_ms']:7.3f}"
+        f" attend {path['attend']['median_ms']:7.3f} ({path['attend_TFLOP_per_s']:.0f} TFLOP/s)"
+        f"  ratio {path['ratio_to_dense']:.3f}  error {path['output_relative_error']:.5f}"
+        f" (differs {path['fp8_difference']:.5f})  begin {path['begin']['median_ms']:.3f}"
+        f" own {path['write_own']['median_ms']:.3f}"
+        for name, path in of["paths"].items()
+    )
     return (
         f"{kind:<10} kv {rows:>7} {name:<14} {of['bits_per_element']:6.3f} bits  dense {dense:7.3f} ms"
         f"  encode {of['encode_block']['median_ms']:7.3f}  materialise {of['materialise']['median_ms']:7.3f}"
         f" ({of['materialise_write_TB_per_s']:.2f} TB/s)  ratio {of['ratio_to_dense']:.3f}"
-        f"  chunked {of['chunked_ratio_to_dense']:.3f}  error {of['output_relative_error']:.5f}"
+        f"  chunked {of['chunked_ratio_to_dense']:.3f}  error {of['output_relative_error']:.5f}{fp8}"
     )
-
-
-def sweep(args: argparse.Namespace, clock: Clock) -> list[dict[str, Any]]:
-    """Materialise of one tensor under other tile sizes, keys and values apart; fastest first."""
-    from longtake.kernels import dense_triton, rtn_triton
-    from longtake.kernels.dense import DenseCodec
-    from longtake.kernels.rotary_triton import Launch
-    from longtake.kernels.rtn import RoundToNearest
-
-    tokens, blocks = args.frames * args.height * args.width, int(args.blocks.split(",")[0])
-    rotary = rotary_table(range(blocks * args.frames), args.height, args.width, args.dim, clock.device)
-    slots = torch.arange(blocks, dtype=torch.int32, device=clock.device)
-    out = torch.empty((args.heads, blocks * tokens, args.dim), dtype=torch.bfloat16, device=clock.device)
-    found = []
-    for name in ("bf16", "int4", "rtn2"):
-        pair = make_codec(name, BlockGeometry(num_tokens=tokens, head_dim=args.dim))
-        assert isinstance(pair, PairCodec)
-        arena = torch.zeros((blocks, args.heads, pair.k.num_bytes), dtype=torch.uint8, device=clock.device)
-        for turned, rows, heads, warps in itertools.product((rotary, None), (16, 32, 64), (1, 2, 4, 6, 12), (4, 8)):
-            launch = Launch(rows=rows, heads=heads, warps=warps)
-            common = (arena, slots, turned, out, tokens)
-            if isinstance(pair.k, RoundToNearest):
-                more = (*common, pair.k.bits, pair.k.layout.offset("grid"), None, launch)
-                timing = clock(lambda more=more: rtn_triton.materialise(*more))  # type: ignore[misc]
-            elif isinstance(pair.k, DenseCodec):
-                plain = (*common, pair.k.dtype, None, launch)
-                timing = clock(lambda plain=plain: dense_triton.materialise(*plain))  # type: ignore[misc]
-            found.append({"codec": name, "rope": turned is not None, **asdict(launch), **asdict(timing)})
-    found.sort(key=lambda entry: (str(entry["codec"]), str(entry["rope"]), float(str(entry["median_ms"]))))
-    for _, entries in itertools.groupby(found, key=lambda entry: (entry["codec"], entry["rope"])):
-        for entry in list(entries)[:4]:
-            print("sweep", entry, file=sys.stderr)
-    return found
 
 
 def main() -> int:
@@ -315,7 +273,14 @@ def main() -> int:
         ],
     }
     if args.sweep and clock.device.type == "cuda":
-        report["sweep"] = sweep(args, clock)
+        sizes = bench_sweep.Sizes(
+            grid=synthetic.Grid(frames=args.frames, height=args.height, width=args.width),
+            heads=args.heads,
+            dim=args.dim,
+            blocks=tuple(int(blocks) for blocks in args.blocks.split(",")),
+        )
+        report["sweep_attend"] = bench_sweep.sweep_attend(sizes, clock)
+        report["sweep_materialise"] = bench_sweep.sweep_materialise(sizes, clock)
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from longtake.kernels import synthetic
 from longtake.kernels.attention import attend
-from longtake.kernels.bench import relative_error, setting
+from longtake.kernels.clock import relative_error, setting
 from longtake.kernels.codec import BlockGeometry, Codec, codec_names, make_codec
 from longtake.kernels.errors import ConfigError
 from longtake.kernels.rotary import Rotary, apply_rotary, rotary_table

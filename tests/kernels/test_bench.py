@@ -24,4 +24,7 @@ def test_report_holds_every_case_and_the_setting(tmp_path: Path, monkeypatch: py
         assert exact["bits_per_element"] == 16 and exact["output_relative_error"] < 0.01
         # a section's pad to 16 bytes shows at 45 tokens
         assert 4.5 <= int4["bits_per_element"] < 4.55 and int4["output_relative_error"] < 0.5
+        fp8 = int4["paths"]["fp8"]
+        assert fp8["output_relative_error"] < 0.5 and fp8["ratio_to_dense"] > 0 and abs(fp8["error_growth"]) < 0.5
+        assert set(int4["paths"]) == {"fp8", "fp8-bf16v"}
         assert int4["materialise"]["p10_ms"] <= int4["materialise"]["median_ms"] <= int4["materialise"]["p90_ms"]
