@@ -26,6 +26,8 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 )
 from torch import Tensor
 
+from .norm_silu import fused_norm_silu, norm_silu
+
 CONFIG: dict[str, Any] = {
     "base_dim": 12,
     "decoder_base_dim": 16,
@@ -42,20 +44,12 @@ CONFIG: dict[str, Any] = {
     "latents_mean": [0.0] * 16,
     "latents_std": [1.0] * 16,
 }
-# diffusers stops at 1e-24; from here on gradients would grow past what a clipped step survives.
-NORM_FLOOR = 1e-10
 CONVOLUTIONS = ("conv2d", "conv3d", "conv3d channels last")
 
 
 def new_autoencoder(config: dict[str, Any] | None = None) -> AutoencoderKLWan:
     """Make the model with fresh weights."""
     return AutoencoderKLWan(**(config or CONFIG))
-
-
-def _norm_silu(x: Tensor, gamma: Tensor, scale: float) -> Tensor:
-    wide = x.float()
-    norm = wide * torch.rsqrt(wide.square().sum(1, keepdim=True).clamp_min(NORM_FLOOR))
-    return functional.silu(norm * scale * gamma).to(x.dtype)
 
 
 class ClipForward:
@@ -65,7 +59,7 @@ class ClipForward:
         vae: the model; its parameters are read at every call, so it can be trained.
         convolution: how a causal 3D convolution is computed, one of CONVOLUTIONS: a 2D one over stacked frames, the 3D
             one, or that in channels-last layout. The results differ by rounding alone.
-        fuse: compile the norm and activation into one kernel (CUDA).
+        fuse: norm and activation in one kernel (Triton, CUDA).
     """
 
     def __init__(self, vae: AutoencoderKLWan, *, convolution: str = "conv2d", fuse: bool = False) -> None:
@@ -73,10 +67,7 @@ class ClipForward:
             raise ValueError(f"convolution {convolution!r} is none of {CONVOLUTIONS}")
         self.vae = vae
         self.convolution = convolution
-        self._norm_silu: Callable[[Tensor, Tensor, float], Tensor] = _norm_silu
-        if fuse:
-            torch._dynamo.config.recompile_limit = 64
-            self._norm_silu = torch.compile(_norm_silu)
+        self._norm_silu: Callable[[Tensor, Tensor, float], Tensor] = fused_norm_silu if fuse else norm_silu
 
     def encode(self, video_B3THW: Tensor) -> Tensor:
         """Give the posterior's parameters.

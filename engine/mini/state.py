@@ -1,6 +1,7 @@
 """Training state on disk: a folder of safetensors, each file small enough to carry about, none of them pickled.
 
-Weights are kept in float32, Adam's moments and the average in bfloat16 (a resumed run differs by that rounding).
+Weights are kept in float32, the optimisers' moments and the average in bfloat16 (a resumed run differs by that
+rounding).
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ FILE_BYTES = 14_000_000
 
 def save_state(folder: Path, trainer: Trainer) -> None:
     """Write weights, moments and counters; each file is replaced whole."""
-    moments = trainer.optimizer.state
     tensors: dict[str, Tensor] = {}
     for name, parameter in trainer.model.named_parameters():
         tensors[f"weight.{name}"] = parameter.detach()
         tensors[f"average.{name}"] = trainer.average[name].bfloat16()
-        tensors[f"mean.{name}"] = moments[parameter]["exp_avg"].bfloat16()
-        # the root keeps bfloat16's few bits where they matter
-        tensors[f"deviation.{name}"] = moments[parameter]["exp_avg_sq"].sqrt().bfloat16()
+        if parameter in trainer.muon.state:
+            tensors[f"momentum.{name}"] = trainer.muon.state[parameter]["momentum"].bfloat16()
+        if parameter in trainer.adam.state:
+            moments = trainer.adam.state[parameter]
+            tensors[f"mean.{name}"] = moments["exp_avg"].bfloat16()
+            # the root keeps bfloat16's few bits where they matter
+            tensors[f"deviation.{name}"] = moments["exp_avg_sq"].sqrt().bfloat16()
     shard: dict[str, Tensor] = {}
     shards: list[dict[str, Tensor]] = [shard]
     size = 0
@@ -58,9 +62,28 @@ def load_state(folder: Path, trainer: Trainer) -> None:
         with torch.no_grad():
             parameter.copy_(tensors[f"weight.{name}"])
             trainer.average[name].copy_(tensors[f"average.{name}"])
-        trainer.optimizer.state[parameter] = {
-            "step": torch.tensor(float(counters["step"]), device=trainer.device),
-            "exp_avg": tensors[f"mean.{name}"].float(),
-            "exp_avg_sq": tensors[f"deviation.{name}"].float().square(),
-        }
+        if f"momentum.{name}" in tensors and name in trainer.matrices:
+            trainer.muon.state[parameter] = {"momentum": tensors[f"momentum.{name}"].float()}
+        if f"mean.{name}" in tensors and name not in trainer.matrices:
+            trainer.adam.state[parameter] = {
+                "step": torch.tensor(float(counters["step"]), device=trainer.device),
+                "exp_avg": tensors[f"mean.{name}"].float(),
+                "exp_avg_sq": tensors[f"deviation.{name}"].float().square(),
+            }
     trainer.step, trainer.elapsed_s = counters["step"], counters["elapsed_s"]
+
+
+@torch.no_grad()
+def load_weights(folder: Path, trainer: Trainer) -> None:
+    """Start from an exported model, a folder in the hub's layout: its weights, and nothing of an optimiser.
+
+    Raises:
+        KeyError: the folder lacks a weight.
+    """
+    tensors: dict[str, Tensor] = {}
+    for part in ("transformer", "text_encoder"):
+        for file in sorted((folder / part).glob("*.safetensors")):
+            tensors |= {f"{part}.{name}": t for name, t in load_file(file, device=str(trainer.device)).items()}
+    for name, parameter in trainer.model.named_parameters():
+        parameter.copy_(tensors[name])
+        trainer.average[name].copy_(parameter)

@@ -26,7 +26,8 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from longtake.engine.config import ModelConfig
 from longtake.engine.mini.clips import Batch, ClipBuffer
-from longtake.engine.mini.state import load_state, save_state
+from longtake.engine.mini.muon import Muon
+from longtake.engine.mini.state import load_state, load_weights, save_state
 from longtake.engine.mini.teacher_forcing import Layout, Rotations, block_mask, make_attend
 from longtake.engine.model import CausalWan
 
@@ -114,10 +115,16 @@ class Trainer:
         self.config, self.clips, self.device = config, clips, device
         self.model = Trainee().to(device)
         self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        decay = [p for p in self.model.parameters() if p.ndim >= 2]
-        plain = [p for p in self.model.parameters() if p.ndim < 2]
+        self.matrices = {
+            name: p
+            for name, p in self.model.named_parameters()
+            if name.startswith("transformer.blocks.") and p.ndim == 2
+        }
+        others = [p for name, p in self.model.named_parameters() if name not in self.matrices]
+        decay, plain = [p for p in others if p.ndim >= 2], [p for p in others if p.ndim < 2]
         groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), fused=device.type == "cuda")
+        self.adam = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), fused=device.type == "cuda")
+        self.muon = Muon(self.matrices.values(), lr=1.0, weight_decay=config.weight_decay)
         self.rotations = Rotations(LAYOUT, TRANSFORMER.head_dim, device)
         self.mask = block_mask(LAYOUT, device)
         self.step = 0
@@ -188,10 +195,11 @@ class Trainer:
         loss = (flow.float() - (noise - clean)).square().mean()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for group in self.optimizer.param_groups:
+        for group in self.adam.param_groups + self.muon.param_groups:
             group["lr"] = self.learning_rate()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.adam.step()
+        self.muon.step()
+        self.model.zero_grad(set_to_none=True)
         keep = min(self.config.ema, (self.step + 1) / (self.step + 10))
         parameters = [p.detach() for p in self.model.parameters()]
         torch._foreach_lerp_(list(self.average.values()), parameters, 1 - keep)
@@ -235,6 +243,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1200.0, help="of this run")
     parser.add_argument("--horizon", type=float, default=1200.0, help="seconds of all runs together")
     parser.add_argument("--resume", type=Path)
+    parser.add_argument("--weights", type=Path, help="start from the weights of a model's folder")
     parser.add_argument("--clips", type=int, default=4096, help="clips kept on the device")
     parser.add_argument("--first-clips", type=int, default=768, help="clips made before training starts")
     parser.add_argument("--batch", type=int, default=32)
@@ -245,6 +254,8 @@ def main() -> None:
     config = TrainConfig(seconds=options.seconds, horizon_s=options.horizon, batch=options.batch)
     clips = ClipBuffer(options.vae, options.clips, device)
     trainer = Trainer(config, clips, device)
+    if options.weights:
+        load_weights(options.weights, trainer)
     if options.resume:
         load_state(options.resume, trainer)
     clips.fill(options.first_clips)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from longtake.engine.mini import train_vae
 from longtake.engine.mini.autoencoder import CONVOLUTIONS, ClipForward, encode_clips, new_autoencoder
@@ -53,19 +54,59 @@ def test_bulk_encoding_normalises() -> None:
     assert torch.allclose(encode_clips(ClipForward(vae), video, frames_at_once=10), (plain - 1) / 2, atol=1e-5)
 
 
-def test_training_runs_evaluates_and_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = train_vae.Plan(
-        pool_worlds=1, shapes=((1, 5),), eval_worlds=1, eval_frames=5, long_worlds=1, long_frames=5, stats_worlds=1
+def small_plan() -> train_vae.Plan:
+    measured = train_vae.EvalPlan(eval_worlds=1, eval_frames=5, long_worlds=1, long_frames=5, stats_worlds=1)
+    return train_vae.Plan(
+        shapes=((1, 5),), store_clips=1, store_frames=5, clips_at_once=1, workers=0, measured=measured
     )
-    monkeypatch.setattr(train_vae, "TINY", small)
+
+
+def test_training_runs_evaluates_and_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_vae, "TINY", small_plan())
     arguments = argparse.Namespace(
-        out=tmp_path, device="cpu", tiny=True, learning_rate=1e-3, resume=None, seconds=1.0, reserve_seconds=0.5
+        out=tmp_path,
+        device="cpu",
+        tiny=True,
+        learning_rate=1e-3,
+        resume=None,
+        seconds=1.0,
+        reserve_seconds=0.5,
+        decoder_only=False,
     )
     train_vae.run(arguments)
     first = json.loads((tmp_path / "vae.json").read_text())
     assert (tmp_path / "vae.png").stat().st_size > 0
     assert (tmp_path / "state.pt").stat().st_size <= 16 * 2**20
     assert first["max_difference_from_chunked"] < 1e-4
-    arguments.resume = tmp_path / "state.pt"
+    encoder = load_file(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+    arguments.resume, arguments.decoder_only = tmp_path / "state.pt", True
     train_vae.run(arguments)
-    assert json.loads((tmp_path / "vae.json").read_text())["steps"] > first["steps"]
+    second = json.loads((tmp_path / "vae.json").read_text())
+    assert second["steps"] > first["steps"]
+    assert second["latents_mean"] == first["latents_mean"]
+    after = load_file(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+    kept = {name for name, tensor in encoder.items() if torch.equal(tensor, after[name])}
+    assert kept >= {name for name in encoder if name.startswith(("encoder.", "quant_conv."))}
+    assert "decoder.conv_in.weight" not in kept
+
+
+def test_training_goes_on_from_a_state_and_from_a_saved_model(tmp_path: Path) -> None:
+    trainer = train_vae.Trainer(small_plan(), torch.device("cpu"), 1e-3)
+    trainer.train_step(0.0)
+    trainer.save(tmp_path / "state.pt")
+    again = train_vae.Trainer(small_plan(), torch.device("cpu"), 1e-3)
+    again.load(tmp_path / "state.pt")
+    assert again.step == 1
+    for name, parameter in trainer.learning.items():
+        assert torch.equal(parameter, again.learning[name])
+    again.train_step(0.5)
+    trainer.vae.to(torch.float16).save_pretrained(tmp_path / "vae")
+    for decoder_only in (False, True):
+        folder = train_vae.Trainer(small_plan(), torch.device("cpu"), 1e-3, decoder_only=decoder_only)
+        folder.load(tmp_path / "vae")
+        assert torch.equal(folder.average["encoder.conv_in.weight"], trainer.vae.encoder.conv_in.weight.float())
+
+
+@pytest.mark.gpu
+def test_fused_norm_equals_plain() -> None:
+    assert train_vae.can_fuse(torch.device("cuda"))
