@@ -126,7 +126,8 @@ class ClipStore:
         capacity, frames = self._clips_MT3YX.shape[:2]
         seeds = self._seeds(0)
         self._draw_ahead(len(self._ahead))
-        pool = Pool(seeds, self._device, self._ahead.popleft().result() if self._ahead else None)
+        drawn = self._ahead.popleft() if self._ahead else None  # processes that still start are not waited for
+        pool = Pool(seeds, self._device, drawn.result() if drawn is not None and drawn.done() else None)
         angle, seconds = random_cameras(self._at_once, frames, generator)
         video = pool.frames(torch.arange(self._at_once), angle, seconds)
         row = self.num_made % capacity
