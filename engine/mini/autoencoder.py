@@ -133,7 +133,7 @@ class ClipForward:
         )
         return out.view(batch, count, out_channels, height, width).transpose(1, 2)
 
-    def _activate(self, norm: torch.nn.Module, x: Tensor) -> Tensor:
+    def _activate(self, norm: Any, x: Tensor) -> Tensor:
         return self._norm_silu(x, norm.gamma, float(norm.scale))
 
     def _residual(self, block: WanResidualBlock, x: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ class ClipForward:
         x = self._conv(block.conv1, self._activate(block.norm1, x))
         return self._conv(block.conv2, self._activate(block.norm2, x)) + short
 
-    def _middle(self, block: torch.nn.Module, x: Tensor) -> Tensor:
+    def _middle(self, block: Any, x: Tensor) -> Tensor:
         x = self._residual(block.resnets[0], x)
         for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
             x = self._residual(resnet, attention(x))

@@ -22,10 +22,10 @@ _MAX_PROGRAMS = 1024
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 if _HAS_TRITON:
-    import triton
-    import triton.language as tl
+    import triton  # type: ignore[import-untyped]
+    import triton.language as tl  # type: ignore[import-untyped]
 
-    @triton.jit
+    @triton.jit  # type: ignore[untyped-decorator]
     def _forward_kernel(x_NC, gamma_C, out_NC, scale, floor, N, C: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
         rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         columns = tl.arange(0, CP)
@@ -38,7 +38,7 @@ if _HAS_TRITON:
         out = z / (1.0 + tl.exp(-z))
         tl.store(out_NC + at, out.to(out_NC.dtype.element_ty), mask=mask)
 
-    @triton.jit
+    @triton.jit  # type: ignore[untyped-decorator]
     def _backward_kernel(  # type: ignore[no-untyped-def]
         x_NC, gamma_C, grad_NC, dx_NC, dgamma_GC, scale, floor, N, C: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr
     ):

@@ -83,7 +83,8 @@ class Trainee(nn.Module):
         tokens = tokens_BNK.flatten(0, 1)
         mask = (tokens != 0).long()
         hidden: Tensor = self.text_encoder(input_ids=tokens, attention_mask=mask).last_hidden_state
-        return (hidden * mask[..., None]).unflatten(0, tokens_BNK.shape[:2]).flatten(1, 2)
+        embeds: Tensor = (hidden * mask[..., None]).unflatten(0, tokens_BNK.shape[:2]).flatten(1, 2)
+        return embeds
 
 
 def initialise(model: CausalWan) -> None:
@@ -141,7 +142,8 @@ class Trainer:
         context = transformer.text_context(embeds)
         attend = make_attend(cos, sin, self.mask)
         half = doubled.shape[2] // 2
-        return transformer(doubled, times_BF, context, attend, mask)[:, :, half:]
+        flow: Tensor = transformer(doubled, times_BF, context, attend, mask)
+        return flow[:, :, half:]
 
     def progress(self) -> float:
         """Share of the horizon that is over, 0 .. 1."""

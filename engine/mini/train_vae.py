@@ -34,6 +34,7 @@ KL_WEIGHT = 3e-4
 FIRST_LOG_VARIANCE = -6.0
 WARMUP_STEPS = 100
 MAX_NORM = 2.0
+WEIGHT_DECAY = 0.05  # of matrices, times the learning rate
 FLAT_SHARE = 0.4  # of the run at the full learning rate, which then falls in a straight line
 _ENCODER = ("encoder.", "quant_conv.")
 
@@ -136,7 +137,7 @@ class Trainer:
         self.learning = {name: p for name, p in self.vae.named_parameters() if p.requires_grad}
         matrices = {name: p for name, p in self.learning.items() if p.ndim >= 2 and p[0].numel() > 1}
         vectors = [p for name, p in self.learning.items() if name not in matrices]
-        self.muon = Muon(matrices.values(), lr=learning_rate)
+        self.muon = Muon(matrices.values(), lr=learning_rate, weight_decay=WEIGHT_DECAY)
         self.adam = torch.optim.AdamW(
             vectors, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type == "cuda"
         )
@@ -190,7 +191,7 @@ class Trainer:
             group["lr"] = rate
         loss, square = self._loss(video)
         self.vae.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         gradients = [p.grad for p in self.learning.values() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(self.learning.values(), MAX_NORM)
         finite = norm.isfinite()  # a step whose gradient is not is left out, without waiting for the device

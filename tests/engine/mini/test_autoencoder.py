@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from longtake.engine.mini import train_vae
 from longtake.engine.mini.autoencoder import CONVOLUTIONS, ClipForward, encode_clips, new_autoencoder
+from longtake.engine.mini.evaluate_vae import EvalPlan
 
 
 @pytest.mark.parametrize("convolution", CONVOLUTIONS)
@@ -55,7 +56,7 @@ def test_bulk_encoding_normalises() -> None:
 
 
 def small_plan() -> train_vae.Plan:
-    measured = train_vae.EvalPlan(eval_worlds=1, eval_frames=5, long_worlds=1, long_frames=5, stats_worlds=1)
+    measured = EvalPlan(eval_worlds=1, eval_frames=5, long_worlds=1, long_frames=5, stats_worlds=1)
     return train_vae.Plan(
         shapes=((1, 5),), store_clips=1, store_frames=5, clips_at_once=1, workers=0, measured=measured
     )

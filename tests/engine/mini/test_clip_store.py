@@ -18,7 +18,7 @@ def test_pieces_come_from_the_store() -> None:
     assert store.num_made == 3
     pieces = store.sample(3, 2, generator)
     assert pieces.shape == (3, 3, 2, 96, 160)
-    assert -1 <= pieces.min() and pieces.max() <= 1
+    assert pieces.min() >= -1 and pieces.max() <= 1
     kept = ((store._clips_MT3YX.float() / 127.5) - 1).transpose(1, 2)
     for piece in pieces:
         windows = [kept[:, :, s : s + 2] for s in range(3)]
