@@ -1,0 +1,398 @@
+"""The director's mind: which gang renders which shot, over one ledger a film. No Ray, no threads, no clock of its own.
+
+Every answer is on the disk before it is given, so the process may be killed at any instant and begun again from the
+ledgers. Only in memory is when each gang was last heard of: after a restart all leases get their full time again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+
+from longtake.jobs.ledger import LEDGER_NAME, FilmRecord, Ledger
+from longtake.jobs.orders import Action, FilmView, Gang, Leave, Order, Publish, Verdict, outcome
+from longtake.jobs.source import nearest, quote
+from longtake.jobs.states import (
+    Failure,
+    FailureKind,
+    Lease,
+    Progress,
+    Task,
+    TaskKind,
+    Want,
+    ask,
+    cancelled,
+    depending,
+    failed,
+    finished,
+    grant,
+    paused,
+    progressed,
+    resumed,
+    retried,
+    stopped,
+)
+from longtake.jobs.status import State
+from longtake.kernels.errors import ConfigError
+
+LEASE_S = 15.0
+
+_ACTIONS: dict[Action, Callable[[Task], Task]] = {
+    Action.PAUSE: paused,
+    Action.RESUME: resumed,
+    Action.CANCEL: cancelled,
+    Action.RETRY: retried,
+}
+
+
+class _OpenFilm:
+    """A film's ledger with what is known of its leases in memory only."""
+
+    def __init__(self, directory: str, ledger: Ledger, record: FilmRecord, now: float) -> None:
+        self.directory, self.ledger, self.record = directory, ledger, record
+        self.heard_s = {task.name: now for task in ledger.tasks.values() if task.leased}
+        self.counted_s = dict(self.heard_s)
+
+    def view(self) -> FilmView:
+        tasks = tuple(self.ledger.tasks.values())
+        return FilmView(directory=self.directory, film=self.record, tasks=tasks, outcome=outcome(tasks))
+
+    def fits(self, gang: Gang) -> bool:
+        return self.record.device == gang.device and gang.num_devices >= self.record.gang_sizes[0]
+
+    def num_ranks(self, gang: Gang) -> int:
+        return max(size for size in self.record.gang_sizes if size <= gang.num_devices)
+
+
+class Director:
+    """Shots for gangs. Calls come from one thread at a time; each may write and fsync a ledger.
+
+    Args:
+        lease_s: a gang that was silent for so long has lost its shot.
+        wall: seconds since 1970, kept in ledgers.
+        clock: seconds that never go back, for leases.
+        publish: told of every change of a film.
+    """
+
+    def __init__(
+        self,
+        *,
+        lease_s: float = LEASE_S,
+        wall: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
+        publish: Publish = lambda view: None,
+    ) -> None:
+        self.lease_s = lease_s
+        self._wall, self._clock, self._publish = wall, clock, publish
+        self._films: dict[str, _OpenFilm] = {}
+        self._idle: dict[str, tuple[Gang, float]] = {}
+
+    # Films
+
+    def submit(self, directory: str, record: FilmRecord, tasks: Sequence[Task]) -> FilmView:
+        """Take a film on, or go on with it: paused shots are resumed and dead ones tried again, cancelled ones not.
+
+        Raises:
+            ConfigError: the directory has shots of that name rendered from something else.
+            StorageError: the ledger cannot be opened or written.
+        """
+        ledger = self._films[directory].ledger if directory in self._films else _open(directory)
+        try:
+            self._check_recipes(directory, ledger, tasks)
+            old = ledger.film
+            record = dataclasses.replace(record, submitted_s=old.submitted_s if old else self._wall())
+            kept = [self._taken_over(task, ledger.tasks.get(task.name)) for task in tasks]
+            ledger.save(kept, at_s=self._wall(), event="submitted")
+            ledger.set_film(record)  # last: a ledger without a film has none
+            ledger.remove([name for name in ledger.tasks if name not in {task.name for task in tasks}])
+        except BaseException:
+            if directory not in self._films:
+                ledger.close()
+            raise
+        film = self._films.get(directory) or _OpenFilm(directory, ledger, record, self._clock())
+        film.record = record
+        self._films[directory] = film
+        self._save(film, [], "")
+        self._preempt()
+        return film.view()
+
+    @staticmethod
+    def _check_recipes(directory: str, ledger: Ledger, tasks: Sequence[Task]) -> None:
+        named = {task.name for task in tasks}
+        for name, old in ledger.tasks.items():
+            if name not in named and old.leased:
+                raise ConfigError(f"{directory}: the new film has no shot {quote(name)}, which is rendered; cancel it")
+        for task in tasks:
+            old_task = ledger.tasks.get(task.name)
+            if old_task is None or task.kind is TaskKind.JOIN or old_task.recipe == task.recipe:
+                continue
+            if old_task.num_starts:
+                raise ConfigError(
+                    f"{directory}: shot {quote(task.name)} was rendered from something else; undo the change, name "
+                    f"another --out, or remove {directory}/{task.name} and {LEDGER_NAME}"
+                )
+
+    @staticmethod
+    def _taken_over(task: Task, old: Task | None) -> Task:
+        """A task of a film submitted (again), with what an earlier submission reached."""
+        if old is None:
+            return task
+        if old.recipe != task.recipe and not old.leased:
+            return dataclasses.replace(task, epoch=old.epoch)
+        kept = dataclasses.replace(old, position=task.position, after=task.after)
+        if old.state is State.DEAD and old.reason != "cancelled":
+            return retried(kept)
+        return resumed(kept) if old.state is State.PAUSED else kept
+
+    def open(self, directory: str) -> None:
+        """Read a film's ledger again after a restart; nothing if it is open.
+
+        Raises:
+            ConfigError: no film was ever submitted there.
+        """
+        if directory in self._films:
+            return
+        if not (Path(directory) / LEDGER_NAME).exists():
+            raise ConfigError(f"{directory}: no film was submitted here; longtake submit FILM.toml --out {directory}")
+        ledger = _open(directory)
+        if ledger.film is None:
+            ledger.close()
+            raise ConfigError(f"{directory}: no film was submitted here; longtake submit FILM.toml --out {directory}")
+        self._films[directory] = film = _OpenFilm(directory, ledger, ledger.film, self._clock())
+        self._publish(film.view())
+
+    def close(self, directory: str) -> None:
+        """Let go of a film's ledger."""
+        if (film := self._films.pop(directory, None)) is not None:
+            film.ledger.close()
+
+    def view(self, directory: str) -> FilmView:
+        """The film as it stands."""
+        return self._film(directory).view()
+
+    def views(self) -> list[FilmView]:
+        """All open films."""
+        return [film.view() for film in self._films.values()]
+
+    def control(self, directory: str, action: Action, shot: str | None = None) -> FilmView:
+        """Pause, resume, cancel or retry one shot or the whole film.
+
+        Raises:
+            ConfigError: there is no such shot.
+        """
+        film = self._film(directory)
+        tasks = film.ledger.tasks
+        if shot is not None and shot not in tasks:
+            raise ConfigError(f"there is no shot {quote(shot)}; {nearest(shot, list(tasks))}")
+        names = [shot] if shot is not None else list(tasks)
+        if shot is not None and action is Action.RETRY:
+            names += [task.name for task in tasks.values() if task.kind is TaskKind.JOIN]
+        self._save(film, [_ACTIONS[action](tasks[name]) for name in names], action)
+        self._preempt()
+        return film.view()
+
+    # Gangs
+
+    def next_order(self, gang: Gang) -> Order | Leave | None:
+        """A task for a gang that has none. Asking again after a lost answer gives the same one.
+
+        Returns:
+            The order; None if there is nothing to do now; `Leave` if the gang's devices are wanted for another size.
+        """
+        for film, task in self._held(gang.name):
+            if task.incarnation == gang.incarnation:
+                return self._order(film, task, gang)
+            message = "its worker died and was started anew"
+            self._fail(film, task, Failure(kind=FailureKind.CRASH, signature="worker", message=message))
+        misfit = False
+        for film, task in self._ready():
+            if not film.fits(gang):
+                misfit = True
+                continue
+            if misfit and not self._others_fit(gang):
+                return Leave()
+            num_ranks = film.num_ranks(gang)
+            granted = grant(
+                task, gang=gang.name, incarnation=gang.incarnation, num_devices=num_ranks, now_s=self._wall()
+            )
+            self._save(film, [granted], "granted")
+            film.heard_s[task.name] = film.counted_s[task.name] = self._clock()
+            self._idle.pop(gang.name, None)
+            return self._order(film, granted, gang)
+        if misfit and not self._others_fit(gang):
+            return Leave()
+        self._idle[gang.name] = (gang, self._clock())
+        return None
+
+    def heartbeat(self, lease: Lease, progress: Progress) -> Verdict:
+        """A gang works on its task."""
+        held = self._leased(lease)
+        if held is None:
+            return Verdict.LOST
+        film, task = held
+        self._save(film, [progressed(task, progress, self._gpu_s(film, task))], "")
+        return Verdict.GO if film.ledger.tasks[task.name].want is Want.RUN else Verdict.STOP
+
+    def stopped(self, lease: Lease) -> bool:
+        """A gang has stopped at a block boundary. False: the lease was lost before."""
+        return self._end(lease, stopped, "stopped")
+
+    def finish(self, lease: Lease, video: str | None = None) -> bool:
+        """A gang has finished its task. False: the lease was lost before."""
+        return self._end(lease, lambda task: finished(task, video=video, now_s=self._wall()), "finished")
+
+    def fail(self, lease: Lease, failure: Failure) -> bool:
+        """A gang's try failed. False: the lease was lost before."""
+        held = self._leased(lease)
+        if held is None:
+            return False
+        film, task = held
+        self._fail(film, task, failure)
+        return True
+
+    def gang_lost(self, name: str) -> bool:
+        """A gang is known to be dead: its task is free at once. Returns whether it had one."""
+        self._idle.pop(name, None)
+        held = list(self._held(name))
+        for film, task in held:
+            message = f"gang {name} was lost"
+            self._fail(film, task, Failure(kind=FailureKind.CRASH, signature="gang", message=message))
+        return bool(held)
+
+    def reconcile(self, alive: Collection[str]) -> None:
+        """Free the tasks of all gangs that are not alive, such as those of a cluster that is gone."""
+        holders = {task.gang for film in self._films.values() for task in film.ledger.tasks.values() if task.gang}
+        for name in (holders | set(self._idle)) - set(alive):
+            self.gang_lost(name)
+
+    def tick(self) -> list[str]:
+        """What time brings: silent gangs lose their tasks, higher priorities preempt.
+
+        Returns:
+            Names of the gangs that were silent too long; they should be killed.
+        """
+        now = self._clock()
+        silent = []
+        for film in self._films.values():
+            for task in list(film.ledger.tasks.values()):
+                if task.leased and now - film.heard_s[task.name] > self.lease_s:
+                    silent.append(str(task.gang))
+                    message = f"gang {task.gang} was silent for {self.lease_s:g} s"
+                    self._fail(film, task, Failure(kind=FailureKind.CRASH, signature="silent", message=message))
+        self._idle = {name: (gang, at) for name, (gang, at) in self._idle.items() if now - at <= self.lease_s}
+        self._preempt()
+        return silent
+
+    def demand(self) -> list[FilmRecord]:
+        """The film's record for every task that runs or could run now, the most urgent first: what gangs are for."""
+        running = [film.record for film in self._films.values() for task in film.ledger.tasks.values() if task.leased]
+        return running + [film.record for film, _ in self._ready()]
+
+    def next_wait_s(self) -> float | None:
+        """Seconds until a task that waits after a failure may be tried again; None if there is none."""
+        now = self._wall()
+        waits = [
+            task.not_before_s - now
+            for film in self._films.values()
+            for task in film.ledger.tasks.values()
+            if task.state is State.WAITING and task.not_before_s > now
+        ]
+        return min(waits, default=None)
+
+    # Inside
+
+    def _film(self, directory: str) -> _OpenFilm:
+        self.open(directory)
+        return self._films[directory]
+
+    def _ready(self) -> list[tuple[_OpenFilm, Task]]:
+        """Tasks that could be given out now, by priority, then by the films' age, then in the film's order."""
+        now = self._wall()
+        ready = [
+            (film, task)
+            for film in self._films.values()
+            for task in film.ledger.tasks.values()
+            if task.state is State.WAITING and task.not_before_s <= now
+        ]
+        ready.sort(key=lambda pair: (-pair[0].record.priority, pair[0].record.submitted_s, pair[1].position))
+        return ready
+
+    def _held(self, gang: str) -> Iterator[tuple[_OpenFilm, Task]]:
+        for film in self._films.values():
+            for task in list(film.ledger.tasks.values()):
+                if task.leased and task.gang == gang:
+                    yield film, task
+
+    def _leased(self, lease: Lease) -> tuple[_OpenFilm, Task] | None:
+        """The task of a lease that still holds; hears of its gang."""
+        film = self._film(lease.film)
+        task = film.ledger.tasks.get(lease.task)
+        if task is None or not task.leased or task.epoch != lease.epoch or task.gang != lease.gang:
+            return None
+        film.heard_s[task.name] = self._clock()
+        return film, task
+
+    def _order(self, film: _OpenFilm, task: Task, gang: Gang) -> Order:
+        lease = Lease(film=film.directory, task=task.name, epoch=task.epoch, gang=gang.name)
+        num_ranks = min(task.num_devices, gang.num_devices)
+        return Order(lease=lease, kind=task.kind, content_hash=film.record.content_hash, num_ranks=num_ranks)
+
+    def _others_fit(self, gang: Gang) -> bool:
+        """Whether another idle gang could take the most urgent task, which this one cannot."""
+        film, _ = self._ready()[0]
+        return any(film.fits(other) for name, (other, _) in self._idle.items() if name != gang.name)
+
+    def _gpu_s(self, film: _OpenFilm, task: Task) -> float:
+        """Device seconds since the last count, of which a silence counts as far as a lease lasts."""
+        now = self._clock()
+        spent = min(now - film.counted_s.get(task.name, now), self.lease_s)
+        film.counted_s[task.name] = now
+        return spent * task.num_devices
+
+    def _end(self, lease: Lease, change: Callable[[Task], Task], event: str) -> bool:
+        held = self._leased(lease)
+        if held is None:
+            return False
+        film, task = held
+        spent = dataclasses.replace(task, gpu_s=task.gpu_s + self._gpu_s(film, task))
+        self._save(film, [change(spent)], event)
+        return True
+
+    def _fail(self, film: _OpenFilm, task: Task, failure: Failure) -> None:
+        spent = dataclasses.replace(task, gpu_s=task.gpu_s + self._gpu_s(film, task))
+        self._save(film, [failed(spent, failure, film.record.policy, self._wall())], f"failed: {failure.kind}")
+
+    def _save(self, film: _OpenFilm, changed: Sequence[Task], event: str) -> None:
+        """Make tasks durable, with those that wait for them, and tell."""
+        tasks = {**film.ledger.tasks, **{task.name: task for task in changed}}
+        succeeded = {name for name, task in tasks.items() if task.state is State.SUCCEEDED}
+        settled = [depending(task, ready=succeeded.issuperset(task.after)) for task in tasks.values()]
+        film.ledger.save(settled, at_s=self._wall(), event=event)
+        self._publish(film.view())
+
+    def _preempt(self) -> None:
+        """Ask for as many gangs as urgent tasks lack, from the least urgent shots; those begun last go first."""
+        coming = [film for film in self._films.values() for task in film.ledger.tasks.values() if _leaves(task)]
+        num_free = len(self._idle) + len(coming)
+        for film, _ in self._ready()[num_free:]:
+            running = [
+                (other, task)
+                for other in self._films.values()
+                for task in other.ledger.tasks.values()
+                if task.state is State.RUNNING and other.record.priority < film.record.priority
+            ]
+            if not running:
+                return
+            victim, task = min(running, key=lambda pair: (pair[0].record.priority, -(pair[1].started_s or 0)))
+            self._save(victim, [ask(task, Want.REQUEUE)], f"preempted by {film.record.title}")
+
+
+def _leaves(task: Task) -> bool:
+    """Whether a task's gang is on its way to be free."""
+    return task.state is State.CHECKPOINT
+
+
+def _open(directory: str) -> Ledger:
+    return Ledger(Path(directory) / LEDGER_NAME)
