@@ -2,7 +2,7 @@
 
 One program takes BM queries of one head past all its keys, BN at a time, in the way of FlashAttention: scores in base
 2, a running maximum, P rounded to e4m3 after scaling by 2^8 (e4m3 reaches from 2^-9 to 448, so weights down to 2^-17
-of the largest survive). Queries are rounded to e4m3 in the kernel, each with its own scale.
+of the largest survive). Queries are rounded to e4m3 by a small kernel before, each with its own scale.
 
 The work, (tiles of queries) x (steps along keys), may also be dealt evenly to any number of programs ("stream-K"): a
 program then starts and ends inside a tile, writes those two results apart, and `join_kernel` merges them. That removes
@@ -45,6 +45,7 @@ class AttendLaunch:
         warp_specialize: ask the compiler to split loads and arithmetic among warps.
         wide_sum: add each step's P.V to the output in float32 instead of inside the tensor core, whose FP8 sums
             keep about 14 bits.
+        ahead: start the next step's scores before this step's softmax, so that both run at once.
     """
 
     rows: int = 64
@@ -55,9 +56,11 @@ class AttendLaunch:
     tma: bool = False
     warp_specialize: bool = False
     wide_sum: bool = True
+    ahead: bool = False
 
 
 DEFAULT_ATTEND = AttendLaunch()
+QUERY_ROWS = 32
 
 
 @triton.jit
@@ -104,12 +107,30 @@ def load_v(v, head, start, num_keys, stride_h, stride_d, stride_x, D: tl.constex
 
 
 @triton.jit
-def step(acc, top, total, q8, scale, k_tile, v_tile, start, num_keys, BN: tl.constexpr, MASKED: tl.constexpr,
-         DOT: tl.constexpr, P_TYPE: tl.constexpr, PV_DOT: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """Take one tile of keys into the running output, maximum and sum. scale is [BM]: of scores, in base 2."""
-    score = tl.dot(q8.to(DOT), tl.trans(k_tile).to(DOT))
-    if MASKED:
-        score = tl.where((start + tl.arange(0, BN) < num_keys)[None, :], score, float("-inf"))
+def quantise_queries_kernel(
+    q, k_centre, q8, q_scale, shift, stride_qh, stride_qt, num_queries, softmax_scale,
+    D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """ROWS queries of a head to e4m3, a scale each, and what K's centre takes from their scores."""
+    head = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = row < num_queries
+    column = tl.arange(0, D)
+    place = q + head * stride_qh + row.to(tl.int64)[:, None] * stride_qt + column[None, :]
+    tile = tl.load(place, mask=live[:, None], other=0.0).to(tl.float32)
+    moved = tl.sum(tile * tl.load(k_centre + head * D + column)[None, :], 1) * softmax_scale
+    largest = tl.max(tl.abs(tile), 1)
+    scale = tl.where(largest > 0, largest * (1.0 / 448.0), 1.0)
+    tile = tl.minimum(tl.maximum(tile / scale[:, None], -448.0), 448.0)
+    out = q8 + (head * num_queries + row)[:, None] * D + column[None, :]
+    tl.store(out, tile.to(tl.float8e4nv), mask=live[:, None])
+    tl.store(q_scale + head * num_queries + row, scale, mask=live)
+    tl.store(shift + head * num_queries + row, moved, mask=live)
+
+
+@triton.jit
+def update(acc, top, total, score, scale, v_tile, P_TYPE: tl.constexpr, PV_DOT: tl.constexpr, WIDE: tl.constexpr):
+    """Take one tile of scores into the running output, maximum and sum. scale is [BM]: of scores, in base 2."""
     new_top = tl.maximum(top, tl.max(score, 1) * scale)
     p = tl.math.exp2(score * scale[:, None] - (new_top - P_SHIFT)[:, None])
     alpha = tl.math.exp2(top - new_top)
@@ -122,72 +143,107 @@ def step(acc, top, total, q8, scale, k_tile, v_tile, start, num_keys, BN: tl.con
     return acc, new_top, total
 
 
-@triton.jit(do_not_specialize=["num_heads", "num_queries", "num_keys"])  # a history grows: one build serves all
-def attend_kernel(
-    q, k, v, k_scale, v_scale, k_centre, v_centre, out, lse, part, part_lse,
-    stride_qh, stride_qt, stride_kh, stride_kx, stride_vh, stride_vd, stride_vx, stride_oh, stride_ot,
-    num_heads, num_queries, num_keys, softmax_scale,
+@triton.jit
+def attend_tile(
+    q8, q_scale, shift, k, v, k_scale, v_scale, v_centre, out, lse, part, part_lse,
+    stride_kh, stride_kx, stride_vh, stride_vd, stride_vx, stride_oh, stride_ot,
+    num_queries, num_keys, softmax_scale, tile, low, high, slot,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TURNED: tl.constexpr, P_TYPE: tl.constexpr,
     DOT: tl.constexpr, PV_DOT: tl.constexpr, TMA: tl.constexpr, SPECIALIZE: tl.constexpr, WIDE: tl.constexpr,
-    STAGES: tl.constexpr,
+    AHEAD: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """This program's share of all (tile, step) units; whole tiles go to out, parts of tiles to part."""
+    """Steps low .. high of one tile of queries; a whole tile's result goes to out, a part's to slot of part."""
     steps = tl.cdiv(num_keys, BN)
     full_steps = num_keys // BN
     tiles = tl.cdiv(num_queries, BM)
-    program = tl.program_id(0).to(tl.int64)
-    units = tl.cast(num_heads, tl.int64) * tiles * steps
-    begin = program * units // tl.num_programs(0)
-    end = (program + 1) * units // tl.num_programs(0)
-    first_tile = (begin // steps).to(tl.int32)
-    for tile in range(first_tile, tl.cdiv(end, steps).to(tl.int32)):
-        low = tl.maximum(begin - tl.cast(tile, tl.int64) * steps, 0).to(tl.int32)
-        high = tl.minimum(end - tl.cast(tile, tl.int64) * steps, steps).to(tl.int32)
-        head = tile // tiles
-        row = tile % tiles * BM + tl.arange(0, BM)
-        live = row < num_queries
-        column = tl.arange(0, D)
-        q_tile = tl.load(
-            q + head.to(tl.int64) * stride_qh + row.to(tl.int64)[:, None] * stride_qt + column[None, :],
-            mask=live[:, None], other=0.0,
-        ).to(tl.float32)  # fmt: skip
-        shift = tl.sum(q_tile * tl.load(k_centre + head * D + column)[None, :], 1) * softmax_scale
-        q_top = tl.max(tl.abs(q_tile), 1)
-        q_scale = tl.where(q_top > 0, q_top * (1.0 / 448.0), 1.0)
-        q8 = (q_tile / q_scale[:, None]).to(tl.float8e4nv)
-        scale = q_scale * tl.load(k_scale + head) * (softmax_scale * 1.4426950408889634)
+    full_high = tl.minimum(high, full_steps)
+    head = tile // tiles
+    row = tile % tiles * BM + tl.arange(0, BM)
+    live = row < num_queries
+    column = tl.arange(0, D)
+    line = head.to(tl.int64) * num_queries + row
+    q_tile = tl.load(q8 + line[:, None] * D + column[None, :], mask=live[:, None], other=0.0).to(DOT)
+    scale = tl.load(q_scale + line, mask=live, other=1.0)
+    scale = scale * (tl.load(k_scale + head) * (softmax_scale * 1.4426950408889634))
 
-        top = tl.full((BM,), float("-inf"), tl.float32)
-        total = tl.zeros((BM,), tl.float32)
-        acc = tl.zeros((BM, D), tl.float32)
-        for i in tl.range(low, tl.minimum(high, full_steps), num_stages=STAGES, warp_specialize=SPECIALIZE):
+    top = tl.full((BM,), float("-inf"), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    acc = tl.zeros((BM, D), tl.float32)
+    if AHEAD:
+        if low < full_high:
+            k_tile = load_rows(k, head, low * BN, num_keys, stride_kh, stride_kx, D, BN, TMA, False)
+            score = tl.dot(q_tile, tl.trans(k_tile).to(DOT))
+            for i in tl.range(low, full_high - 1, num_stages=STAGES, warp_specialize=SPECIALIZE):
+                k_tile = load_rows(k, head, i * BN + BN, num_keys, stride_kh, stride_kx, D, BN, TMA, False)
+                v_tile = load_v(v, head, i * BN, num_keys, stride_vh, stride_vd, stride_vx, D, BN, TMA, TURNED, False)
+                next_score = tl.dot(q_tile, tl.trans(k_tile).to(DOT))
+                acc, top, total = update(acc, top, total, score, scale, v_tile, P_TYPE, PV_DOT, WIDE)
+                score = next_score
+            start = (full_high - 1) * BN
+            v_tile = load_v(v, head, start, num_keys, stride_vh, stride_vd, stride_vx, D, BN, TMA, TURNED, False)
+            acc, top, total = update(acc, top, total, score, scale, v_tile, P_TYPE, PV_DOT, WIDE)
+    else:
+        for i in tl.range(low, full_high, num_stages=STAGES, warp_specialize=SPECIALIZE):
             k_tile = load_rows(k, head, i * BN, num_keys, stride_kh, stride_kx, D, BN, TMA, False)
             v_tile = load_v(v, head, i * BN, num_keys, stride_vh, stride_vd, stride_vx, D, BN, TMA, TURNED, False)
-            acc, top, total = step(
-                acc, top, total, q8, scale, k_tile, v_tile, i * BN, num_keys, BN, False, DOT, P_TYPE, PV_DOT, WIDE
-            )
-        if high > full_steps:
-            start = full_steps * BN
-            k_tile = load_rows(k, head, start, num_keys, stride_kh, stride_kx, D, BN, TMA, True)
-            v_tile = load_v(v, head, start, num_keys, stride_vh, stride_vd, stride_vx, D, BN, TMA, TURNED, True)
-            acc, top, total = step(
-                acc, top, total, q8, scale, k_tile, v_tile, start, num_keys, BN, True, DOT, P_TYPE, PV_DOT, WIDE
-            )
-        if TURNED:
-            weight = tl.load(v_scale + head) / total
-            result = acc * weight[:, None] + tl.load(v_centre + head * D + column)[None, :]
-        else:
-            result = acc / total[:, None]
-        result_lse = (top - P_SHIFT + tl.math.log2(total)) * LN2 + shift
-        if (low == 0) & (high == steps):
-            place = out + head.to(tl.int64) * stride_oh + row.to(tl.int64)[:, None] * stride_ot + column[None, :]
-            tl.store(place, result.to(out.dtype.element_ty), mask=live[:, None])
-            tl.store(lse + head.to(tl.int64) * num_queries + row, result_lse, mask=live)
-        else:
-            slot = program * 2 + (tile > first_tile).to(tl.int32)
-            line = slot * BM + tl.arange(0, BM)
-            tl.store(part + line[:, None] * D + column[None, :], result)
-            tl.store(part_lse + line, result_lse)
+            score = tl.dot(q_tile, tl.trans(k_tile).to(DOT))
+            acc, top, total = update(acc, top, total, score, scale, v_tile, P_TYPE, PV_DOT, WIDE)
+    if high > full_steps:
+        start = full_steps * BN
+        k_tile = load_rows(k, head, start, num_keys, stride_kh, stride_kx, D, BN, TMA, True)
+        v_tile = load_v(v, head, start, num_keys, stride_vh, stride_vd, stride_vx, D, BN, TMA, TURNED, True)
+        score = tl.dot(q_tile, tl.trans(k_tile).to(DOT))
+        score = tl.where((start + tl.arange(0, BN) < num_keys)[None, :], score, float("-inf"))
+        acc, top, total = update(acc, top, total, score, scale, v_tile, P_TYPE, PV_DOT, WIDE)
+    if TURNED:
+        weight = tl.load(v_scale + head) / total
+        result = acc * weight[:, None] + tl.load(v_centre + head * D + column)[None, :]
+    else:
+        result = acc / total[:, None]
+    result_lse = (top - P_SHIFT + tl.math.log2(total)) * LN2 + tl.load(shift + line, mask=live, other=0.0)
+    if WHOLE or ((low == 0) & (high == steps)):
+        place = out + head.to(tl.int64) * stride_oh + row.to(tl.int64)[:, None] * stride_ot + column[None, :]
+        tl.store(place, result.to(out.dtype.element_ty), mask=live[:, None])
+        tl.store(lse + line, result_lse, mask=live)
+    else:
+        part_line = slot * BM + tl.arange(0, BM)
+        tl.store(part + part_line[:, None] * D + column[None, :], result)
+        tl.store(part_lse + part_line, result_lse)
+
+
+@triton.jit(do_not_specialize=["num_heads", "num_queries", "num_keys"])  # a history grows: one build serves all
+def attend_kernel(
+    q8, q_scale, shift, k, v, k_scale, v_scale, v_centre, out, lse, part, part_lse,
+    stride_kh, stride_kx, stride_vh, stride_vd, stride_vx, stride_oh, stride_ot,
+    num_heads, num_queries, num_keys, softmax_scale,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TURNED: tl.constexpr, P_TYPE: tl.constexpr,
+    DOT: tl.constexpr, PV_DOT: tl.constexpr, TMA: tl.constexpr, SPECIALIZE: tl.constexpr, WIDE: tl.constexpr,
+    AHEAD: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries; with SPLIT, this program's share of all (tile, step) units."""
+    steps = tl.cdiv(num_keys, BN)
+    program = tl.program_id(0)
+    if SPLIT:
+        units = tl.cast(num_heads, tl.int64) * tl.cdiv(num_queries, BM) * steps
+        begin = program.to(tl.int64) * units // tl.num_programs(0)
+        end = (program.to(tl.int64) + 1) * units // tl.num_programs(0)
+        first_tile = (begin // steps).to(tl.int32)
+        for tile in range(first_tile, tl.cdiv(end, steps).to(tl.int32)):
+            low = tl.maximum(begin - tl.cast(tile, tl.int64) * steps, 0).to(tl.int32)
+            high = tl.minimum(end - tl.cast(tile, tl.int64) * steps, steps).to(tl.int32)
+            attend_tile(
+                q8, q_scale, shift, k, v, k_scale, v_scale, v_centre, out, lse, part, part_lse,
+                stride_kh, stride_kx, stride_vh, stride_vd, stride_vx, stride_oh, stride_ot,
+                num_queries, num_keys, softmax_scale, tile, low, high, program * 2 + (tile > first_tile).to(tl.int32),
+                D, BM, BN, TURNED, P_TYPE, DOT, PV_DOT, TMA, SPECIALIZE, WIDE, AHEAD, STAGES, False,
+            )  # fmt: skip
+    else:
+        attend_tile(
+            q8, q_scale, shift, k, v, k_scale, v_scale, v_centre, out, lse, part, part_lse,
+            stride_kh, stride_kx, stride_vh, stride_vd, stride_vx, stride_oh, stride_ot,
+            num_queries, num_keys, softmax_scale, program, 0, steps, 0,
+            D, BM, BN, TURNED, P_TYPE, DOT, PV_DOT, TMA, SPECIALIZE, WIDE, AHEAD, STAGES, True,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_heads", "num_queries", "num_keys", "programs"])
@@ -269,14 +325,19 @@ def attend(
     part_lse = part[programs * 2 * launch.rows * dim :] if split else part
     k_arg, v_arg = (k_HXD, v_HXD) if not launch.tma else _descriptors(k_HXD, v_HXD, num_keys, launch.columns)
     dot = tl.float8e4nv if q_HTD.is_cuda else tl.float32  # the interpreter multiplies small types wrongly
+    q8_HTD = torch.empty((num_heads, num_queries, dim), dtype=torch.float8_e4m3fn, device=q_HTD.device)
+    q_scale_HT, shift_HT = torch.empty_like(lse_HT), torch.empty_like(lse_HT)
+    quantise_queries_kernel[(triton.cdiv(num_queries, QUERY_ROWS), num_heads)](
+        q_HTD, k_scaling.centre_HD, q8_HTD, q_scale_HT, shift_HT, q_HTD.stride(0), q_HTD.stride(1), num_queries,
+        dim**-0.5, D=dim, ROWS=QUERY_ROWS,
+    )  # fmt: skip
     attend_kernel[(programs,)](
-        q_HTD, k_arg, v_arg, k_scaling.scale_H, v_scaling.scale_H, k_scaling.centre_HD, v_scaling.centre_HD, out_HTD,
-        lse_HT, part, part_lse, q_HTD.stride(0), q_HTD.stride(1), k_HXD.stride(0), k_HXD.stride(1), v_HXD.stride(0),
-        v_HXD.stride(2), v_HXD.stride(1), out_HTD.stride(0), out_HTD.stride(1),
-        num_heads, num_queries, num_keys, dim**-0.5,
+        q8_HTD, q_scale_HT, shift_HT, k_arg, v_arg, k_scaling.scale_H, v_scaling.scale_H, v_scaling.centre_HD, out_HTD,
+        lse_HT, part, part_lse, k_HXD.stride(0), k_HXD.stride(1), v_HXD.stride(0), v_HXD.stride(2), v_HXD.stride(1),
+        out_HTD.stride(0), out_HTD.stride(1), num_heads, num_queries, num_keys, dim**-0.5,
         D=dim, BM=launch.rows, BN=launch.columns, TURNED=turned, P_TYPE=tl.float8e4nv if turned else tl.bfloat16,
         DOT=dot, PV_DOT=dot if turned or not q_HTD.is_cuda else tl.bfloat16, TMA=launch.tma,
-        SPECIALIZE=launch.warp_specialize, WIDE=launch.wide_sum, STAGES=launch.stages,
+        SPECIALIZE=launch.warp_specialize, WIDE=launch.wide_sum, AHEAD=launch.ahead, STAGES=launch.stages, SPLIT=split,
         num_warps=launch.warps,
     )  # fmt: skip
     if split:

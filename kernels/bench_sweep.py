@@ -13,7 +13,7 @@ import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -74,13 +74,28 @@ def attend_variants() -> list[tuple[bool, AttendLaunch]]:
         (True, AttendLaunch(rows=rows, columns=columns, warps=warps, stages=stages, tma=tma))
         for (rows, columns, warps, stages), tma in itertools.product(tiles, (False, True))
     ]
+    for rows, columns, warps, stages in tiles:
+        found.append(
+            (
+                True,
+                AttendLaunch(
+                    rows=rows, columns=columns, warps=warps, stages=stages, tma=True, wide_sum=False, ahead=True
+                ),
+            )
+        )
     for rows, warps, per_sm in ((64, 4, 2), (128, 8, 1)):
-        for tma in (False, True):
-            found.append((True, AttendLaunch(rows=rows, warps=warps, tma=tma, wide_sum=False)))
-            found.append((True, AttendLaunch(rows=rows, warps=warps, tma=tma, programs_per_sm=per_sm)))
-            found.append((False, AttendLaunch(rows=rows, warps=warps, stages=2, tma=tma)))
-        found.append((True, AttendLaunch(rows=rows, warps=warps, tma=True, warp_specialize=True)))
-    found.append((False, AttendLaunch(rows=64, columns=64, tma=True)))
+        plain = AttendLaunch(rows=rows, warps=warps, tma=True)
+        found += [
+            (True, replace(plain, wide_sum=False)),
+            (True, replace(plain, programs_per_sm=per_sm)),
+            (True, replace(plain, programs_per_sm=per_sm, wide_sum=False, ahead=True)),
+            (True, replace(plain, warp_specialize=True)),
+            (False, replace(plain, stages=2)),
+            (False, replace(plain, stages=2, wide_sum=False, ahead=True)),
+            (False, replace(plain, stages=2, tma=False)),
+        ]
+    found.append((True, AttendLaunch(columns=64, tma=True, ahead=True)))
+    found.append((False, AttendLaunch(columns=64, tma=True)))
     return found
 
 

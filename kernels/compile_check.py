@@ -182,39 +182,49 @@ def outputs(what: str, dim: int) -> Iterator[tuple[dict[str, str], str, dict[str
 def fp8_cases() -> Iterator[Case]:
     """Attention over FP8 rows in the variants that are swept, and what stores a block's own rows."""
     attend = {
-        "q": "*bf16", "k": "*fp8e4nv", "v": "*fp8e4nv", "k_scale": "*fp32", "v_scale": "*fp32", "k_centre": "*fp32",
-        "v_centre": "*fp32", "out": "*bf16", "lse": "*fp32", "part": "*fp32", "part_lse": "*fp32",
+        "q": "*bf16", "q8": "*fp8e4nv", "q_scale": "*fp32", "shift": "*fp32", "k": "*fp8e4nv", "v": "*fp8e4nv",
+        "k_scale": "*fp32", "v_scale": "*fp32", "k_centre": "*fp32", "v_centre": "*fp32", "out": "*bf16",
+        "lse": "*fp32", "part": "*fp32", "part_lse": "*fp32", "softmax_scale": "fp32", "programs": "i32",
         **dict.fromkeys(("stride_qh", "stride_qt", "stride_kh", "stride_kx", "stride_vh", "stride_oh"), "i32"),
         **dict.fromkeys(("stride_vd", "stride_vx", "stride_ot", "num_heads", "num_queries", "num_keys"), "i32"),
-        "softmax_scale": "fp32", "programs": "i32",
     }  # fmt: skip
-    for dim, rows, columns, warps, turned, tma, wide in (
-        (64, 64, 128, 4, True, False, True),
-        (128, 64, 128, 4, True, False, True),
-        (128, 64, 128, 4, True, False, False),
-        (128, 64, 128, 4, True, True, True),
-        (128, 128, 128, 8, True, True, True),
-        (128, 64, 64, 4, False, False, True),
-        (128, 128, 128, 8, False, False, True),
+    for dim, rows, columns, warps, turned, tma, wide, ahead in (
+        (64, 64, 128, 4, True, False, True, False),
+        (128, 64, 128, 4, True, False, True, False),
+        (128, 64, 128, 4, True, False, False, False),
+        (128, 64, 128, 4, True, True, True, False),
+        (128, 64, 128, 4, True, True, False, True),
+        (128, 128, 64, 4, True, True, False, False),
+        (128, 128, 128, 8, True, True, True, False),
+        (128, 128, 128, 8, True, True, False, True),
+        (128, 64, 64, 4, False, False, True, False),
+        (128, 128, 128, 8, False, False, True, False),
     ):
         types = dict(attend)
         if not turned:
             types["v"] = "*bf16"
         if tma:
             types |= {"k": f"tensordesc<fp8e4nv[{columns}, {dim}]>", "v": f"tensordesc<fp8e4nv[{dim}, {columns}]>"}
+        variant = f"{'' if turned else ' bf16v'}{' tma' * tma}{' wide' * wide}{' ahead' * ahead}"
+        value = tl.float8e4nv if turned else tl.bfloat16
         yield Case(
-            name=f"attend {dim} {rows}x{columns}{'' if turned else ' bf16v'}{' tma' * tma}{' wide' * wide}",
+            name=f"attend {dim} {rows}x{columns}{variant}",
             kernel=attention_fp8_triton.attend_kernel,
             types=types,
-            constants={"D": dim, "BM": rows, "BN": columns, "TURNED": turned, "DOT": tl.float8e4nv,
-                       "P_TYPE": tl.float8e4nv if turned else tl.bfloat16,
-                       "PV_DOT": tl.float8e4nv if turned else tl.bfloat16,
-                       "TMA": tma, "SPECIALIZE": False, "WIDE": wide, "STAGES": 3,
+            constants={"D": dim, "BM": rows, "BN": columns, "TURNED": turned, "DOT": tl.float8e4nv, "P_TYPE": value,
+                       "PV_DOT": value, "TMA": tma, "SPECIALIZE": False, "WIDE": wide, "AHEAD": ahead, "STAGES": 3,
+                       "SPLIT": False,
                        "stride_vd" if not turned else "stride_vx": 1},
             options={"num_warps": warps},
             local=128,
         )  # fmt: skip
     for dim in (64, 128):
+        yield Case(
+            name=f"queries {dim}",
+            kernel=attention_fp8_triton.quantise_queries_kernel,
+            types=attend,
+            constants={"D": dim, "ROWS": attention_fp8_triton.QUERY_ROWS},
+        )
         yield Case(
             name=f"join {dim}",
             kernel=attention_fp8_triton.join_kernel,

@@ -232,9 +232,10 @@ def check_attend_fp8(queries: int, keys: int, dim: int, device: str, dtype: torc
 def attend_launches(device: str) -> list[object]:
     from longtake.kernels.attention_fp8_triton import AttendLaunch
 
-    launches = [AttendLaunch(rows=64, columns=64), AttendLaunch(rows=64, columns=64, wide_sum=False)]
+    launches = [AttendLaunch(rows=64, columns=64), AttendLaunch(rows=64, columns=64, wide_sum=False, ahead=True)]
     if device == "cuda":
         launches += [AttendLaunch(), AttendLaunch(tma=True), AttendLaunch(rows=128, warps=8, programs_per_sm=1)]
+        launches += [AttendLaunch(tma=True, ahead=True, wide_sum=False), AttendLaunch(rows=128, columns=64, tma=True)]
     return list(launches)
 
 
