@@ -2,76 +2,78 @@
 
 Segments are cut every ``segment_blocks`` blocks, whatever happens in between, so that a resumed shot has the bytes of
 an undisturbed one. A worker thread owns the decoder and, on CUDA, a stream of its own; a small queue holds the rollout
-back when decoding is slower.
+back when decoding is slower::
+
+    the latent log --[blocks that no whole segment shows]--+
+                                                           v
+    rollout --put--> [queue] --> latent log --> decode --> segment --named--> Segments
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from types import TracebackType
 
 import torch
 from torch import Tensor
 
 from longtake.engine.config import ShotConfig
 from longtake.engine.latents import LatentLog
+from longtake.engine.segments import Segments, segment_blocks
 from longtake.engine.vae import StreamingDecoder
 from longtake.engine.video import SegmentWriter
-from longtake.engine.video_codec import video_codec
 
-SEGMENT_S = 10.0
 _QUEUE_BLOCKS = 2
+_POLL_S = 0.1
 
-
-def segment_blocks(shot: ShotConfig) -> int:
-    """Blocks of one segment: as many as make about ``SEGMENT_S`` seconds."""
-    frames = shot.model.block_frames * shot.model.temporal_stride
-    return max(1, round(SEGMENT_S * shot.fps / frames))
+_Item = tuple[Tensor, "torch.cuda.Event | None"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Emitted:
-    """What the worker has finished: frames decoded so far, and the segment that became complete with them, if any."""
+class Start:
+    """Where an emitter begins.
 
-    num_frames: int
-    segment: Path | None = None
+    Args:
+        first_block: first of a segment; its frames are the first to be decoded.
+        num_kept: blocks that are in the latent log already; those from ``first_block`` on are decoded from there.
+        warm_up: latents [C, F, Y, X] that bring the decoder to its state before ``first_block``; read by the worker.
+    """
+
+    first_block: int
+    num_kept: int
+    warm_up: Iterable[Tensor] = ()
 
 
 class Emitter:
-    """Decodes and writes blocks in the order in which they are put; used by one producer thread.
+    """Keeps, decodes and writes blocks in the order in which they are put; used by one producer thread.
+
+    As a context manager it stops at once when the body raised, and is `finish`ed or `stop`ped by the body otherwise.
 
     Args:
         shot: what is rendered.
-        decoder: warmed up to the block before ``first_block``; the worker's alone from now on.
-        latents: where blocks from ``keep_from`` on are kept before they are decoded.
-        folder: of the segments.
-        first_block: a multiple of :func:`segment_blocks`.
-        keep_from: blocks before it are in ``latents`` already.
-        on_emitted: called in the worker's thread after each block.
+        decoder: fresh; the worker's alone from now on.
+        latents: where blocks are kept.
+        segments: where they are written.
+        start: where to begin.
     """
 
     def __init__(
-        self,
-        shot: ShotConfig,
-        decoder: StreamingDecoder,
-        latents: LatentLog,
-        folder: Path,
-        first_block: int,
-        keep_from: int,
-        on_emitted: Callable[[Emitted], None],
+        self, shot: ShotConfig, decoder: StreamingDecoder, latents: LatentLog, segments: Segments, start: Start
     ) -> None:
-        self._shot, self._decoder, self._folder, self._on_emitted = shot, decoder, folder, on_emitted
-        self._latents, self._keep_from = latents, keep_from
-        self._block = first_block
+        self._shot, self._decoder, self._latents, self._segments = shot, decoder, latents, segments
+        self._warm_up, self._block, self._num_kept = start.warm_up, start.first_block, start.num_kept
         self._size = segment_blocks(shot)
-        self._num_frames = shot.frames_of_latents(first_block * shot.model.block_frames)
+        self.num_frames = min(shot.num_frames, shot.frames_of_latents(start.first_block * shot.model.block_frames))
+        self._segment_frames = 0
         self._writer: SegmentWriter | None = None
-        self._queue: queue.Queue[tuple[Tensor, torch.cuda.Event | None] | None] = queue.Queue(_QUEUE_BLOCKS)
+        self._queue: queue.Queue[_Item | None] = queue.Queue(_QUEUE_BLOCKS)
         self._error: BaseException | None = None
+        self._stopping = threading.Event()
         self._cuda = decoder.vae.device.type == "cuda"
+        self._loaded = self._mark()
         self._thread = threading.Thread(target=self._work, name=f"emitter-{shot.name}", daemon=True)
         self._thread.start()
 
@@ -81,60 +83,137 @@ class Emitter:
         Raises:
             BaseException: whatever stopped the worker.
         """
-        event = None
-        if self._cuda:
-            event = torch.cuda.Event()
-            event.record()
-        self._put((latents_CFYX, event))
-
-    def close(self) -> None:
-        """Finish what was put, leave an unfinished segment unnamed, and end the worker; raises what stopped it."""
-        self._put(None)
-        self._thread.join()
-        self._check()
-
-    def _put(self, item: tuple[Tensor, torch.cuda.Event | None] | None) -> None:
+        item = (latents_CFYX, self._mark())
         while True:
             self._check()
             try:
-                return self._queue.put(item, timeout=0.2)
+                return self._queue.put(item, timeout=_POLL_S)
             except queue.Full:
                 continue
+
+    def finish(self, stop: Callable[[], bool], meanwhile: Callable[[], None]) -> bool:
+        """Wait until all that was put is decoded and written, and end the worker.
+
+        Args:
+            stop: asked now and then; if it says so, what is not decoded yet stays so, as with `stop`.
+            meanwhile: called now and then.
+
+        Returns:
+            Whether all of it was emitted.
+
+        Raises:
+            BaseException: whatever stopped the worker.
+        """
+        closed = False
+        while self._thread.is_alive() and not stop():
+            if not closed:
+                try:
+                    self._queue.put(None, timeout=_POLL_S)
+                    closed = True
+                except queue.Full:
+                    continue
+            self._thread.join(_POLL_S)
+            meanwhile()
+        emitted = not self._thread.is_alive()
+        self.stop()
+        return emitted
+
+    def stop(self) -> None:
+        """Keep the latents that were put, leave an unfinished segment unnamed, and end the worker.
+
+        Raises:
+            BaseException: whatever stopped the worker.
+        """
+        self._end()
+        self._check()
+
+    def __enter__(self) -> Emitter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        self._stopping.set()
+        interrupt: BaseException | None = None
+        while self._thread.is_alive():
+            try:
+                if not self._queue.full():
+                    self._queue.put(None)  # more than one does no harm
+                self._thread.join(_POLL_S)
+            except BaseException as signalled:  # no thread may outlive the folder's lock
+                interrupt = signalled
+        if interrupt is not None:
+            raise interrupt
 
     def _check(self) -> None:
         if self._error is not None:
             raise self._error
 
+    def _mark(self) -> torch.cuda.Event | None:
+        """An event after all that the producer has issued."""
+        if not self._cuda:
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    # -- the worker's thread
+
     def _work(self) -> None:
+        stream = torch.cuda.Stream(self._decoder.vae.device) if self._cuda else None
         try:
-            stream = torch.cuda.Stream(self._decoder.vae.device) if self._cuda else None
             with torch.cuda.stream(stream):
+                if stream is not None and self._loaded is not None:
+                    stream.wait_event(self._loaded)
+                self._catch_up()
                 while (item := self._queue.get()) is not None:
-                    latents, event = item
-                    if stream is not None and event is not None:
-                        stream.wait_event(event)
-                        latents.record_stream(stream)
-                    self._emit(latents)
-            if self._writer is not None:
-                self._writer.abort()
-        except BaseException as error:
+                    latents_CFYX, ready = item
+                    if stream is not None and ready is not None:
+                        stream.wait_event(ready)
+                        latents_CFYX.record_stream(stream)
+                    self._emit(latents_CFYX)
+        except BaseException as error:  # the producer raises it
             self._error = error
+        finally:
             if self._writer is not None:
                 self._writer.abort()
 
+    def _catch_up(self) -> None:
+        for latents_CFYX in self._warm_up:
+            if self._stopping.is_set():
+                return
+            self._decoder.warm_up(latents_CFYX)
+        for block in range(self._block, self._num_kept):
+            if self._stopping.is_set():
+                return
+            self._decode(self._latents.read(block, block + 1))
+
     def _emit(self, latents_CFYX: Tensor) -> None:
-        shot, block = self._shot, self._block
-        if block >= self._keep_from:
-            self._latents.write(block, latents_CFYX)
+        """A new block: kept first, so that nothing is lost when decoding is cut short."""
+        self._latents.write(self._num_kept, latents_CFYX)
+        self._num_kept += 1
+        if not self._stopping.is_set():
+            self._decode(latents_CFYX)
+
+    def _decode(self, latents_CFYX: Tensor) -> None:
+        shot = self._shot
         if self._writer is None:
-            path = self._folder / f"{block // self._size:05d}{video_codec(shot.video_codec).suffix}"
-            self._writer = SegmentWriter(path, fps=shot.fps, size=(shot.height, shot.width), codec=shot.video_codec)
-        frames = self._decoder.decode(latents_CFYX)[: shot.num_frames - self._num_frames]
+            self._writer = SegmentWriter(
+                self._segments.path(self._block // self._size),
+                fps=shot.fps,
+                size=(shot.height, shot.width),
+                codec=shot.video_codec,
+            )
+            self._segment_frames = 0
+        frames = self._decoder.decode(latents_CFYX)[: shot.num_frames - self.num_frames]
         self._writer.write(frames.cpu())
-        self._num_frames += len(frames)
+        self.num_frames += len(frames)
+        self._segment_frames += len(frames)
         self._block += 1
-        segment = None
         if self._block % self._size == 0 or self._block == shot.num_blocks:
-            segment = self._writer.close()
+            path = self._writer.close()
             self._writer = None
-        self._on_emitted(Emitted(num_frames=self._num_frames, segment=segment))
+            self._segments.written(path, self._block, self._segment_frames)

@@ -4,35 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from longtake.engine.config import ModelSpec, ShotConfig, fingerprint
-from longtake.engine.emitter import Emitted, Emitter, segment_blocks
-from longtake.engine.latents import LatentLog
+from longtake.engine.config import ModelSpec, ShotConfig
+from longtake.engine.emitter import Emitter, Start
+from longtake.engine.metrics import MetricsLog
 from longtake.engine.model import CausalWan, TextContext
-from longtake.engine.rollout import Prefix, Rollout, kv_shape, open_cache
+from longtake.engine.rollout import Prefix, Rollout, open_cache
+from longtake.engine.shotfolder import METRICS_NAME, ShotFolder, shot_latents
 from longtake.engine.text import TextEncoder
 from longtake.engine.vae import StreamingDecoder, load_vae, receptive_latents
-from longtake.engine.video_codec import video_codec
 from longtake.engine.weights import load_transformer
 from longtake.kernels.errors import ConfigError, StorageError
-from longtake.offload.run import RunDirectory
 
-LATENTS_NAME = "latents.zarr"
-SEGMENTS_NAME = "segments"
-METRICS_NAME = "metrics.jsonl"
-PROMPTS_NAME = "prompts"
+PROMPTS_NAME = ".prompts"  # no shot can have this name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockProgress:
-    """Where a shot stands after a block; counts include it. ``frames_done`` are those decoded, which may lag."""
+    """Where a shot stands after a block; counts include it. ``frames_done`` are those decoded, which may lag.
+
+    ``seconds_block`` is 0 in the report of a shot that goes on: where it begins.
+    """
 
     block: int
     num_blocks: int
@@ -92,26 +92,28 @@ class ShotRenderer:
             folder: of the shot.
             device_name: cpu or cuda, cuda:N.
             stop: asked before each block.
-            progress: told after each block.
+            progress: told where a shot goes on, and after each block.
 
         Raises:
-            ConfigError, CapacityError, StorageError: see the message.
+            LockedError, ConfigError, CapacityError, DiskFullError, StorageError: see the message. What was committed
+                is kept, and no thread is left.
         """
         device = parse_device(device_name)
-        model, decoder = self._load(shot.model, device)
-        contexts = encode_beats(shot, folder, model, device)
-        prefix = read_prefix(shot, folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        latents = LatentLog(folder / LATENTS_NAME, shot.num_blocks, shot.latent_shape)
-        with contextlib.ExitStack() as held:
-            run = open_run(shot, folder, len(prefix.latents), latents)
-            held.callback(run.close)
-            cache = open_cache(shot, device, len(prefix.latents), run)
-            held.callback(cache.close)
-            rollout = Rollout(shot, model, contexts, cache, prefix)
-            result = _Run(shot, folder, rollout, decoder, latents, prefix).until(stop, progress)
-            cache.flush()
-        return result
+        with ShotFolder(shot, folder) as files:
+            if files.finished:
+                return ShotResult(finished=True, segments=files.segments.paths)
+            try:
+                prefix = read_prefix(shot, folder)
+                model, decoder = self._load(shot.model, device)
+                contexts = encode_beats(shot, folder, model, device)
+                with contextlib.closing(open_cache(shot, device, files.num_prefix, files.run)) as cache:
+                    rollout = Rollout(shot, model, contexts, cache, prefix)
+                    finished = _Run(shot, files, rollout, decoder).until(stop, progress)
+            except StorageError as error:
+                if (mend := files.mend(error)) is None:
+                    raise
+                raise StorageError(f"{error.args[0]}; {mend}", block=error.block, path=error.path) from error
+            return ShotResult(finished=finished, segments=files.segments.paths)
 
     def _load(self, spec: ModelSpec, device: torch.device) -> tuple[CausalWan, StreamingDecoder]:
         key = (spec.path, str(device))
@@ -130,89 +132,59 @@ class ShotRenderer:
 class _Run:
     """The loop over one shot's blocks, with what surrounds it."""
 
-    def __init__(
-        self,
-        shot: ShotConfig,
-        folder: Path,
-        rollout: Rollout,
-        decoder: StreamingDecoder,
-        latents: LatentLog,
-        prefix: Prefix,
-    ) -> None:
-        self._shot, self._folder, self._rollout, self._latents = shot, folder, rollout, latents
-        self._segments = folder / SEGMENTS_NAME
-        self._segments.mkdir(parents=True, exist_ok=True)
+    def __init__(self, shot: ShotConfig, files: ShotFolder, rollout: Rollout, decoder: StreamingDecoder) -> None:
+        self._shot, self._files, self._rollout, self._decoder = shot, files, rollout, decoder
         self._frames_done = 0
-        done = max(0, rollout.next_block)
-        size = segment_blocks(shot)
-        first = done if done == shot.num_blocks else done - done % size
-        self._drop_segments_from(first // size)
-        self._warm_up(decoder, prefix, first)
-        self._emitter = Emitter(
-            shot,
-            decoder,
-            latents,
-            self._segments,
-            first_block=first,
-            keep_from=done,
-            on_emitted=self._on_emitted,
-        )
-        for block in range(first, done):
-            self._emitter.put(latents.read(block, block + 1))
 
-    def until(self, stop: Callable[[], bool], progress: Callable[[BlockProgress], None]) -> ShotResult:
-        """The main loop."""
-        rollout, shot = self._rollout, self._shot
-        try:
-            with (self._folder / METRICS_NAME).open("a") as metrics:
-                while rollout.next_block < shot.num_blocks and not stop():
-                    started, block = time.perf_counter(), rollout.next_block
-                    clean = rollout.step()
-                    if block >= 0:
-                        self._emitter.put(clean)
-                        report = self._report(block + 1, time.perf_counter() - started)
-                        progress(report)
-                        metrics.write(self._metric(report) + "\n")
-                        metrics.flush()
-        finally:
-            self._emitter.close()
-        finished = rollout.next_block == shot.num_blocks
-        return ShotResult(finished=finished, segments=self._complete_segments())
+    def until(self, stop: Callable[[], bool], progress: Callable[[BlockProgress], None]) -> bool:
+        """The main loop; returns whether the shot is finished."""
+        rollout, files, shot = self._rollout, self._files, self._shot
+        with MetricsLog(files.path / METRICS_NAME, files.num_done) as metrics, self._emitter() as emitter:
+            if files.num_done:
+                progress(self._report(files.num_done, emitter.num_frames, 0.0))
+            while rollout.next_block < shot.num_blocks and not stop():
+                started, block = time.perf_counter(), rollout.next_block
+                clean = rollout.step()
+                if block >= 0:
+                    emitter.put(clean)
+                    report = self._report(block + 1, emitter.num_frames, time.perf_counter() - started)
+                    metrics.append(self._metric(report))
+                    progress(report)
+                files.segments.journal()
+            if rollout.next_block == shot.num_blocks:
+                emitter.finish(stop, files.segments.journal)
+            else:
+                emitter.stop()
+        rollout.cache.flush()
+        files.segments.journal()
+        return files.finished
 
-    def _warm_up(self, decoder: StreamingDecoder, prefix: Prefix, first: int) -> None:
-        """Bring the decoder to the state it had before block ``first``, from the latents before it."""
-        frames = self._shot.model.block_frames
-        blocks = min(first, -(-receptive_latents(decoder.vae) // frames))
+    def _emitter(self) -> Emitter:
+        first, done = self._files.segments.first_block, self._files.num_done
+        start = Start(first_block=first, num_kept=done, warm_up=self._before(first))
+        return Emitter(self._shot, self._decoder, self._files.latents, self._files.segments, start)
+
+    def _before(self, first: int) -> Iterator[Tensor]:
+        """The latents on which the decoder's state before block ``first`` depends, oldest first."""
+        blocks = min(first, -(-receptive_latents(self._decoder.vae) // self._shot.model.block_frames))
         if blocks == first:
-            for latents in prefix.latents:
-                decoder.warm_up(latents)
-        if blocks:
-            decoder.warm_up(self._latents.read(first - blocks, first))
+            yield from self._rollout.prefix.latents
+        for block in range(first - blocks, first):
+            yield self._files.latents.read(block, block + 1)
 
-    def _complete_segments(self) -> tuple[Path, ...]:
-        return tuple(sorted(self._segments.glob(f"*{video_codec(self._shot.video_codec).suffix}")))
-
-    def _drop_segments_from(self, index: int) -> None:
-        for path in self._complete_segments():
-            if int(path.stem) >= index:
-                path.unlink()
-
-    def _on_emitted(self, emitted: Emitted) -> None:
-        self._frames_done = emitted.num_frames
-
-    def _report(self, blocks_done: int, seconds: float) -> BlockProgress:
+    def _report(self, blocks_done: int, frames_done: int, seconds: float) -> BlockProgress:
         memory = self._rollout.cache.memory()
         return BlockProgress(
             block=blocks_done,
             num_blocks=self._shot.num_blocks,
-            frames_done=self._frames_done,
+            frames_done=frames_done,
             num_frames=self._shot.num_frames,
             seconds_block=seconds,
             device_cache_bytes=sum(size for name, size in memory.items() if name.startswith("device")),
         )
 
-    def _metric(self, report: BlockProgress) -> str:
-        record = {
+    def _metric(self, report: BlockProgress) -> dict[str, Any]:
+        return {
             "time": time.time(),
             "block": report.block,
             "seconds": round(report.seconds_block, 4),
@@ -221,23 +193,6 @@ class _Run:
             "durable_blocks": self._rollout.cache.durable_blocks,
             **dataclasses.asdict(self._rollout.cache.stats()),
         }
-        return json.dumps(record)
-
-
-def open_run(shot: ShotConfig, folder: Path, num_prefix: int, latents: LatentLog) -> RunDirectory:
-    """The shot's durable history; what lies beyond the last block whose latents are there too is cut off.
-
-    Raises:
-        LockedError, ConfigError, StorageError: another process renders it, it is of another shot, it is damaged.
-    """
-    known = num_prefix + latents.num_written()
-    return RunDirectory(
-        folder,
-        shape=kv_shape(shot),
-        config_hash=fingerprint(shot),
-        agree=lambda num_blocks: min(num_blocks, known),
-        num_blocks=num_prefix + shot.num_blocks,
-    )
 
 
 def encode_beats(shot: ShotConfig, folder: Path, model: CausalWan, device: torch.device) -> Sequence[TextContext]:
@@ -253,13 +208,15 @@ def read_prefix(shot: ShotConfig, folder: Path) -> Prefix:
     """The last blocks of the shot that this one starts from.
 
     Raises:
-        StorageError: that shot is not there or not finished.
+        StorageError: that shot is not there or not finished, or its latents are damaged.
     """
     if shot.after is None:
         return Prefix()
-    path = folder.parent / shot.after / LATENTS_NAME
-    if not (path / "zarr.json").exists():
-        raise StorageError(f"shot {shot.name!r} starts from {shot.after!r}, which is not rendered: no {path}")
-    log = LatentLog.existing(path)
+    before = folder.parent / shot.after
+    log = shot_latents(before, shot.after, shot.name)
     blocks = range(len(log) - shot.after_blocks, len(log))
-    return Prefix(latents=tuple(log.read(block, block + 1) for block in blocks))
+    try:
+        return Prefix(latents=tuple(log.read(block, block + 1) for block in blocks))
+    except StorageError as error:
+        mend = f"delete that file and the video of shot {shot.after!r} and run again to go on from its block"
+        raise StorageError(f"{error.args[0]}; {mend}", block=error.block, path=error.path) from error

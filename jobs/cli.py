@@ -18,6 +18,7 @@ import typer
 
 from longtake.jobs.stopping import EXIT_INTERRUPTED, StopNow, StopSignals
 from longtake.kernels.errors import ConfigError, LongtakeError
+from longtake.offload.errors import LockedError, is_disk_full
 
 if TYPE_CHECKING:
     from longtake.engine.config import ModelSpec, ShotConfig
@@ -54,13 +55,19 @@ def run(arguments: list[str]) -> int:
         code = app(arguments, standalone_mode=False)
     except _USAGE_ERRORS as error:
         return _fail(EXIT_BAD_INPUT, f"{error.format_message()} See longtake --help.")
+    except LockedError as error:  # nothing is wrong with the input: the same command works when the other one is done
+        return _fail(EXIT_FAILED, str(error))
     except ConfigError as error:
         return _fail(EXIT_BAD_INPUT, str(error))
-    except LongtakeError as error:
-        return _fail(EXIT_FAILED, str(error))
     except BrokenPipeError:
         sys.stderr.close()
         return EXIT_FAILED
+    except (LongtakeError, OSError) as error:
+        if is_disk_full(error):
+            return _fail(EXIT_INTERRUPTED, f"no room on the disk, make some and run the same command again: {error}")
+        if not isinstance(error, LongtakeError):
+            raise
+        return _fail(EXIT_FAILED, str(error))
     except (KeyboardInterrupt, StopNow, typer.Abort):
         return _fail(EXIT_INTERRUPTED, "interrupted; run the same command again to go on")
     if code == _CLICK_INTERRUPTED:

@@ -9,12 +9,13 @@ keeps what each was made from, and joins the pieces::
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import re
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -26,6 +27,8 @@ from longtake.jobs.recipe import RECIPE_NAME, Recipe
 from longtake.jobs.source import one_line
 from longtake.jobs.status import FILM_NAME, ShotStatus, State, StatusFile
 from longtake.kernels.errors import ConfigError, LongtakeError
+from longtake.offload.errors import LockedError, from_os_error, is_disk_full
+from longtake.offload.lock import FolderLock
 
 STATUS_INTERVAL_S = 0.5
 
@@ -42,7 +45,7 @@ class BlockProgress(Protocol):
     @property
     def num_frames(self) -> int: ...
     @property
-    def seconds_block(self) -> float: ...
+    def seconds_block(self) -> float: ...  # 0 in the report of where a shot goes on
     @property
     def device_cache_bytes(self) -> int: ...
 
@@ -120,6 +123,9 @@ class RenderJob:
 class FilmRenderer:
     """Renders the shots of a job in order and keeps the status up to date. For one run, on the main thread.
 
+    Each shot is locked from the start until it is done (``DIR/.<shot>.lock``), so that a second process is refused
+    before it has changed anything.
+
     Args:
         job: what to render.
         render_shot: the engine.
@@ -137,7 +143,7 @@ class FilmRenderer:
         self._display = display
         self._stop = stop
         self._status = StatusFile(job.directory, job.film)
-        self._entries = {name: _waiting(config) for name, config in job.configs.items()}
+        self._entries: dict[str, ShotStatus] = {}
         self._names = job.shots()
         self._written_s = 0.0
         self._num_frames = job.num_frames
@@ -149,26 +155,41 @@ class FilmRenderer:
             Whether they are finished; if not, running again continues.
 
         Raises:
+            LockedError: another process renders one of them; nothing was changed.
             LongtakeError: a shot failed; the status says which and why.
         """
-        if self._job.fresh:
-            self._forget()
-        self._status.update({name: self._entries[name] for name in self._names})
-        for name in self._names:
-            try:
-                finished = not self._stop() and self._run_shot(name)
-            except BaseException as error:
-                resumable = isinstance(error, ConfigError) or not isinstance(error, Exception)
-                with suppress(LongtakeError):
-                    self._set(
-                        name, state=State.PAUSED if resumable else State.DEAD, reason=one_line(str(error)) or None
-                    )
-                raise
-            if not finished:
-                self._set(name, state=State.PAUSED)
-                return False
+        with ExitStack() as held:
+            locks = {name: held.enter_context(closing(self._lock(name))) for name in self._names}
+            known = self._status.shots()
+            for name in self._forget() if self._job.fresh else ():
+                known.pop(name, None)
+            self._entries = {name: _waiting(config, known.get(name)) for name, config in self._job.configs.items()}
+            self._status.update({name: self._entries[name] for name in self._names})
+            for name in self._names:
+                if not self._finish_shot(name):
+                    return False
+                locks[name].close()
         self._join_film()
         return True
+
+    def _lock(self, name: str) -> FolderLock:
+        try:
+            return FolderLock(self._job.directory / f".{name}.lock")
+        except LockedError as error:
+            raise LockedError(f"shot {name!r}: {error.args[0]}", path=error.path) from error
+
+    def _finish_shot(self, name: str) -> bool:
+        try:
+            finished = not self._stop() and self._run_shot(name)
+        except LockedError:  # the status is the other process's to write
+            raise
+        except BaseException as error:
+            with suppress(LongtakeError):
+                self._set(name, state=_state_after(error), reason=one_line(str(error)) or None)
+            raise
+        if not finished:
+            self._set(name, state=State.PAUSED)
+        return finished
 
     def _run_shot(self, name: str) -> bool:
         config, directory, video = self._job.configs[name], self._job.shot_directory(name), self._job.shot_video(name)
@@ -199,6 +220,11 @@ class FilmRenderer:
         frames_after = self._num_frames - frames_before - config.num_frames
 
         def progress(block: BlockProgress) -> None:
+            if not block.seconds_block:
+                meter.mark(block.block, 0.0)
+                self._display.note(f"{config.name} goes on after block {block.block}/{block.num_blocks}")
+                self._set(config.name, blocks_done=block.block, frames_done=block.frames_done)
+                return
             block_frames = config.model.block_frames * config.model.temporal_stride
             rate = block_frames * meter.mark(block.block, block.seconds_block)
             to_render = (block.num_blocks - block.block) * block_frames
@@ -241,7 +267,9 @@ class FilmRenderer:
             self._display.note(f"no {FILM_NAME}: the shots differ in size or frame rate; each has its own video")
             return
         film = self._job.directory / FILM_NAME
-        self._join(videos, film)
+        with open(self._job.directory / f".{FILM_NAME}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # processes that end together join one after the other
+            self._join(videos, film)
         self._status.update({})
         self._display.note(str(film))
 
@@ -255,22 +283,48 @@ class FilmRenderer:
         if time.monotonic() - self._written_s >= STATUS_INTERVAL_S:
             self._set(name, **changes)
 
-    def _forget(self) -> None:
-        """Remove what earlier runs left of the shots to be rendered; ``--shot`` spares those it starts from."""
+    def _forget(self) -> list[str]:
+        """Remove what earlier runs left of the shots to be rendered; ``--shot`` spares those it starts from.
+
+        A folder loses its name first: a process killed on the way leaves no half of one.
+
+        Returns:
+            The shots' names.
+        """
         names = self._names if self._job.only is None else [self._job.only]
         directories = [d for name in names if (d := self._job.shot_directory(name)).is_symlink() or d.exists()]
         for directory in directories:
             ours = directory.is_dir() and not directory.is_symlink()
-            if not ours or (any(directory.iterdir()) and not (directory / RECIPE_NAME).exists()):
+            if not ours or not (_is_begun(directory) or (directory / RECIPE_NAME).exists()):
                 raise ConfigError(f"--fresh: {directory} is no shot's directory (no {RECIPE_NAME}); remove it by hand")
         (self._job.directory / FILM_NAME).unlink(missing_ok=True)
-        for directory in directories:
-            shutil.rmtree(directory)
+        for name in names:
+            discarded = self._job.directory / f".{name}.discarded"
+            shutil.rmtree(discarded, ignore_errors=True)
+            if self._job.shot_directory(name) in directories:
+                self._job.shot_directory(name).rename(discarded)
+                shutil.rmtree(discarded)
+        return names
 
 
-def _waiting(config: ShotConfig) -> ShotStatus:
+def _waiting(config: ShotConfig, known: ShotStatus | None) -> ShotStatus:
+    """A shot's entry before its turn comes; how far it is, if an earlier run told, is kept."""
     state = State.WAITING if config.after is None else State.DEPEND
-    return ShotStatus(state=state, num_blocks=config.num_blocks, num_frames=config.num_frames)
+    fresh = ShotStatus(state=state, num_blocks=config.num_blocks, num_frames=config.num_frames)
+    if known is None or (known.num_blocks, known.num_frames) != (config.num_blocks, config.num_frames):
+        return fresh
+    return dataclasses.replace(fresh, blocks_done=known.blocks_done, frames_done=known.frames_done)
+
+
+def _state_after(error: BaseException) -> State:
+    """What a shot is after an error: dead, unless nothing is wrong with the shot itself."""
+    outside = isinstance(error, ConfigError) or not isinstance(error, Exception) or is_disk_full(error)
+    return State.PAUSED if outside else State.DEAD
+
+
+def _is_begun(directory: Path) -> bool:
+    """Whether a directory holds no more than a run leaves that was killed before it had written its recipe."""
+    return all(entry.name == f"{RECIPE_NAME}.partial" for entry in directory.iterdir())
 
 
 def make_directory(directory: Path) -> Path:
@@ -278,12 +332,15 @@ def make_directory(directory: Path) -> Path:
 
     Raises:
         ConfigError: they cannot.
+        DiskFullError: there is no room.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
+        if is_disk_full(error):
+            raise from_os_error(error, "making the output directory", path=directory) from error
         message = f"--out {directory}: cannot be written ({error.strerror}); name a directory that can"
         raise ConfigError(message) from error
     return directory

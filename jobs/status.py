@@ -17,6 +17,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,14 @@ class StatusFile:
             raise StorageError(
                 f"cannot write the status: {error.strerror}; make room or mend the rights", path=self.path
             ) from error
+
+    def shots(self) -> dict[str, ShotStatus]:
+        """This film's entries as they were last written; an entry that another version wrote is left out."""
+        entries = {}
+        for name, entry in self._read_shots().items():
+            with suppress(TypeError, ValueError):
+                entries[name] = ShotStatus(**{**entry, "state": State(entry["state"])})
+        return entries
 
     def _read_shots(self) -> dict[str, Any]:
         """Entries of this film's shots; none when the file is of another film, format, or no JSON."""

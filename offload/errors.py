@@ -26,6 +26,15 @@ class MissingChunkError(StorageError):
     """A file that the journal lists is not there."""
 
 
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is a disk without room."""
+    while error is not None:
+        if isinstance(error, DiskFullError) or (isinstance(error, OSError) and error.errno in _FULL):
+            return True
+        error = error.__cause__
+    return False
+
+
 def from_os_error(
     error: OSError, doing: str, *, path: str | os.PathLike[str], block: int | None = None
 ) -> DiskFullError | StorageError:

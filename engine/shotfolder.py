@@ -1,0 +1,110 @@
+"""A shot's folder, open for rendering: locked, rolled back to what is whole, and closed as the rendering ended.
+
+    <shot>/lock  journal  kv.zarr  latents.zarr  segments/00000.mp4 ...  metrics.jsonl
+
+A block is done when its K/V are journaled and its latents are kept; of the two the shorter one counts, and what the
+other has beyond is deleted, because blocks rendered again on another device would not match it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+
+from longtake.engine.config import ShotConfig, fingerprint
+from longtake.engine.latents import LatentLog
+from longtake.engine.rollout import kv_shape
+from longtake.engine.segments import Segments
+from longtake.kernels.errors import StorageError
+from longtake.offload.errors import is_disk_full
+from longtake.offload.run import RunDirectory
+
+LATENTS_NAME = "latents.zarr"
+METRICS_NAME = "metrics.jsonl"
+
+
+class ShotFolder:
+    """The parts of an open folder. As a context manager it closes: in order, or after an error.
+
+    Args:
+        shot: what is rendered.
+        path: its folder; made if it is not there.
+
+    Raises:
+        LockedError: another process renders the shot.
+        ConfigError: the folder is of another configuration.
+        StorageError, DiskFullError: it is damaged, or cannot be written.
+    """
+
+    def __init__(self, shot: ShotConfig, path: Path) -> None:
+        self.path, self._shot = path, shot
+        self.num_prefix = shot.after_blocks if shot.after is not None else 0
+        self.latents: LatentLog
+        self.run = RunDirectory(
+            path,
+            shape=kv_shape(shot),
+            config_hash=fingerprint(shot),
+            agree=self._whole_blocks,
+            num_blocks=self.num_prefix + shot.num_blocks,
+        )
+        try:
+            self.latents.cut(self.num_done)
+            self.segments = Segments(shot, self.run, self.num_prefix)
+        except BaseException:
+            self.run.close(orderly=False)
+            raise
+
+    @property
+    def num_done(self) -> int:
+        """Blocks of the shot that are durable."""
+        return max(0, self.run.num_blocks - self.num_prefix)
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.num_done == self._shot.num_blocks and self.segments.complete
+
+    def mend(self, error: StorageError) -> str | None:
+        """What to do about damage to this folder's files; None if the error tells of something else."""
+        if error.block is None or error.path is None or is_disk_full(error):
+            return None
+        anew = f"render the shot anew with --fresh --shot {self._shot.name}"
+        damaged = Path(error.path)
+        if damaged.parent == self.latents.path:
+            return f"delete that file and run again to go on from its block, or {anew}"
+        if not damaged.is_relative_to(self.path):
+            return None
+        if error.block < self.num_prefix:
+            return anew
+        latents = self.latents.chunk(error.block - self.num_prefix)
+        return f"delete {latents} and run again to go on from that block, or {anew}"
+
+    def __enter__(self) -> ShotFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.run.close(orderly=error is None)
+
+    def _whole_blocks(self, num_journaled: int) -> int:
+        """The blocks whose latents are there too; called when the folder is locked."""
+        self.latents = LatentLog(self.path / LATENTS_NAME, self._shot.num_blocks, self._shot.latent_shape)
+        return min(num_journaled, self.num_prefix + self.latents.num_written())
+
+
+def shot_latents(path: Path, name: str, starting: str) -> LatentLog:
+    """The latents of a shot that another one starts from.
+
+    Args:
+        path: the earlier shot's folder.
+        name: of it.
+        starting: name of the shot that starts from it.
+
+    Raises:
+        StorageError: it was not rendered.
+    """
+    latents = path / LATENTS_NAME
+    if not (latents / "zarr.json").exists():
+        raise StorageError(f"shot {starting!r} starts from {name!r}, which is not rendered: no {latents}")
+    return LatentLog.existing(latents)
