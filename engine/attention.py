@@ -50,7 +50,7 @@ class HistoryAttention:
         reading: the planned blocks' pages; may be None when the plan has no history.
         codec: that wrote them and will write the block's own.
         grid: token rows and columns of a latent frame.
-        block_frames: latent frames of a block.
+        block_frames: latent frames of a block; the plan says how many blocks are computed together.
         path: how history is unpacked and attended; shared by all blocks of the rollout, as is its scratch.
         device: of the model.
         timer: where time goes, for benchmarks.
@@ -74,12 +74,12 @@ class HistoryAttention:
         self._tokens = codec.geometry.num_tokens
         self._commit: Commit | None = None
 
-        def table(starts: Sequence[int]) -> Rotary:
+        def table(starts: Sequence[float]) -> Rotary:
             frames = [start + frame for start in starts for frame in range(block_frames)]
             return rotary_table(frames, *grid, codec.geometry.head_dim, device)
 
-        self._own_rotary = table([plan.start])
-        per_chunk = path.num_rows // self._tokens - 1
+        self._own_rotary = table([plan.start + index * block_frames for index in range(plan.own_blocks)])
+        per_chunk = path.num_rows // self._tokens - plan.own_blocks
         self._chunks = [
             (first, min(first + per_chunk, len(plan.starts)), table(plan.starts[first : first + per_chunk]))
             for first in range(0, len(plan.starts), per_chunk)
@@ -110,7 +110,7 @@ class HistoryAttention:
             if not self._chunks or last == self._chunks[-1][1]:
                 with timer("rotary"):
                     path.write_own(rows)
-                rows += self._tokens
+                rows += q_THD.shape[0]
             with timer("attention"):
                 part_HTD, part_lse_HT = path.attend(rows)
                 if out_HTD is None or lse_HT is None:

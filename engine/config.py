@@ -85,16 +85,42 @@ class ModelConfig:
 
 
 WAN_1_3B = ModelConfig(num_heads=12, head_dim=128, num_layers=30, ffn_dim=8960)
+WAN_5B = ModelConfig(num_heads=24, head_dim=128, num_layers=30, ffn_dim=14336, in_channels=48, out_channels=48)
 WAN_14B = ModelConfig(num_heads=40, head_dim=128, num_layers=40, ffn_dim=13824)
+
+
+class Loop(enum.StrEnum):
+    """BLOCKS: one block after the other, all its steps. ROLLING: a window of as many blocks as there are steps, each
+    one step cleaner than the next; every pass takes all of them one step on and finishes the first."""
+
+    BLOCKS = "blocks"
+    ROLLING = "rolling"
+
+
+class WriteBack(enum.StrEnum):
+    """How a block's keys and values come to be kept.
+
+    CLEAN: by a pass over the clean block that sees the history the block saw. REBUILD: before each block the history is
+    computed anew from the last clean latents, which see nothing but each other.
+    """
+
+    CLEAN = "clean"
+    REBUILD = "rebuild"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplerConfig:
-    """Denoising steps of a block, as timesteps in (0, 1000] before the shift, and the level of the commit pass."""
+    """Denoising steps of a block, as timesteps in (0, 1000] before the shift, and the level of the commit pass.
+
+    ``first_timesteps`` are those of a shot's first block where they differ.
+    """
 
     timesteps: tuple[float, ...] = (1000, 750, 500, 250)
     shift: float = 5.0
     context_timestep: float = 0.0
+    first_timesteps: tuple[float, ...] | None = None
+    loop: Loop = Loop.BLOCKS
+    write_back: WriteBack = WriteBack.CLEAN
 
 
 class HistoryPolicy(enum.StrEnum):
@@ -108,21 +134,44 @@ class Positions(enum.StrEnum):
     """Where the blocks that are read stand in time.
 
     ABSOLUTE: at their latent frames of the shot. RELATIVE: closed up from 0, so that positions never leave the
-    trained range.
+    trained range. SINK: recent blocks at their latent frames of the shot, older ones right before them. BOUNDED: at
+    their true distance where that lies in the trained range, older ones closed up at its far end.
     """
 
     ABSOLUTE = "absolute"
     RELATIVE = "relative"
+    SINK = "sink"
+    BOUNDED = "bounded"
+
+
+class Switch(enum.StrEnum):
+    """What becomes of the history when the prompt changes.
+
+    KEEP: nothing. RECACHE: the recent blocks are committed anew under the new prompt (LongLive). FLUSH: only the sinks
+    and the last block are attended from here on (Infinity-RoPE). CUT: only the sinks are, and the new scene stands at
+    the end of the trained range, away from them.
+    """
+
+    KEEP = "keep"
+    RECACHE = "recache"
+    FLUSH = "flush"
+    CUT = "cut"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HistoryConfig:
-    """History policy; ``sink_blocks`` and ``recent_blocks`` count what a window keeps besides the block itself."""
+    """History policy; ``sink_blocks`` and ``recent_blocks`` count what a window keeps besides the block itself.
+
+    ``trained_frames`` is the range of positions that the model was trained on, ``jitter`` the most latent frames by
+    which a history block's position is moved, differently for every reader.
+    """
 
     policy: HistoryPolicy = HistoryPolicy.WINDOW
     sink_blocks: int = 1
     recent_blocks: int = 6
     positions: Positions = Positions.RELATIVE
+    trained_frames: int = 21
+    jitter: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,8 +185,27 @@ class CacheConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsConfig:
+    """Which files of transformer/ hold the weights; the defaults are a diffusers folder's.
+
+    Args:
+        files: names or patterns in transformer/.
+        key: entry of a .pt file that holds the tensors; None: found out.
+        lora: a .pt or safetensors file with a PEFT LoRA to be merged.
+        lora_key: as ``key``, of that file.
+        lora_alpha: PEFT's; a LoRA of rank r is scaled by lora_alpha / r. None: by 1.
+    """
+
+    files: tuple[str, ...] = ("*.safetensors",)
+    key: str | None = None
+    lora: str | None = None
+    lora_key: str | None = None
+    lora_alpha: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """A model folder and its settings: longtake.json, read once."""
+    """A model folder and its settings: longtake.json, read once. ``switch`` is what a beat does unless it says."""
 
     path: Path
     name: str
@@ -151,14 +219,26 @@ class ModelSpec:
     history: HistoryConfig
     spatial_stride: int = 8
     temporal_stride: int = 4
+    weights: WeightsConfig = WeightsConfig()
+    switch: Switch = Switch.KEEP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BeatConfig:
-    """The prompt from a moment of the shot on."""
+    """The prompt from a moment of the shot on; over ``transition_s`` its embedding is blended in."""
 
     at_s: float
     prompt: str
+    switch: Switch = Switch.KEEP
+    transition_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediaConfig:
+    """A picture or a clip that a shot starts from or follows; what counts is its content."""
+
+    path: Path
+    sha256: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +246,9 @@ class ShotConfig:
     """Everything that decides what one shot looks like, resolved: no defaults left to fill in.
 
     ``attention`` is how history is attended: dense (the model's dtype), fp8, fp8-bf16v (FP8 keys, bfloat16 values).
-    ``beats[0].at_s`` is 0. ``after`` names the shot whose last ``after_blocks`` blocks start this one.
+    ``beats[0].at_s`` is 0. ``after`` names the shot whose last ``after_blocks`` blocks start this one; ``clip`` is a
+    video whose last blocks, as many, do so instead. ``image`` is the first frame. ``guide`` is a video that every block
+    starts from, noised to ``strength``.
     """
 
     name: str
@@ -184,16 +266,25 @@ class ShotConfig:
     video_codec: str = "h264"
     after: str | None = None
     after_blocks: int = 0
+    clip: MediaConfig | None = None
+    image: MediaConfig | None = None
+    guide: MediaConfig | None = None
+    strength: float = 1.0
+
+    @property
+    def continues(self) -> bool:
+        """Whether latents come before the shot's own."""
+        return self.after is not None or self.clip is not None
 
     def frames_of_latents(self, num_latents: int) -> int:
         """Video frames that the first ``num_latents`` latent frames of the shot decode to."""
-        first = 0 if self.after is not None else 1
+        first = 0 if self.continues else 1
         return max(0, first + (num_latents - first) * self.model.temporal_stride)
 
     @property
     def num_latents(self) -> int:
         """Latent frames that hold ``num_frames``: the first of a clip is one frame, each later ``temporal_stride``."""
-        first = 0 if self.after is not None else 1
+        first = 0 if self.continues else 1
         return first + -(-(self.num_frames - first) // self.model.temporal_stride)
 
     @property
@@ -240,10 +331,14 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def essence(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a shot's JSON that decides its bytes: without where its model lies and without budgets."""
-    model = {key: value for key, value in config["model"].items() if key != "path"}
+    """The part of a shot's JSON that decides its bytes: without where its files lie and without budgets."""
+    located = {
+        name: {key: value for key, value in config[name].items() if key != "path"}
+        for name in ("model", "clip", "image", "guide")
+        if config.get(name)
+    }
     cache = {key: value for key, value in config["cache"].items() if not key.endswith("_bytes")}
-    return {**config, "model": model, "cache": cache}
+    return {**config, **located, "cache": cache}
 
 
 def fingerprint(shot: ShotConfig) -> str:

@@ -10,6 +10,8 @@ Positions are latent-frame indices. Keys are stored before RoPE, so a plan may p
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from longtake.engine.config import HistoryConfig, HistoryPolicy, Positions
@@ -17,12 +19,16 @@ from longtake.engine.config import HistoryConfig, HistoryPolicy, Positions
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Which history blocks one block attends, in order, and the position of each block's first latent frame."""
+    """Which history blocks one block attends, in order, and the position of each block's first latent frame.
+
+    ``own_blocks`` consecutive blocks are computed together, the first at ``start``.
+    """
 
     block: int
-    start: int
+    start: float
     blocks: tuple[int, ...]
-    starts: tuple[int, ...]
+    starts: tuple[float, ...]
+    own_blocks: int = 1
 
 
 def attended(config: HistoryConfig, block: int) -> tuple[int, ...]:
@@ -46,16 +52,63 @@ def plan(config: HistoryConfig, block: int, block_frames: int) -> Plan:
         Its plan; history in ascending order, own block last.
     """
     blocks = attended(config, block)
+    start, starts = place(config, block, blocks, block_frames)
+    return Plan(block=block, start=start, blocks=blocks, starts=starts)
+
+
+def place(
+    config: HistoryConfig,
+    time: int,
+    times: Sequence[int],
+    block_frames: int,
+    *,
+    own_blocks: int = 1,
+    cut: int | None = None,
+) -> tuple[float, tuple[float, ...]]:
+    """Positions of a block and of what it attends.
+
+    Only differences of positions matter to attention. A jitter is a pure function of reader and read.
+
+    Args:
+        config: the policy.
+        time: the block's number in time.
+        times: those of the blocks that it attends, ascending.
+        block_frames: latent frames of a block.
+        own_blocks: how many consecutive blocks are computed together from ``time`` on.
+        cut: number of the first block of the scene; None: there was no cut. Attended blocks before it are kept apart:
+            the scene stands at the end of the trained range as long as there is room between.
+
+    Returns:
+        Position of the block's first latent frame, and of each attended block's.
+    """
+    num, last = len(times), config.trained_frames - own_blocks * block_frames
+    closed_up = [index * block_frames for index in range(num)]
+    distances = [(time - other) * block_frames for other in times]
+    before = sum(other < cut for other in times) if cut is not None else 0
     if config.positions is Positions.ABSOLUTE:
-        return Plan(
-            block=block, start=block * block_frames, blocks=blocks, starts=tuple(b * block_frames for b in blocks)
-        )
-    return Plan(
-        block=block,
-        start=len(blocks) * block_frames,
-        blocks=blocks,
-        starts=tuple(index * block_frames for index in range(len(blocks))),
-    )
+        jump = config.trained_frames if before else 0
+        start = time * block_frames + jump
+        starts = [start - distance - (jump if index < before else 0) for index, distance in enumerate(distances)]
+    elif before:
+        start = max(last, num * block_frames)
+        starts = [at if i < before else start - (num - i) * block_frames for i, at in enumerate(closed_up)]
+    elif config.positions is Positions.SINK:
+        start = time * block_frames
+        starts = [start - (num - index) * block_frames for index in range(num)]
+    elif config.positions is Positions.BOUNDED:
+        start = max(min(time * block_frames, last), num * block_frames)
+        starts = [max(at, start - distance) for at, distance in zip(closed_up, distances, strict=True)]
+    else:
+        start, starts = num * block_frames, closed_up
+    if config.jitter:
+        return start, tuple(at + config.jitter * _jitter(time, other) for at, other in zip(starts, times, strict=True))
+    return start, tuple(starts)
+
+
+def _jitter(time: int, other: int) -> float:
+    """A number in [-1, 1) that is the same wherever the same two blocks meet."""
+    digest = hashlib.blake2b(f"longtake jitter v1|{time}|{other}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") / 2**63 - 1.0
 
 
 def needed_later(config: HistoryConfig, block: int, num_blocks: int) -> tuple[int, ...]:

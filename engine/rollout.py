@@ -5,21 +5,28 @@ A block's K/V exist dense for one layer at a time, inside the commit pass; the h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from longtake.engine import history
 from longtake.engine.attention import HistoryAttention
-from longtake.engine.config import ShotConfig
+from longtake.engine.config import Loop, ShotConfig
+from longtake.engine.history import Plan
 from longtake.engine.model import CausalWan, TextContext
 from longtake.engine.noise import block_noise
+from longtake.engine.prompts import Prompts
+from longtake.engine.rolling import RollingWindow, WindowStore
 from longtake.engine.sampler import denoise, shifted_sigmas
+from longtake.engine.timeline import Entry, Kind, Timeline
 from longtake.engine.timing import NO_TIMER, StageTimer
 from longtake.kernels.attention_path import make_path
 from longtake.kernels.codec import BlockGeometry, Codec, make_codec
+from longtake.kernels.errors import StorageError
 from longtake.offload.cache import CacheBudget, KVCache
 from longtake.offload.run import RunDirectory
 from longtake.offload.shape import ModelKVShape
@@ -31,44 +38,60 @@ _PLANS_AHEAD = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prefix:
-    """Clean latents that a shot starts from, committed as history before its first block.
+    """What a shot starts from.
 
     Args:
-        latents: float32 [C, F, Y, X] blocks, oldest first, on any device; none for a shot that starts from nothing.
+        latents: float32 [C, F, Y, X] blocks, oldest first, on any device, committed as history before the first block;
+            none for a shot that starts from nothing.
+        fixed: float32 [C, f, Y, X], the first latent frames of the shot's first block: a picture.
+        guide: block of the shot -> float32 [C, F, Y, X] that its denoising starts from; None: from noise.
     """
 
     latents: tuple[Tensor, ...] = ()
+    fixed: Tensor | None = None
+    guide: Callable[[int], Tensor] | None = None
 
 
 class Rollout:
     """One shot on one device: model, cache, and the block that comes next.
 
-    History blocks are numbered from 0 with the prefix first, so block ``n`` of the shot is history block
-    ``len(prefix) + n``. Not thread-safe; all work is issued on the current stream and nothing waits for the device.
+    Blocks are numbered in time from 0 with the prefix first, so block ``n`` of the shot is block ``len(prefix) + n``;
+    which of the cache's entries hold which block, the timeline knows. Not thread-safe; all work is issued on the
+    current stream and nothing waits for the device.
 
     Args:
         shot: what to render.
         model: with its weights.
-        contexts: cross-attention keys and values, one a beat.
+        contexts: cross-attention keys and values, one a beat, or prompts with transitions.
         cache: holds the committed history; blocks already in it are not computed again.
         prefix: what the shot starts from.
         timer: for benchmarks.
+        read_latents: block of the shot -> its clean latents as an earlier run left them; needed to go on behind a
+            prompt that has history committed anew.
+        windows: keeps a rolling window between blocks, so that a shot can go on.
     """
 
     def __init__(
         self,
         shot: ShotConfig,
         model: CausalWan,
-        contexts: Sequence[TextContext],
+        contexts: Sequence[TextContext] | Prompts,
         cache: KVCache,
         prefix: Prefix = Prefix(),
         timer: StageTimer = NO_TIMER,
+        *,
+        read_latents: Callable[[int], Tensor] | None = None,
+        windows: WindowStore | None = None,
     ) -> None:
         weight = model.proj_out.weight
         self.device, self.dtype = weight.device, weight.dtype
-        self.shot, self.model, self.contexts, self.cache, self.prefix = shot, model, contexts, cache, prefix
+        self.shot, self.model, self.cache, self.prefix = shot, model, cache, prefix
+        self.prompts = contexts if isinstance(contexts, Prompts) else Prompts(shot, contexts)
+        self.timeline = Timeline(shot, len(prefix.latents))
         self._timer = timer
-        self._sigmas = shifted_sigmas(shot.sampler)
+        self._read_latents = read_latents
+        self._recent: OrderedDict[int, Tensor] = OrderedDict()
+        self._fixed = None if prefix.fixed is None else prefix.fixed.to(self.device, torch.float32)
         self.codec = shot_codec(shot)
         self.path = make_path(
             shot.attention,
@@ -78,30 +101,62 @@ class Rollout:
             self.dtype,
             self.device,
         )
+        self._rolling: RollingWindow | None = None
+        if shot.sampler.loop is Loop.ROLLING:
+            sigmas = shifted_sigmas(shot.sampler)
+            self._rolling = RollingWindow(shot.num_blocks, sigmas, self._window_flow, self._noise, windows)
 
     @property
     def next_block(self) -> int:
         """The shot's next block; negative while the prefix is being committed."""
-        return self.cache.num_committed - len(self.prefix.latents)
+        if self.cache.num_committed == self.timeline.num_entries:
+            return self.shot.num_blocks
+        return self.timeline.entry(self.cache.num_committed).step
 
     @property
     def total_blocks(self) -> int:
-        """History blocks of the whole rollout, prefix included."""
+        """Blocks of the whole rollout, prefix included."""
         return len(self.prefix.latents) + self.shot.num_blocks
 
     @torch.inference_mode()
     def step(self) -> Tensor:
         """Render and commit the next block (or commit the next one of the prefix).
 
+        Blocks that must be committed anew before it are: they belong to this step.
+
         Returns:
             Its clean latents, float32 [C, F, Y, X] on the device.
         """
-        index, block = self.cache.num_committed, self.next_block
-        plan = history.plan(self.shot.history, index, self.shot.model.block_frames)
-        context = self.contexts[self.shot.beat_of_block(max(block, 0))]
+        while (entry := self.timeline.entry(self.cache.num_committed)).kind is Kind.REPLAY:
+            self._commit(entry, self._clean(entry.time))
+        if entry.kind is Kind.PREFIX:
+            clean = self._commit(entry, self._clean(entry.time))
+        elif self._rolling is not None:
+            clean = self._commit(entry, self._rolling.finish(entry.step))
+        elif self.timeline.read_plan(entry) == self.timeline.write_plan(entry):
+            clean = self._commit(entry, partial(self._denoise, entry))
+        else:
+            with self._reading(entry, self.timeline.read_plan(entry)) as attention:
+                clean = self._denoise(entry, attention)
+            self._commit(entry, clean)
+        self._remember(entry.time, clean)
+        return clean
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by name: weights, scratch, text context and the cache's own."""
+        return {
+            "weights": sum(p.numel() * p.element_size() for p in self.model.parameters()),
+            "scratch": self.path.num_bytes,
+            "text_context": self.prompts.num_bytes,
+            **self.cache.memory(),
+        }
+
+    @contextmanager
+    def _reading(self, entry: Entry, plan: Plan) -> Iterator[HistoryAttention]:
+        """Attention over a plan's history, as long as it is readable."""
         with self.cache.prepare(plan.blocks) as reading:
-            self.cache.schedule(self._coming(index + 1))
-            attention = HistoryAttention(
+            self.cache.schedule(self.timeline.coming(entry.index + 1, _PLANS_AHEAD))
+            yield HistoryAttention(
                 plan,
                 reading,
                 self.codec,
@@ -112,37 +167,57 @@ class Rollout:
                 self._timer,
             )
 
-            def predict_flow(noisy: Tensor, sigma: float) -> Tensor:
-                return self._run(noisy, 1000.0 * sigma, context, attention)
-
-            if block < 0:
-                clean = self.prefix.latents[index].to(self.device, torch.float32)
-            else:
-                clean = denoise(predict_flow, lambda step: self._noise(block, step), self._sigmas)
-            commit = self.cache.begin_commit(index)
+    def _commit(self, entry: Entry, clean: Tensor | Callable[[HistoryAttention], Tensor]) -> Tensor:
+        """One clean pass whose keys and values are kept; ``clean`` may still be to be denoised under the same plan."""
+        with self._reading(entry, self.timeline.write_plan(entry)) as attention:
+            latents = clean if isinstance(clean, Tensor) else clean(attention)
+            commit = self.cache.begin_commit(entry.index)
             try:
-                self._run(clean, self.shot.sampler.context_timestep, context, attention.committing(commit))
+                context = self.prompts.context(entry.step)
+                self._run(latents, self.shot.sampler.context_timestep, context, attention.committing(commit))
             except BaseException:
                 commit.abort()
                 raise
             commit.complete()
-        self.cache.retain(history.needed_later(self.shot.history, index + 1, self.total_blocks))
-        return clean
+        self.cache.retain(self.timeline.needed_later(entry.index + 1))
+        return latents
 
-    def memory(self) -> dict[str, int]:
-        """Bytes by name: weights, scratch, text context and the cache's own."""
-        contexts = (tensor for context in self.contexts for pair in context for tensor in pair)
-        return {
-            "weights": sum(p.numel() * p.element_size() for p in self.model.parameters()),
-            "scratch": self.path.num_bytes,
-            "text_context": sum(t.numel() * t.element_size() for t in contexts),
-            **self.cache.memory(),
-        }
+    def _denoise(self, entry: Entry, attention: HistoryAttention) -> Tensor:
+        block, sampler = entry.step, self.shot.sampler
+        guide = None if self.prefix.guide is None else self.prefix.guide(block).to(self.device, torch.float32)
+        fixed = self._fixed if block == 0 else None
+        context = self.prompts.context(block)
 
-    def _coming(self, index: int) -> list[tuple[int, ...]]:
-        """What the next blocks will read, so that copies run ahead of them."""
-        coming = range(index, min(index + _PLANS_AHEAD, self.total_blocks))
-        return [history.attended(self.shot.history, block) for block in coming]
+        def predict_flow(noisy: Tensor, sigma: float) -> Tensor:
+            return self._run(noisy, 1000.0 * sigma, context, attention, 0 if fixed is None else fixed.shape[1])
+
+        sigmas = shifted_sigmas(sampler, first=entry.time == 0, strength=1.0 if guide is None else self.shot.strength)
+        return denoise(predict_flow, partial(self._noise, block), sigmas, guide=guide, fixed=fixed)
+
+    def _window_flow(self, first: int, noisy: Tensor, sigmas: tuple[float, ...]) -> Tensor:
+        """The flow of several blocks at once, each at its own noise level, from ``first`` on."""
+        entry = self.timeline.entry(self.timeline.index_of(first))
+        frames = noisy.shape[1] // self.model.config.patch_size[0] // len(sigmas)
+        timesteps = [1000.0 * sigma for sigma in sigmas for _ in range(frames)]
+        with self._reading(entry, self.timeline.window_plan(entry, len(sigmas))) as attention:
+            return self._run(noisy, timesteps, self.prompts.context(first), attention)
+
+    def _clean(self, time: int) -> Tensor:
+        """Clean latents of an earlier block."""
+        block = time - len(self.prefix.latents)
+        if block < 0:
+            return self.prefix.latents[time].to(self.device, torch.float32)
+        if time not in self._recent:
+            if self._read_latents is None:
+                raise StorageError("the latents of an earlier block are needed and were not kept", block=block)
+            self._recent[time] = self._read_latents(block).to(self.device, torch.float32)
+        return self._recent[time]
+
+    def _remember(self, time: int, clean: Tensor) -> None:
+        """Keep the latents that may be committed anew."""
+        self._recent[time] = clean
+        while len(self._recent) > self.shot.history.recent_blocks:
+            self._recent.popitem(last=False)
 
     def _noise(self, block: int, step: int) -> Tensor:
         noise = block_noise(self.shot.seed, self.shot.name, block, step, self.shot.latent_shape)
@@ -150,9 +225,21 @@ class Rollout:
             return noise.pin_memory().to(self.device, non_blocking=True)
         return noise
 
-    def _run(self, latents: Tensor, timestep: float, context: TextContext, attention: HistoryAttention) -> Tensor:
+    def _run(
+        self,
+        latents: Tensor,
+        timestep: float | Sequence[float],
+        context: TextContext,
+        attention: HistoryAttention,
+        num_fixed: int = 0,
+    ) -> Tensor:
+        """The flow of a block; one timestep, or one a frame; the first ``num_fixed`` frames are clean."""
         frames = latents.shape[1] // self.model.config.patch_size[0]
-        timesteps_BF = torch.full((1, frames), timestep, dtype=torch.float32, device=self.device)
+        if isinstance(timestep, float):
+            timesteps_BF = torch.full((1, frames), timestep, dtype=torch.float32, device=self.device)
+            timesteps_BF[:, :num_fixed] = 0.0
+        else:
+            timesteps_BF = torch.tensor([timestep], dtype=torch.float32, device=self.device)
         flow: Tensor = self.model(latents[None].to(self.dtype), timesteps_BF, context, attention)
         return flow[0]
 
@@ -185,20 +272,22 @@ def open_cache(shot: ShotConfig, device: torch.device, num_prefix: int = 0, run:
     Raises:
         CapacityError: a budget is too small for the history that the shot attends.
     """
-    total = num_prefix + shot.num_blocks
+    timeline = Timeline(shot, num_prefix)
     budget = CacheBudget(
         device_bytes=shot.cache.device_bytes,
-        num_blocks=history.max_attended(shot.history, total),
+        num_blocks=timeline.max_held,
         host_bytes=shot.cache.host_bytes,
         disk_bytes=shot.cache.disk_bytes,
-        total_blocks=total,
+        total_blocks=timeline.num_entries,
     )
     return KVCache(shape=kv_shape(shot), device=device, budget=budget, run=run)
 
 
 def scratch_tokens(shot: ShotConfig, num_prefix: int, dtype: torch.dtype) -> int:
-    """Rows of the scratch: whole blocks, at least one of history and the own one, at most ``SCRATCH_BYTES``."""
+    """Rows of the scratch: whole blocks, at least one of history and the own ones, at most ``SCRATCH_BYTES``."""
     row_bytes = 2 * shot.model.transformer.dim * dtype.itemsize
-    wanted = history.max_attended(shot.history, num_prefix + shot.num_blocks) + 1
+    timeline = Timeline(shot, num_prefix)
+    own = timeline.max_own_blocks
+    wanted = timeline.max_attended + own
     fitting = SCRATCH_BYTES // (row_bytes * shot.tokens_per_block)
-    return max(2, min(wanted, fitting)) * shot.tokens_per_block
+    return max(own + 1, min(wanted, fitting)) * shot.tokens_per_block

@@ -1,0 +1,247 @@
+"""What a shot commits, in which order, and what each commit attends: known before the shot starts, without tensors.
+
+The cache only ever grows: a block that is committed anew is another entry of it, and later plans read the newest one.
+With two prefix blocks and a beat with ``recache`` at block 3 that replays two blocks::
+
+    entry     0       1       2       3       4       5       6       7
+    kind      prefix  prefix  render  render  render  replay  replay  render
+    time      0       1       2       3       4       3       4       5      number of the block in time
+    step      -2      -1      0       1       2       3       3       3      block of the shot that comes next
+"""
+
+from __future__ import annotations
+
+import enum
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from longtake.engine import history
+from longtake.engine.config import HistoryPolicy, Loop, ShotConfig, Switch, WriteBack
+from longtake.engine.history import Plan
+from longtake.kernels.errors import ConfigError
+
+
+class Kind(enum.Enum):
+    """PREFIX: latents that are there before the shot. RENDER: a block of the shot. REPLAY: one committed anew."""
+
+    PREFIX = "prefix"
+    RENDER = "render"
+    REPLAY = "replay"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One commit.
+
+    Args:
+        index: in the cache.
+        kind: why.
+        time: number of the block in time, prefix first.
+        step: block of the shot that is rendered next, or by this entry; negative in the prefix.
+    """
+
+    index: int
+    kind: Kind
+    time: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Replays:
+    """Blocks ``first`` to ``first + count - 1`` in time, committed anew right before ``step``, from ``index`` on."""
+
+    step: int
+    index: int
+    first: int
+    count: int
+
+
+class Timeline:
+    """The commits of a shot.
+
+    Args:
+        shot: resolved.
+        num_prefix: blocks that it starts from.
+
+    Raises:
+        ConfigError: settings that exclude each other.
+    """
+
+    def __init__(self, shot: ShotConfig, num_prefix: int) -> None:
+        self._shot, self._history, self._prefix = shot, shot.history, num_prefix
+        self._frames = shot.model.block_frames
+        self._rolling = shot.sampler.loop is Loop.ROLLING
+        self._rebuild = shot.sampler.write_back is WriteBack.REBUILD
+        _check(shot)
+        self._beat_steps = tuple(
+            bisect_left(range(shot.num_blocks), beat, key=shot.beat_of_block) for beat in range(len(shot.beats))
+        )
+        self._floors = [(step, kind) for step, kind in self._switches() if kind in (Switch.FLUSH, Switch.CUT)]
+        self._replays: list[_Replays] = []
+        added = 0
+        for step, first, count in self._wanted_replays():
+            self._replays.append(_Replays(step=step, index=num_prefix + step + added, first=first, count=count))
+            added += count
+        self._replay_steps = [replays.step for replays in self._replays]
+        self._replay_indices = [replays.index for replays in self._replays]
+        self._added = [0]
+        for replays in self._replays:
+            self._added.append(self._added[-1] + replays.count)
+        self.num_entries = num_prefix + shot.num_blocks + added
+
+    def entry(self, index: int) -> Entry:
+        """The commit of that number."""
+        group = bisect_right(self._replay_indices, index) - 1
+        if group >= 0:
+            replays = self._replays[group]
+            if index < replays.index + replays.count:
+                time = replays.first + index - replays.index
+                return Entry(index=index, kind=Kind.REPLAY, time=time, step=replays.step)
+        time = index - self._added[group + 1]
+        kind = Kind.PREFIX if time < self._prefix else Kind.RENDER
+        return Entry(index=index, kind=kind, time=time, step=time - self._prefix)
+
+    def index_of(self, step: int) -> int:
+        """Entry that renders block ``step`` of the shot (or, negative, commits that block of the prefix)."""
+        return self._prefix + step + self._added[bisect_right(self._replay_steps, step)]
+
+    def num_known(self, num_blocks: int) -> int:
+        """Entries that need no latents but those of the prefix and the shot's first ``num_blocks`` blocks."""
+        return self.num_entries if num_blocks >= self._shot.num_blocks else self.index_of(num_blocks)
+
+    def read_plan(self, entry: Entry) -> Plan:
+        """What the denoising steps of a RENDER entry attend."""
+        own = 1
+        if self._rolling:
+            own = min(len(self._shot.sampler.timesteps), self._shot.num_blocks - entry.step)
+        return self._plan(entry, entry.step - 1 if self._rebuild else entry.step, own_blocks=own)
+
+    def window_plan(self, entry: Entry, own_blocks: int) -> Plan:
+        """As :meth:`read_plan`, for so many blocks together."""
+        return self._plan(entry, entry.step, own_blocks=own_blocks)
+
+    def write_plan(self, entry: Entry) -> Plan:
+        """What the pass attends that commits an entry; one committed anew sees only such and the sinks."""
+        first = 0
+        if self._rebuild:
+            first = entry.step + self._prefix - self._history.recent_blocks + 1
+        elif entry.kind is Kind.REPLAY:
+            first = next(replays.first for replays in self._replays if replays.step == entry.step)
+        return self._plan(entry, entry.step, first=first)
+
+    def reads(self, index: int) -> list[tuple[int, ...]]:
+        """Every list of entries that is read for one entry, in order."""
+        entry = self.entry(index)
+        plans = [self.write_plan(entry)]
+        if entry.kind is Kind.RENDER:
+            plans.insert(0, self.read_plan(entry))
+        return list(dict.fromkeys(plan.blocks for plan in plans))
+
+    def coming(self, index: int, count: int) -> list[tuple[int, ...]]:
+        """What the next ``count`` commits will read, from ``index`` on."""
+        return [blocks for i in range(index, min(index + count, self.num_entries)) for blocks in self.reads(i)]
+
+    def needed_later(self, index: int) -> tuple[int, ...]:
+        """Entries that entry ``index`` or any later one may read; all others can leave fast memory."""
+        needed: set[int] = set()
+        for last in self._until_second_render(index):
+            needed.update(*self.reads(last))
+        return tuple(sorted(other for other in needed if other < index))
+
+    @property
+    def max_attended(self) -> int:
+        """The most entries that any commit attends at once."""
+        return history.max_attended(self._history, self._prefix + self._shot.num_blocks)
+
+    @property
+    def max_held(self) -> int:
+        """The most entries that must be in reach while one is being committed, that one apart."""
+        old_and_new = 2 * self._history.recent_blocks - 1 if self._rebuild else 0
+        return min(max(self.max_attended, old_and_new), self.num_entries)
+
+    @property
+    def max_own_blocks(self) -> int:
+        """The most blocks that are computed together."""
+        return min(len(self._shot.sampler.timesteps), self._shot.num_blocks) if self._rolling else 1
+
+    def _until_second_render(self, index: int) -> Iterator[int]:
+        renders = 0
+        while index < self.num_entries and renders < 2:
+            yield index
+            renders += self.entry(index).kind is not Kind.REPLAY
+            index += 1
+
+    def _switches(self) -> Iterator[tuple[int, Switch]]:
+        """Where prompts change: block of the shot, and how; a beat that no block is rendered under has no effect."""
+        num_blocks = self._shot.num_blocks
+        for beat, (config, step) in enumerate(zip(self._shot.beats, self._beat_steps, strict=True)):
+            if beat > 0 and 0 < step < num_blocks and self._shot.beat_of_block(step) == beat:
+                yield step, config.switch
+
+    def _wanted_replays(self) -> Iterator[tuple[int, int, int]]:
+        """(block of the shot, first block in time, number of blocks) of each replay."""
+        recent = self._history.recent_blocks
+        if self._rebuild:
+            for step in range(self._shot.num_blocks if recent > 1 else 0):
+                first = max(0, self._prefix + step - recent + 1)
+                if count := self._prefix + step - first:
+                    yield step, first, count
+            return
+        for step, switch in self._switches():
+            if switch is Switch.RECACHE:
+                sinks = 0 if self._history.policy is HistoryPolicy.FULL else self._history.sink_blocks
+                first = max(sinks, self._floor(step), self._prefix + step - recent)
+                if first < self._prefix + step:
+                    yield step, first, self._prefix + step - first
+
+    def _floor(self, step: int) -> int:
+        """The first block in time, but for sinks, that blocks from ``step`` on attend."""
+        floors = [self._prefix + at - (kind is Switch.FLUSH) for at, kind in self._floors if at <= step]
+        return max(floors, default=0)
+
+    def _cut(self, step: int) -> int | None:
+        cuts = [self._prefix + at for at, kind in self._floors if at <= step and kind is Switch.CUT]
+        return cuts[-1] if cuts else None
+
+    def _plan(self, entry: Entry, versions: int, *, own_blocks: int = 1, first: int = 0) -> Plan:
+        """Plan over the entries that are the newest of their blocks once those of step ``versions`` are committed."""
+        config, time = self._history, entry.time
+        wanted = history.attended(config, time)
+        if config.policy is not HistoryPolicy.FULL or self._floors:
+            sinks, floor = config.sink_blocks, max(first, self._floor(entry.step))
+            if own_blocks > 1:
+                floor = max(floor, time - config.recent_blocks + own_blocks - 1)
+            wanted = tuple(other for other in wanted if other < sinks or other >= floor)
+        cut = self._cut(entry.step)
+        start, starts = history.place(config, time, wanted, self._frames, own_blocks=own_blocks, cut=cut)
+        blocks = tuple(self._newest(other, versions) for other in wanted)
+        return Plan(block=entry.index, start=start, blocks=blocks, starts=starts, own_blocks=own_blocks)
+
+    def _newest(self, time: int, step: int) -> int:
+        """The newest entry of a block once the replays of ``step`` are committed."""
+        for replays in reversed(self._replays[: bisect_right(self._replay_steps, step)]):
+            if self._prefix + replays.step <= time:
+                break
+            if replays.first <= time < replays.first + replays.count:
+                return replays.index + time - replays.first
+        return self.index_of(time - self._prefix)
+
+
+def _check(shot: ShotConfig) -> None:
+    window = shot.history.policy is HistoryPolicy.WINDOW
+    rolling, rebuild = shot.sampler.loop is Loop.ROLLING, shot.sampler.write_back is WriteBack.REBUILD
+    if rebuild and (not window or shot.history.sink_blocks):
+        raise ConfigError(
+            f"shot {shot.name!r}: {shot.model.name} rebuilds its history from the last blocks, it needs "
+            'policy = "window" and sink_blocks = 0'
+        )
+    if rebuild and rolling:
+        raise ConfigError(f"shot {shot.name!r}: a rolling window cannot rebuild its history; choose one")
+    if rolling and not window:
+        raise ConfigError(f'shot {shot.name!r}: a rolling window needs policy = "window"')
+    for beat in shot.beats[1:]:
+        if beat.switch is Switch.RECACHE and (rolling or rebuild):
+            raise ConfigError(
+                f"shot {shot.name!r}: {shot.model.name} cannot recache at {beat.at_s:g}s; use keep, flush or cut"
+            )
