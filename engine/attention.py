@@ -54,6 +54,7 @@ class HistoryAttention:
         path: how history is unpacked and attended; shared by all blocks of the rollout, as is its scratch.
         device: of the model.
         timer: where time goes, for benchmarks.
+        first_head: the model's number of the first head that is attended here.
     """
 
     def __init__(
@@ -66,8 +67,10 @@ class HistoryAttention:
         path: AttentionPath,
         device: torch.device,
         timer: StageTimer = NO_TIMER,
+        first_head: int = 0,
     ) -> None:
         self._reading = reading
+        self._first_head = first_head
         self._codec = codec
         self._path = path
         self._timer = timer
@@ -96,7 +99,8 @@ class HistoryAttention:
         path, timer = self._path, self._timer
         if self._commit is not None:
             with timer("encode"):
-                self._codec.encode(k_THD, v_THD, self._commit.page(layer), block=self._commit.block, layer=layer)
+                page_HP, block = self._commit.page(layer), self._commit.block
+                self._codec.encode(k_THD, v_THD, page_HP, block=block, layer=layer, first_head=self._first_head)
         with timer("rotary"):
             path.begin(q_THD, k_THD, v_THD, self._own_rotary)
         out_HTD = lse_HT = None

@@ -119,6 +119,10 @@ class Attention(nn.Module):
         """Normed keys and plain values, each [B, T, H, D], of ``x`` [B, T, M]."""
         return self.split(self.norm_k(self.to_k(x))), self.split(self.to_v(x))
 
+    def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed queries and keys and plain values, each [B, T, H, D], of the same ``x`` [B, T, M]."""
+        return self.query(x), *self.key_value(x)
+
 
 class GELUProjection(nn.Module):
     """The first matrix of the feed-forward, with its GELU-tanh."""
@@ -189,7 +193,7 @@ class Block(nn.Module):
         """q, k, v [B, T, H, D]: normed, not rotated."""
         shift, scale, *_ = self.modulation(mod_BF6M)
         normed = modulated_norm(x_BTM, scale, shift, self.eps)
-        return self.attn1.query(normed), *self.attn1.key_value(normed)
+        return self.attn1.query_key_value(normed)
 
     def after(
         self,
@@ -284,14 +288,27 @@ class CausalWan(nn.Module):
         """
         temb, mod_BF6M = self.condition_embedder.time(timesteps_BF)
         grid = self.patch_embedding(latents_BCFYX)
-        x = grid.flatten(2).transpose(1, 2).contiguous()
+        x = self.take_share(grid.flatten(2).transpose(1, 2).contiguous(), grid.shape[2])
         for layer, (block, (k_text, v_text)) in enumerate(zip(self.blocks, context, strict=True)):
             assert isinstance(block, Block)
             attended = attend(layer, *block.before(x, mod_BF6M))
             x = block.after(x, attended, mod_BF6M, k_text, v_text, text_mask_B1TK)
         shift, scale = (self.scale_shift_table.float() + temb[:, :, None]).unbind(2)
         x = self.proj_out(modulated_norm(x, scale, shift, self.config.eps))
-        return self.unpatchify(x, grid.shape[2:])
+        return self.unpatchify(self.join_shares(x, math.prod(grid.shape[2:]), grid.shape[2]), grid.shape[2:])
+
+    @property
+    def heads(self) -> range:
+        """The heads that ``attend`` is given; all of them unless the model is sharded."""
+        return range(self.config.num_heads)
+
+    def take_share(self, x_BTM: Tensor, num_frames: int) -> Tensor:
+        """The tokens that this process computes outside attention; all of them unless the model is sharded."""
+        return x_BTM
+
+    def join_shares(self, x_BTP: Tensor, num_tokens: int, num_frames: int) -> Tensor:
+        """All tokens again from what each process computed; the inverse of :meth:`take_share`."""
+        return x_BTP
 
     def unpatchify(self, x_BTP: Tensor, grid: torch.Size) -> Tensor:
         """[B, T, pt*py*px*C] -> [B, C, F, Y, X] for a token grid of (frames, rows, columns)."""

@@ -96,8 +96,8 @@ class Rollout:
         self.path = make_path(
             shot.attention,
             self.codec,
-            model.config.num_heads,
-            scratch_tokens(shot, len(prefix.latents), self.dtype),
+            len(model.heads),
+            scratch_tokens(shot, len(prefix.latents), self.dtype, len(model.heads)),
             self.dtype,
             self.device,
         )
@@ -165,6 +165,7 @@ class Rollout:
                 self.path,
                 self.device,
                 self._timer,
+                self.model.heads.start,
             )
 
     def _commit(self, entry: Entry, clean: Tensor | Callable[[HistoryAttention], Tensor]) -> Tensor:
@@ -254,38 +255,62 @@ def shot_codec(shot: ShotConfig) -> Codec:
     return make_codec(shot.cache.codec, BlockGeometry(num_tokens=shot.tokens_per_block, head_dim=head_dim))
 
 
-def kv_shape(shot: ShotConfig) -> ModelKVShape:
-    """What is kept of each block of a shot."""
+def kv_shape(shot: ShotConfig, heads: range | None = None) -> ModelKVShape:
+    """What is kept of each block of a shot; ``heads`` of the model, all by default."""
     model = shot.model.transformer
-    return ModelKVShape(num_layers=model.num_layers, num_heads=model.num_heads, codec=shot_codec(shot))
+    own = range(model.num_heads) if heads is None else heads
+    return ModelKVShape(
+        num_layers=model.num_layers,
+        num_heads=len(own),
+        codec=shot_codec(shot),
+        first_head=own.start,
+        total_heads=model.num_heads,
+    )
 
 
-def open_cache(shot: ShotConfig, device: torch.device, num_prefix: int = 0, run: RunDirectory | None = None) -> KVCache:
+def open_cache(
+    shot: ShotConfig,
+    device: torch.device,
+    num_prefix: int = 0,
+    run: RunDirectory | None = None,
+    heads: range | None = None,
+) -> KVCache:
     """A cache that fits a shot.
 
     Args:
-        shot: with its budgets.
+        shot: with its budgets; the device's is of each process, the host's and the disk's are shared by all heads.
         device: of the rollout.
         num_prefix: blocks that the shot starts from.
         run: the disk tier; None: the history lives and dies with the process.
+        heads: of the model that this process keeps; None: all.
 
     Raises:
         CapacityError: a budget is too small for the history that the shot attends.
     """
     timeline = Timeline(shot, num_prefix)
+    shape = kv_shape(shot, heads)
+
+    def own_part(num_bytes: int | None) -> int | None:
+        return None if num_bytes is None else num_bytes * shape.num_heads // shape.model_heads
+
     budget = CacheBudget(
         device_bytes=shot.cache.device_bytes,
         num_blocks=timeline.max_held,
-        host_bytes=shot.cache.host_bytes,
-        disk_bytes=shot.cache.disk_bytes,
+        host_bytes=own_part(shot.cache.host_bytes),
+        disk_bytes=own_part(shot.cache.disk_bytes),
         total_blocks=timeline.num_entries,
     )
-    return KVCache(shape=kv_shape(shot), device=device, budget=budget, run=run)
+    return KVCache(shape=shape, device=device, budget=budget, run=run)
 
 
-def scratch_tokens(shot: ShotConfig, num_prefix: int, dtype: torch.dtype) -> int:
-    """Rows of the scratch: whole blocks, at least one of history and the own ones, at most ``SCRATCH_BYTES``."""
-    row_bytes = 2 * shot.model.transformer.dim * dtype.itemsize
+def scratch_tokens(shot: ShotConfig, num_prefix: int, dtype: torch.dtype, num_heads: int | None = None) -> int:
+    """Rows of the scratch: whole blocks, at least one of history and the own ones, at most ``SCRATCH_BYTES``.
+
+    Args:
+        num_heads: that are attended here; None: all of the model's.
+    """
+    model = shot.model.transformer
+    row_bytes = 2 * (num_heads or model.num_heads) * model.head_dim * dtype.itemsize
     timeline = Timeline(shot, num_prefix)
     own = timeline.max_own_blocks
     wanted = timeline.max_attended + own
