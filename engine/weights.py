@@ -8,35 +8,53 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
 
-from longtake.engine.config import HistoryConfig, HistoryPolicy, ModelConfig, ModelSpec, Positions, SamplerConfig
+from longtake.engine.config import (
+    HistoryConfig,
+    HistoryPolicy,
+    Loop,
+    ModelConfig,
+    ModelSpec,
+    Positions,
+    SamplerConfig,
+    Switch,
+    WeightsConfig,
+    WriteBack,
+)
 from longtake.engine.model import CausalWan
-from longtake.kernels.errors import ConfigError, StorageError
+from longtake.engine.presets import PRESETS
+from longtake.engine.store import model_folder
+from longtake.engine.tensor_files import check_tensors, merge_lora, read_file, read_tensors, rename
+from longtake.kernels.errors import ConfigError
 
 SHIPPED = {"mini": Path(__file__).parent / "mini" / "model"}
 
 
 def find_model(name: str) -> Path:
-    """Folder of a model given by a shipped name or a path.
+    """Folder of a model given by a name (shipped or fetched) or a path.
 
     Raises:
-        ConfigError: there is no such model; names the nearest shipped one.
+        ConfigError: there is no such model, or it is not fetched yet; names the nearest known one.
     """
     if name in SHIPPED:
         return SHIPPED[name]
     folder = Path(name).expanduser()
     if (folder / "transformer" / "config.json").is_file():
         return folder
-    near = difflib.get_close_matches(name, SHIPPED, n=1)
-    known = f"give a folder in the hub's layout or one of: {', '.join(SHIPPED)}"
-    hint = f"did you mean {near[0]!r}?" if near else known
+    if "/" not in name and name not in (".", ".."):
+        fetched = model_folder(name)
+        if (fetched / "longtake.json").is_file():
+            return fetched
+        if name in PRESETS:
+            raise ConfigError(f"model {name!r} is not here yet: run  longtake pull {name}")
+    known = [*SHIPPED, *PRESETS]
+    near = difflib.get_close_matches(name, known, n=1)
+    all_known = f"give a folder in the hub's layout or one of: {', '.join(known)}"
+    hint = f"did you mean {near[0]!r}?" if near else all_known
     raise ConfigError(f"unknown model {name!r}: {hint}")
 
 
@@ -48,7 +66,6 @@ def read_spec(name: str) -> ModelSpec:
     """
     folder = find_model(name)
     settings = _read_json(folder / "longtake.json")
-    history = settings.get("history", {})
     try:
         return ModelSpec(
             path=folder,
@@ -56,23 +73,51 @@ def read_spec(name: str) -> ModelSpec:
             transformer=ModelConfig.from_hub(
                 _read_json(folder / "transformer" / "config.json"), str(folder / "transformer" / "config.json")
             ),
-            sampler=SamplerConfig(timesteps=tuple(settings["timesteps"]), shift=settings["shift"]),
+            sampler=_sampler(settings),
             block_frames=settings["block_frames"],
             fps=settings["fps"],
             height=settings["height"],
             width=settings["width"],
             text_len=settings["text_len"],
-            history=HistoryConfig(
-                policy=HistoryPolicy(history.get("policy", "window")),
-                sink_blocks=history.get("sink_blocks", 1),
-                recent_blocks=history.get("recent_blocks", 6),
-                positions=Positions(history.get("positions", "relative")),
-            ),
+            history=_history(settings.get("history", {})),
+            spatial_stride=settings.get("spatial_stride", 8),
+            temporal_stride=settings.get("temporal_stride", 4),
+            weights=_weights(settings.get("weights", {})),
+            switch=Switch(settings.get("switch", "keep")),
         )
     except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(
             f"{folder / 'longtake.json'}: {error!r}; see docs/models.md for the keys it must have"
         ) from error
+
+
+def _sampler(settings: dict[str, Any]) -> SamplerConfig:
+    first = settings.get("first_timesteps")
+    return SamplerConfig(
+        timesteps=tuple(settings["timesteps"]),
+        shift=settings["shift"],
+        context_timestep=settings.get("context_timestep", 0.0),
+        first_timesteps=None if first is None else tuple(first),
+        loop=Loop(settings.get("loop", "blocks")),
+        write_back=WriteBack(settings.get("write_back", "clean")),
+    )
+
+
+def _history(history: dict[str, Any]) -> HistoryConfig:
+    return HistoryConfig(
+        policy=HistoryPolicy(history.get("policy", "window")),
+        sink_blocks=history.get("sink_blocks", 1),
+        recent_blocks=history.get("recent_blocks", 6),
+        positions=Positions(history.get("positions", "relative")),
+        trained_frames=history.get("trained_frames", 21),
+        jitter=history.get("jitter", 0.0),
+    )
+
+
+def _weights(weights: dict[str, Any]) -> WeightsConfig:
+    return WeightsConfig(**{**weights, "files": tuple(weights.get("files", ("*.safetensors",)))})
 
 
 def load_transformer(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> CausalWan:
@@ -87,32 +132,16 @@ def load_transformer(spec: ModelSpec, device: torch.device, dtype: torch.dtype) 
         ConfigError: tensors are missing, left over or of the wrong shape; lists them all.
         StorageError: a weights file is not there.
     """
+    folder, weights = spec.path / "transformer", spec.weights
     with torch.device("meta"):
         model = CausalWan(spec.transformer)
-    found = dict(_tensors(spec.path / "transformer"))
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    problems = [f"missing {name} {list(wanted[name])}" for name in sorted(wanted.keys() - found.keys())]
-    problems += [f"not of this model: {name}" for name in sorted(found.keys() - wanted.keys())]
-    problems += [
-        f"{name} is {list(found[name].shape)}, expected {list(wanted[name])}"
-        for name in sorted(wanted.keys() & found.keys())
-        if tuple(found[name].shape) != wanted[name]
-    ]
-    if problems:
-        raise ConfigError(f"{spec.path / 'transformer'}: weights do not fit config.json: {'; '.join(problems)}")
+    found = rename(read_tensors(folder, weights.files, weights.key), str(folder))
+    check_tensors(found, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, str(folder))
+    if weights.lora is not None:
+        lora = read_file(folder / weights.lora, weights.lora_key)
+        found = merge_lora(found, lora, weights.lora_alpha, str(folder / weights.lora))
     model.load_state_dict(found, assign=True)
     return model.cast(dtype).to(device).eval().requires_grad_(False)
-
-
-def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a folder's safetensors files, memory-mapped, sharded or not."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise StorageError(f"no .safetensors file in {folder}: the model is incomplete, fetch it again")
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  (not a dict)
-                yield name, tensors.get_tensor(name)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

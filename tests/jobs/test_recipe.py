@@ -35,7 +35,12 @@ def test_kept_once_and_recognised(config: ShotConfig, tmp_path: Path) -> None:
     before = (tmp_path / RECIPE_NAME).read_bytes()
     recipe.keep_in(tmp_path)
     assert (tmp_path / RECIPE_NAME).read_bytes() == before
-    assert json.loads(before)["config"]["beats"] == [{"at_s": 0.0, "prompt": "p"}]
+    assert json.loads(before)["config"]["beats"][0] == {
+        "at_s": 0.0,
+        "prompt": "p",
+        "switch": "keep",
+        "transition_s": 0.0,
+    }
     assert [path.name for path in tmp_path.iterdir()] == [RECIPE_NAME]
 
 

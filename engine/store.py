@@ -1,0 +1,40 @@
+"""Where fetched models lie: LONGTAKE_HOME/models/<name>, by default below ~/.local/share/longtake.
+
+The one module of the engine that reads the environment::
+
+    models/self-forcing/
+        longtake.json  model_index.json  licence.json
+        transformer/{config.json, self_forcing_dmd.pt}
+        vae/  text_encoder/  tokenizer/  scheduler/       links into the store's copy of the repository
+    hub/                                                  huggingface_hub's cache: each file once, by checksum
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+HOME_VARIABLE = "LONGTAKE_HOME"
+
+
+def home() -> Path:
+    """Root of what longtake keeps between runs: LONGTAKE_HOME, else XDG_DATA_HOME/longtake, else ~/.local/share."""
+    if own := os.environ.get(HOME_VARIABLE):
+        return Path(own).expanduser().absolute()
+    data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return Path(data).expanduser().absolute() / "longtake"
+
+
+def model_folder(name: str) -> Path:
+    """Folder of a fetched model; may not exist."""
+    return home() / "models" / name
+
+
+def hub_cache() -> Path:
+    """Where files of the hub are kept, each once, by content."""
+    return home() / "hub"
+
+
+def fetched() -> list[str]:
+    """Names of the models in the store."""
+    return sorted(path.parent.name for path in (home() / "models").glob("*/longtake.json"))
