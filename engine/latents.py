@@ -94,6 +94,11 @@ class LatentLog:
         there = self._blocks()
         return next((block for block in range(len(self)) if block not in there), len(self))
 
+    @property
+    def num_blocks_there(self) -> int:
+        """One more than the last block that is there, whatever is missing before it."""
+        return max(self._blocks(), default=-1) + 1
+
     def cut(self, num_blocks: int) -> None:
         """Delete blocks from ``num_blocks`` on, and what a killed writer left half written.
 

@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 from longtake.engine.config import ShotConfig
+from longtake.engine.timeline import Timeline
 from longtake.engine.video_codec import video_codec
 from longtake.kernels.errors import StorageError
 from longtake.offload.errors import from_os_error
@@ -39,15 +40,15 @@ class Segments:
     Args:
         shot: what is rendered.
         run: its folder, open; journals records.
-        num_prefix: history blocks before the shot's first.
+        timeline: of the shot; tells when a block is durable.
 
     Raises:
         StorageError: the folder cannot be read or written.
     """
 
-    def __init__(self, shot: ShotConfig, run: RunDirectory, num_prefix: int) -> None:
+    def __init__(self, shot: ShotConfig, run: RunDirectory, timeline: Timeline) -> None:
         self.folder = run.path / SEGMENTS_NAME
-        self._shot, self._run, self._num_prefix = shot, run, num_prefix
+        self._shot, self._run, self._timeline = shot, run, timeline
         self._suffix = video_codec(shot.video_codec).suffix
         self._pending: list[SegmentWritten] = []
         self._lock = threading.Lock()
@@ -93,7 +94,7 @@ class Segments:
             index=int(path.stem),
             path=f"{SEGMENTS_NAME}/{path.name}",
             checksum=checksum,
-            num_blocks=self._num_prefix + num_blocks,
+            num_blocks=self._timeline.index_of(num_blocks - 1) + 1,
             num_frames=num_frames,
         )
         with self._lock:

@@ -17,8 +17,9 @@ from longtake.engine.config import ModelSpec, ShotConfig
 from longtake.engine.emitter import Emitter, Start
 from longtake.engine.metrics import MetricsLog
 from longtake.engine.model import CausalWan, TextContext
+from longtake.engine.rolling import WindowStore
 from longtake.engine.rollout import Prefix, Rollout, open_cache
-from longtake.engine.shotfolder import METRICS_NAME, ShotFolder, shot_latents
+from longtake.engine.shotfolder import METRICS_NAME, WINDOW_NAME, ShotFolder, shot_latents
 from longtake.engine.text import TextEncoder
 from longtake.engine.vae import StreamingDecoder, load_vae, receptive_latents
 from longtake.engine.weights import load_transformer
@@ -107,7 +108,15 @@ class ShotRenderer:
                 model, decoder = self._load(shot.model, device)
                 contexts = encode_beats(shot, folder, model, device)
                 with contextlib.closing(open_cache(shot, device, files.num_prefix, files.run)) as cache:
-                    rollout = Rollout(shot, model, contexts, cache, prefix)
+                    rollout = Rollout(
+                        shot,
+                        model,
+                        contexts,
+                        cache,
+                        prefix,
+                        read_latents=lambda block: files.latents.read(block, block + 1),
+                        windows=WindowStore(folder / WINDOW_NAME),
+                    )
                     finished = _Run(shot, files, rollout, decoder).until(stop, progress)
             except StorageError as error:
                 if (mend := files.mend(error)) is None:

@@ -1,9 +1,10 @@
 """A shot's folder, open for rendering: locked, rolled back to what is whole, and closed as the rendering ended.
 
-    <shot>/lock  journal  kv.zarr  latents.zarr  segments/00000.mp4 ...  metrics.jsonl
+    <shot>/lock  journal  kv.zarr  latents.zarr  window/  segments/00000.mp4 ...  metrics.jsonl
 
 A block is done when its K/V are journaled and its latents are kept; of the two the shorter one counts, and what the
-other has beyond is deleted, because blocks rendered again on another device would not match it.
+other has beyond is deleted, because blocks rendered again on another device would not match it. The journal counts
+entries of the cache, the latent log blocks of the shot; the timeline knows which is which.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from longtake.engine.config import ShotConfig, fingerprint
 from longtake.engine.latents import LatentLog
 from longtake.engine.rollout import kv_shape
 from longtake.engine.segments import Segments
+from longtake.engine.timeline import Kind, Timeline
 from longtake.kernels.errors import StorageError
 from longtake.offload.errors import is_disk_full
 from longtake.offload.run import RunDirectory
 
 LATENTS_NAME = "latents.zarr"
 METRICS_NAME = "metrics.jsonl"
+WINDOW_NAME = "window"
 
 
 class ShotFolder:
@@ -38,18 +41,19 @@ class ShotFolder:
 
     def __init__(self, shot: ShotConfig, path: Path) -> None:
         self.path, self._shot = path, shot
-        self.num_prefix = shot.after_blocks if shot.after is not None else 0
+        self.num_prefix = shot.after_blocks if shot.continues else 0
+        self.timeline = Timeline(shot, self.num_prefix)
         self.latents: LatentLog
         self.run = RunDirectory(
             path,
             shape=kv_shape(shot),
             config_hash=fingerprint(shot),
             agree=self._whole_blocks,
-            num_blocks=self.num_prefix + shot.num_blocks,
+            num_blocks=self.timeline.num_entries,
         )
         try:
             self.latents.cut(self.num_done)
-            self.segments = Segments(shot, self.run, self.num_prefix)
+            self.segments = Segments(shot, self.run, self.timeline)
         except BaseException:
             self.run.close(orderly=False)
             raise
@@ -57,7 +61,9 @@ class ShotFolder:
     @property
     def num_done(self) -> int:
         """Blocks of the shot that are durable."""
-        return max(0, self.run.num_blocks - self.num_prefix)
+        if self.run.num_blocks == self.timeline.num_entries:
+            return self._shot.num_blocks
+        return max(0, self.timeline.entry(self.run.num_blocks).step)
 
     @property
     def finished(self) -> bool:
@@ -74,9 +80,11 @@ class ShotFolder:
             return f"delete that file and run again to go on from its block, or {anew}"
         if not damaged.is_relative_to(self.path):
             return None
-        if error.block < self.num_prefix:
+        entry = self.timeline.entry(error.block)
+        block = entry.step - (entry.kind is Kind.REPLAY)
+        if block < 0:
             return anew
-        latents = self.latents.chunk(error.block - self.num_prefix)
+        latents = self.latents.chunk(block)
         return f"delete {latents} and run again to go on from that block, or {anew}"
 
     def __enter__(self) -> ShotFolder:
@@ -90,7 +98,7 @@ class ShotFolder:
     def _whole_blocks(self, num_journaled: int) -> int:
         """The blocks whose latents are there too; called when the folder is locked."""
         self.latents = LatentLog(self.path / LATENTS_NAME, self._shot.num_blocks, self._shot.latent_shape)
-        return min(num_journaled, self.num_prefix + self.latents.num_written())
+        return min(num_journaled, self.timeline.num_known(self.latents.num_written()))
 
 
 def shot_latents(path: Path, name: str, starting: str) -> LatentLog:

@@ -43,6 +43,8 @@ app = typer.Typer(
 
 FilmPath = Annotated[Path, typer.Argument(metavar="FILM.toml", help="The film; docs/film.md has every key.")]
 
+JsonPath = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write it as JSON; - is stdout.")]
+
 
 def main() -> NoReturn:
     """Entry point of the console script; never returns."""
@@ -136,9 +138,7 @@ def _render(job: RenderJob, stop: Callable[[], bool]) -> bool:
 def plan(
     film_path: FilmPath,
     device: Annotated[str, typer.Option(metavar="cpu|cuda", help="cuda: bfloat16; cpu: float32.")] = "cuda",
-    json_path: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write it as JSON; - is stdout.")
-    ] = None,
+    json_path: JsonPath = None,
 ) -> None:
     """Frames, blocks, and bytes on device, host and disk, before anything is rendered."""
     from longtake.jobs import plan as planning
@@ -152,14 +152,32 @@ def plan(
     if json_path is None:
         print_table(plan_table(plans))
         return
-    text = json.dumps(planning.to_json(plans), indent=1) + "\n"
-    if str(json_path) == "-":
-        print(text, end="")
-        return
-    try:
-        json_path.write_text(text)
-    except OSError as error:
-        raise ConfigError(f"--json {json_path}: cannot be written ({error.strerror})") from error
+    _write_json(json_path, planning.to_json(plans))
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The --out of a render.")],
+    json_path: JsonPath = None,
+) -> int:
+    """Check every checksum of every shot; exit 1 and the list of what is bad."""
+    from longtake.jobs import verify as verifying
+
+    verdict = verifying.verify(directory)
+    if json_path is not None:
+        _write_json(json_path, verifying.to_json(verdict))
+    elif verdict.damages:
+        print("\n".join(damage.describe() for damage in verdict.damages))
+    else:
+        print(
+            f"{directory}: {len(verdict.shots)} shots, {verdict.num_blocks} blocks of history, "
+            f"{verdict.num_latents} of latents, {verdict.num_segments} segments: all whole"
+        )
+    if not verdict.damages:
+        return EXIT_DONE
+    for line in verifying.mends(verdict):
+        print(f"longtake: to mend {line}", file=sys.stderr)
+    return _fail(EXIT_FAILED, f"{len(verdict.damages)} files of {directory} are bad")
 
 
 @app.command()
@@ -203,6 +221,17 @@ def bench_names() -> list[str]:
     engine = importlib.import_module("longtake.engine")
     found = (module.name for module in pkgutil.iter_modules(engine.__path__))
     return sorted(name.removeprefix(prefix) for name in found if name.startswith(prefix))
+
+
+def _write_json(path: Path, data: object) -> None:
+    text = json.dumps(data, indent=1) + "\n"
+    if str(path) == "-":
+        print(text, end="")
+        return
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise ConfigError(f"--json {path}: cannot be written ({error.strerror})") from error
 
 
 def _resolve(film: Film) -> dict[str, ShotConfig]:
