@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from longtake.jobs import cluster_cli
 from longtake.jobs.stopping import EXIT_INTERRUPTED, StopNow, StopSignals
 from longtake.kernels.errors import ConfigError, LongtakeError
 from longtake.offload.errors import LockedError, is_disk_full
@@ -40,6 +41,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+cluster_cli.register(app)
 
 FilmPath = Annotated[Path, typer.Argument(metavar="FILM.toml", help="The film; docs/film.md has every key.")]
 

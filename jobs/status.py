@@ -57,6 +57,13 @@ class ShotStatus:
     device_cache_bytes: int | None = None
     video: str | None = None
     reason: str | None = None
+    # on a cluster only
+    host_cache_bytes: int | None = None
+    disk_cache_bytes: int | None = None
+    stalled_s: float | None = None
+    gang: str | None = None
+    num_starts: int | None = None
+    gpu_hours: float | None = None
 
 
 class StatusFile:

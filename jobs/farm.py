@@ -1,0 +1,231 @@
+"""The director as a detached actor: `Director` behind Ray, the keeper of gangs, and the writer of status files.
+
+An asynchronous actor: everything runs on one event loop, so the ledgers have one writer and no locks. It is restarted
+by Ray when it dies and begins with no film open; gangs and drivers name the directory in whatever they say, and the
+ledger there is read again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import ray
+
+from longtake.jobs.director import LEASE_S, Director
+from longtake.jobs.fleet import Crewing, missing_gangs, parse_name
+from longtake.jobs.gang import DIRECTOR, HEAD, NAMESPACE, GangSpec, launch
+from longtake.jobs.ledger import FilmRecord
+from longtake.jobs.metrics import FarmMetrics
+from longtake.jobs.orders import Action, FilmView, Gang, Leave, Order, Verdict
+from longtake.jobs.publish import Publisher
+from longtake.jobs.states import Failure, Lease, Progress, Task
+from longtake.jobs.wishes import take_wishes
+from longtake.kernels.errors import ConfigError, StorageError
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FarmOptions:
+    """How the director keeps its gangs.
+
+    Args:
+        lease_s: silence after which a gang has lost its shot.
+        gang_idle_s: a gang without work for so long lets its devices go.
+        watch_s: between two looks at gangs and wishes.
+        max_gangs: no more than so many; None: as many as there are devices.
+        relaunch_s: pause before a gang is started in place of one that died young; doubles each time.
+    """
+
+    lease_s: float = LEASE_S
+    gang_idle_s: float = 60.0
+    watch_s: float = 1.0
+    max_gangs: int | None = None
+    relaunch_s: float = 2.0
+
+
+class DirectorActor:
+    """See `Director`; the methods are its own, and each names what it is about."""
+
+    def __init__(self, options: FarmOptions) -> None:
+        self._options = options
+        self._publisher = Publisher(FarmMetrics().show)
+        self._mind = Director(lease_s=options.lease_s, publish=self._publisher.note)
+        self._changed = asyncio.Event()
+        self._idle_since: dict[str, float] = {}
+        self._launched: dict[str, float] = {}
+        self._num_young_deaths, self._no_launch_before = 0, 0.0
+        self._watch: asyncio.Task[None] | None = None
+
+    async def submit(self, directory: str, record: FilmRecord, tasks: list[Task]) -> FilmView:
+        """Take a film on, or go on with it."""
+        self._begin()
+        self._mind.submit(directory, record, tasks)
+        self._fulfil(directory, but=Action.PAUSE)  # whoever submits after a pause wants it to go on
+        return self._woken(self._mind.view(directory))
+
+    async def control(self, directory: str, action: Action, shot: str | None) -> FilmView:
+        """Pause, resume, cancel, retry."""
+        self._begin()
+        return self._woken(self._mind.control(directory, action, shot))
+
+    async def view(self, directory: str) -> FilmView:
+        """The film as it stands."""
+        self._begin()
+        return self._mind.view(directory)
+
+    async def film(self, directory: str) -> FilmRecord:
+        """The film's record."""
+        return self._mind.view(directory).film
+
+    async def release(self, directory: str) -> None:
+        """Write the film's last status and let go of its ledger."""
+        if any(task.leased for task in self._mind.view(directory).tasks):
+            return
+        self._publisher.flush()
+        self._mind.close(directory)
+
+    async def next_order(self, gang: Gang, wait_s: float) -> Order | Leave | None:
+        """A task for a gang; waits up to ``wait_s`` for one."""
+        self._begin()
+        until = time.monotonic() + wait_s
+        while True:
+            changed = self._changed
+            answer = self._mind.next_order(gang)
+            now = time.monotonic()
+            if answer is not None:
+                self._idle_since.pop(gang.name, None)
+                return answer
+            if now - self._idle_since.setdefault(gang.name, now) > self._options.gang_idle_s:
+                return Leave()
+            left = min(until - now, self._mind.next_wait_s() or wait_s)
+            if until <= now:
+                return None
+            try:
+                await asyncio.wait_for(changed.wait(), max(left, 0.01))
+            except TimeoutError:
+                continue
+
+    async def heartbeat(self, lease: Lease, progress: Progress) -> Verdict:
+        """A gang works on its task."""
+        self._begin()
+        return self._mind.heartbeat(lease, progress)
+
+    async def stopped(self, lease: Lease) -> bool:
+        """A gang has stopped at a block boundary."""
+        return self._woken(self._mind.stopped(lease))
+
+    async def finish(self, lease: Lease, video: str | None) -> bool:
+        """A gang has finished its task."""
+        return self._woken(self._mind.finish(lease, video))
+
+    async def fail(self, lease: Lease, failure: Failure) -> bool:
+        """A gang's try failed."""
+        return self._woken(self._mind.fail(lease, failure))
+
+    def _woken(self, answer: T) -> T:
+        """The answer, after waking the gangs that wait for work."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+        return answer
+
+    def _begin(self) -> None:
+        if self._watch is None or self._watch.done():
+            self._watch = asyncio.get_running_loop().create_task(self._keep_watch())
+
+    async def _keep_watch(self) -> None:
+        while True:
+            try:
+                await self._look()
+            except (StorageError, ray.exceptions.RayError):
+                log.exception("the director could not look after its gangs; it tries again")
+            self._publisher.flush()
+            await asyncio.sleep(self._options.watch_s)
+
+    async def _look(self) -> None:
+        loop = asyncio.get_running_loop()
+        names, capacity = await loop.run_in_executor(None, _cluster)
+        gangs = {name: gang for name in names if (gang := parse_name(name)) is not None}
+        self._mourn(set(gangs))
+        self._mind.reconcile([*gangs, *self._launched])
+        for view in self._mind.views():
+            self._fulfil(view.directory)
+        for name in self._mind.tick():
+            await loop.run_in_executor(None, _kill, name)
+        self._woken(None)
+        known = [*gangs.values(), *(parse_name(name) for name in self._launched if name not in gangs)]
+        await self._launch([gang for gang in known if gang is not None], capacity)
+
+    def _fulfil(self, directory: str, *, but: Action | None = None) -> None:
+        for wish in take_wishes(directory):
+            try:
+                if wish.action is not but:
+                    self._mind.control(directory, wish.action, wish.shot)
+            except ConfigError as error:
+                log.warning("%s", error)
+            wish.done()
+
+    def _mourn(self, alive: set[str]) -> None:
+        """Notice gangs that died young, so that what cannot start is not started over and over."""
+        now = time.monotonic()
+        for name, since in list(self._launched.items()):
+            if name in alive or now - since < 5.0:
+                continue
+            del self._launched[name]
+            self._num_young_deaths = self._num_young_deaths + 1 if now - since < 60 else 0
+            if self._num_young_deaths:
+                self._no_launch_before = now + min(60.0, self._options.relaunch_s * 2.0 ** (self._num_young_deaths - 1))
+
+    async def _launch(self, gangs: list[Crewing], capacity: dict[str, int]) -> None:
+        if time.monotonic() < self._no_launch_before:
+            return
+        started, _ = missing_gangs(self._mind.demand(), gangs, capacity, self._options.max_gangs)
+        homes = {view.film: view.directory for view in self._mind.views()}
+        for crewing, film in started:
+            spec = GangSpec(
+                crewing=crewing,
+                storage=f"{homes[film]}/.ray",
+                max_failures=film.max_tries,
+                lease_s=self._options.lease_s,
+            )
+            self._launched[crewing.name] = time.monotonic()
+            log.info("starting %s for %s", crewing.name, film.title)
+            await asyncio.get_running_loop().run_in_executor(None, launch, spec)
+
+
+def _cluster() -> tuple[list[str], dict[str, int]]:
+    """Names of the actors of the namespace, and devices of the cluster by kind."""
+    list_nodes: Any = ray.nodes  # has no types
+    alive = [node["Resources"] for node in list_nodes() if node["Alive"]]
+    capacity = {
+        device: sum(int(resources.get(kind, 0)) for resources in alive)
+        for device, kind in (("cuda", "GPU"), ("cpu", "CPU"))
+    }
+    return ray.util.list_named_actors(), capacity
+
+
+def _kill(name: str) -> None:
+    with contextlib.suppress(ValueError):  # it is gone already
+        ray.kill(ray.get_actor(name, namespace=NAMESPACE))
+
+
+def start_director(options: FarmOptions) -> None:
+    """Make sure that the cluster has a director; one that is there keeps its options."""
+    actor: Any = ray.remote(DirectorActor)
+    actor.options(
+        name=DIRECTOR,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        max_restarts=-1,
+        num_cpus=0,
+        resources=HEAD,
+        max_concurrency=1000,
+    ).remote(options)

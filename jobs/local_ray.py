@@ -1,0 +1,44 @@
+"""A Ray of our own for one film on one workstation: on loopback only, gone with this process.
+
+Ray decides these when it is imported or started, through environment variables; this is the only module that sets them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+_LOOPBACK = {
+    # Ray binds every port to 127.0.0.1 where it believes that no other host can join: on Windows and macOS, unless this
+    # is set; saying it on Linux has the same effect.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+@contextlib.contextmanager
+def local_ray(*, num_cpus: int | None = None) -> Iterator[str]:
+    """Start Ray with its dashboard on 127.0.0.1 and stop it again; yields the dashboard's address.
+
+    Token authentication is Ray's default for a cluster that it starts itself, and stays on.
+
+    Args:
+        num_cpus: as many as there are if None.
+    """
+    os.environ.update({key: value for key, value in _LOOPBACK.items() if key not in os.environ})
+    import ray
+
+    context = ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        include_dashboard=True,
+        dashboard_host="127.0.0.1",
+        log_to_driver=False,
+        configure_logging=False,
+    )
+    try:
+        yield f"http://{context.dashboard_url}"
+    finally:
+        ray.shutdown()

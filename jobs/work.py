@@ -1,0 +1,220 @@
+"""What a gang does with an order: render a shot in its folder, or join the film. No Ray.
+
+One rank asks, renders and answers. A gang of several is to hand its process group to the renderer; until it can take
+one, the other ranks wait (see `Crew`).
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from longtake.engine.config import ModelSpec
+from longtake.jobs.film import parse_film
+from longtake.jobs.hold import DirectorClient, Hold
+from longtake.jobs.ledger import FilmRecord
+from longtake.jobs.orders import Gang, Leave, Order
+from longtake.jobs.progress import RateMeter
+from longtake.jobs.render import BlockProgress, Join, RenderJob, RenderShot
+from longtake.jobs.resolve import resolve
+from longtake.jobs.shotlog import ShotLog
+from longtake.jobs.source import one_line
+from longtake.jobs.states import Failure, FailureKind, Progress, TaskKind
+from longtake.jobs.status import FILM_NAME
+from longtake.kernels.errors import LongtakeError
+from longtake.offload.errors import LockedError
+from longtake.offload.lock import FolderLock
+
+T = TypeVar("T")
+
+RETRY_S = 0.5
+_MAX_MESSAGE = 2000
+
+
+class Crew(Protocol):
+    """The ranks of a gang: rank 0 decides, all hear it in the same order."""
+
+    rank: int
+    num_ranks: int
+
+    def share(self, value: T | None) -> T:
+        """Rank 0's value, on every rank; blocks until all have called."""
+
+
+class Observe(Protocol):
+    """Told of every block, for metrics."""
+
+    def __call__(self, film: str, shot: str, folder: Path, block: BlockProgress, /) -> None: ...
+
+
+class Worker:
+    """One rank of a gang; keeps the renderer, and with it the model, from shot to shot.
+
+    Args:
+        client: of the director; rank 0's alone.
+        crew: this rank among the others.
+        gang: as the director knows it.
+        device: cpu, cuda or cuda:N.
+        lease_s: the director's.
+        film: gives a film's record by its directory.
+        read_model: reads a model's spec.
+        render_shot, join: the engine.
+        observe: told of every block.
+    """
+
+    def __init__(
+        self,
+        *,
+        client: DirectorClient,
+        crew: Crew,
+        gang: Gang,
+        device: str,
+        lease_s: float,
+        film: Callable[[str], FilmRecord],
+        read_model: Callable[[str], ModelSpec],
+        render_shot: RenderShot,
+        join: Join,
+        observe: Observe = lambda film, shot, folder, block: None,
+    ) -> None:
+        self._client, self._crew, self._gang, self._device, self._lease_s = client, crew, gang, device, lease_s
+        self._film, self._read_model = film, read_model
+        self._render_shot, self._join, self._observe = render_shot, join, observe
+        self._jobs: dict[tuple[str, str], RenderJob] = {}
+
+    def run(self) -> None:
+        """Work until the director has no use for this gang.
+
+        Raises:
+            Exception: an error after which this process should not go on; it was reported.
+        """
+        while True:
+            asked = time.monotonic()
+            answer = self._crew.share(self._ask() if self._crew.rank == 0 else None)
+            if isinstance(answer, Leave):
+                return
+            if isinstance(answer, Order) and self._crew.rank == 0:
+                self.work(answer, asked)
+
+    def _ask(self) -> Order | Leave | str:
+        try:
+            return self._client.next_order(self._gang) or "wait"
+        except ConnectionError:
+            time.sleep(RETRY_S)
+            return "wait"
+
+    def work(self, order: Order, asked: float) -> None:
+        """Carry out an order and tell the director how it ended.
+
+        Args:
+            asked: by time.monotonic, when the order was asked for.
+        """
+        lease = order.lease
+        failure, error, video, is_finished = None, None, None, False
+        with Hold(self._client, lease, self._lease_s, since=asked) as hold:
+            try:
+                video, is_finished = self._carry_out(order, hold)
+            except LockedError as locked:
+                failure = Failure(kind=FailureKind.BUSY, signature="locked", message=one_line(str(locked)))
+            except LongtakeError as known:
+                failure = explain(known)
+                ShotLog(Path(lease.film) / lease.task).write(f"failed: {failure.message}")
+            except Exception as unknown:  # the process's boundary: told, then raised
+                error, failure = unknown, explain(unknown)
+                ShotLog(Path(lease.film) / lease.task).write(traceback.format_exc())
+            lost = hold.lost
+        if lost:
+            return
+        if failure is not None:
+            self._tell(lambda: self._client.fail(lease, failure))
+        elif is_finished:
+            self._tell(lambda: self._client.finish(lease, video))
+        else:
+            self._tell(lambda: self._client.stopped(lease))
+        if error is not None:
+            raise error
+
+    def _tell(self, say: Callable[[], bool]) -> None:
+        """Say how a task ended; a director that cannot be reached for a whole lease has given it away anyway."""
+        until = time.monotonic() + self._lease_s
+        while time.monotonic() < until:
+            try:
+                say()
+                return
+            except ConnectionError:
+                time.sleep(RETRY_S)
+
+    def _carry_out(self, order: Order, hold: Hold) -> tuple[str | None, bool]:
+        """(path of the video from DIR, whether finished)."""
+        job = self._job(order)
+        if order.kind is TaskKind.JOIN:
+            return self._join_film(job), True
+        name = order.lease.task
+        directory, video = job.shot_directory(name), job.shot_video(name)
+        with closing(FolderLock(job.directory / f".{name}.lock")):
+            directory.mkdir(exist_ok=True)
+            job.recipe(name).keep_in(directory)
+            if not video.exists():
+                log = ShotLog(directory)
+                log.write(f"epoch {order.lease.epoch}: {self._gang.name} on {order.num_ranks} x {self._device}")
+                progress = self._progress(job, name, hold, log)
+                result = self._render_shot(
+                    job.configs[name], directory, self._device, stop=hold.stop, progress=progress
+                )
+                if hold.lost or not result.finished:
+                    log.write("lost the lease" if hold.lost else "stopped at a block boundary")
+                    return None, False
+                self._join(result.segments, video)
+                log.write(f"finished: {video.name}")
+        return f"{name}/{video.name}", True
+
+    def _progress(self, job: RenderJob, name: str, hold: Hold, log: ShotLog) -> Callable[[BlockProgress], None]:
+        meter, config = RateMeter(), job.configs[name]
+        block_frames = config.model.block_frames * config.model.temporal_stride
+
+        def progress(block: BlockProgress) -> None:
+            rate = block_frames * meter.mark(block.block, block.seconds_block)
+            told = Progress(
+                blocks_done=block.block,
+                frames_done=block.frames_done,
+                frames_per_s=rate if block.seconds_block else None,
+                device_bytes=block.device_cache_bytes,
+            )
+            hold.report(told)
+            what = f"in {block.seconds_block:.3f} s" if block.seconds_block else "goes on from here"
+            log.write(f"block {block.block}/{block.num_blocks} {what}")
+            self._observe(job.film.title, name, job.shot_directory(name), block)
+
+        return progress
+
+    def _join_film(self, job: RenderJob) -> str | None:
+        """DIR/film.mp4; None where the shots are of different kinds, and each has its own video only."""
+        if len({(c.height, c.width, c.fps, c.video_codec) for c in job.configs.values()}) > 1:
+            return None
+        self._join([job.shot_video(shot.name) for shot in job.film.shots], job.directory / FILM_NAME)
+        return FILM_NAME
+
+    def _job(self, order: Order) -> RenderJob:
+        """The film of an order, resolved once."""
+        key = (order.lease.film, order.content_hash)
+        if key not in self._jobs:
+            record = self._film(order.lease.film)
+            film = parse_film(record.toml, record.source)
+            job = RenderJob(
+                film=film,
+                configs=resolve(film, self._read_model),
+                directory=Path(order.lease.film),
+                device=self._device,
+            )
+            self._jobs[key] = job
+        return self._jobs[key]
+
+
+def explain(error: Exception) -> Failure:
+    """A failure with a signature that leaves out what differs from try to try: numbers."""
+    message = one_line(f"{type(error).__name__}: {error}")[:_MAX_MESSAGE]
+    return Failure(kind=FailureKind.ERROR, signature=re.sub(r"\d+", "#", message), message=message)
