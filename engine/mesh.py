@@ -98,7 +98,7 @@ def parse_mesh(text: str) -> MeshShape:
 
 
 def default_mesh(num_ranks: int) -> MeshShape:
-    """All ranks along ``sp``: two collectives a layer where tensor parallelism has five, at the price of whole weights."""
+    """All ranks along ``sp``: two collectives a layer, where tensor parallelism has five and saves weights."""
     return MeshShape(sp=num_ranks)
 
 
@@ -157,7 +157,7 @@ class Axis:
 
 
 def wait(started: Tensor) -> Tensor:
-    """Let the current stream wait for a started collective; returns its result. What is no collective passes through."""
+    """Let the current stream wait for a started collective; returns its result. Anything else passes through."""
     done: Tensor = torch.ops._c10d_functional.wait_tensor(started)
     return done
 

@@ -4,7 +4,7 @@ A rank's share is the same part of every latent frame, so that whatever is done 
 needs no index, and shares are equal on any gang size; the last one of a frame is padded where the tokens do not divide.
 Two exchanges a layer: q, k, v of all heads of a share become those of some heads of all tokens; the result goes back::
 
-    [share of tokens, all heads]  -- all-to-all -->  [all tokens, own heads]  -- attend --> -- all-to-all -->  [share, all]
+    [share of tokens, all heads] -- all-to-all --> [all tokens, own heads] -- attend, all-to-all --> [share, all heads]
 
 Why torch's all-to-all and not DeepSpeed's DistributedAttention: docs/decisions/0010.
 
@@ -62,14 +62,14 @@ class TokenLayout:
         if self.num_shares == 1:
             return x_BTM
         x_BFSM = self._padded(x_BTM.unflatten(1, (self.num_frames, -1)))
-        part = x_BFSM.unflatten(2, (self.num_shares, -1))[:, :, index]
+        part: Tensor = x_BFSM.unflatten(2, (self.num_shares, -1))[:, :, index]
         return part.flatten(1, 2).contiguous()
 
     def whole(self, shares: Tensor) -> Tensor:
         """All shares in order, [n*m, t, ...], to whole tokens [T, ...], contiguous, without the padding."""
         if self.num_shares == 1:
             return shares[0]
-        x = shares.unflatten(1, (self.num_frames, -1)).transpose(0, 1)  # F, n*m, s, ...
+        x: Tensor = shares.unflatten(1, (self.num_frames, -1)).transpose(0, 1)  # F, n*m, s, ...
         x = x.flatten(1, 2)[:, : self.frame_tokens]
         return x.flatten(0, 1).contiguous()
 
@@ -77,8 +77,9 @@ class TokenLayout:
         """Whole tokens [T, ...] to all shares in order: [n*m, t, ...], padded."""
         if self.num_shares == 1:
             return x[None]
-        x_FS = self._padded(x.unflatten(0, (self.num_frames, -1))[None])[0]
-        return x_FS.unflatten(1, (self.num_shares, -1)).transpose(0, 1).flatten(1, 2)
+        x_FS: Tensor = self._padded(x.unflatten(0, (self.num_frames, -1))[None])[0]
+        dealt: Tensor = x_FS.unflatten(1, (self.num_shares, -1)).transpose(0, 1)
+        return dealt.flatten(1, 2)
 
     def _padded(self, x_BFS: Tensor) -> Tensor:
         missing = self.num_shares * self.share_tokens - self.frame_tokens

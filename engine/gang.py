@@ -1,0 +1,412 @@
+"""The processes that render one shot together: how they meet, agree, and end together.
+
+Collectives of the model run on torch's process groups (NCCL, or gloo on CPUs). Everything else (agreements, tasks,
+errors) goes over connections of its own (gang_link), so that no rank ever waits for one that is gone: an error on one
+rank, or its death, is known to all at once, and each of them raises it. A rank that is stuck in a collective which will
+never complete has its groups aborted, and is ended hard when that does not free it.
+
+    with join() as gang:                a gang of one when there is nothing to join
+        gang.lead(read_prompts)         rank 0 does it, all have the result
+        gang.minimum(num_blocks)        every rank's say
+        gang.any(stop_requested)
+
+An agreement is made by every rank, in the same order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import faulthandler
+import os
+import pickle
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from longtake.engine.gang_link import HEARTBEAT_S, Door, Link, knock
+from longtake.engine.mesh import ALONE, TIMEOUT_S, Mesh, MeshShape, default_mesh, open_mesh, parse_mesh
+from longtake.kernels.errors import ConfigError, LongtakeError, WorkerError
+
+T = TypeVar("T")
+
+# Between the news that a rank failed and the hard end of one that is stuck.
+GRACE_S = 5.0
+# An error that may be the echo of another rank's end waits this long for the news.
+_NEWS_S = 2.0
+MESH_VARIABLE = "LONGTAKE_MESH"
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 3
+
+
+class GangError(WorkerError):
+    """Another rank of the gang failed or died: start the gang again, it goes on from its last committed block."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Said:
+    number: int
+    value: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Agreed:
+    number: int
+    value: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Task:
+    value: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Dismissed:
+    code: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Failed:
+    rank: int
+    error: BaseException
+
+
+class Gang:
+    """One rank's side of the gang. Agreements come from one thread; as a context manager it ends with its body.
+
+    Args:
+        rank, size: of this process.
+        local_rank: among those of this machine: its device.
+        timeout_s: after which a rank that lives but does not answer is an error.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, timeout_s: float = TIMEOUT_S) -> None:
+        self.rank, self.size, self.local_rank = rank, size, local_rank
+        self._timeout_s = timeout_s
+        self._link: Link | None = None
+        self._number = 0
+        self._news = threading.Condition()
+        self._said: dict[int, dict[int, Any]] = {}
+        self._agreed: dict[int, Any] = {}
+        self._tasks: list[_Task | _Dismissed] = []
+        self._dismissed = self._closed = False
+        self._failure: _Failed | None = None
+        self._mesh: Mesh | None = None
+        self.dismissed_with = 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0: it reads the film, writes video and status, and tells the others what to do."""
+        return self.rank == 0
+
+    # -- agreements
+
+    def lead(self, make: Callable[[], T]) -> T:
+        """What ``make`` returns on rank 0, on every rank; it must pickle. Only rank 0 calls it."""
+        if self._link is None:
+            return make()
+        self._number += 1
+        if self.leads:
+            value = make()
+            self._link.send_all(_Agreed(number=self._number, value=value))
+            return value
+        agreed: T = self._answer(timeout_s=None)  # however long it takes: rank 0's end would be heard of
+        return agreed
+
+    def agree(self, value: T, combine: Callable[[list[T]], T]) -> T:
+        """Combine every rank's value, in rank order, on rank 0; the result on every rank.
+
+        Raises:
+            GangError: a rank failed, died, or does not answer; LongtakeError: that rank's own.
+        """
+        if self._link is None:
+            return combine([value])
+        self._number += 1
+        if not self.leads:
+            self._link.send(0, _Said(number=self._number, value=value))
+            agreed: T = self._answer(self._timeout_s)
+            return agreed
+        number, others = self._number, range(1, self.size)
+
+        def missing() -> list[int]:
+            return [rank for rank in others if rank not in self._said.get(number, {})]
+
+        if not self._wait(lambda: not missing(), self._timeout_s):
+            silent = missing()[0]
+            raise GangError(f"rank {silent} lives but has not answered for {self._timeout_s:.0f} s", rank=silent)
+        with self._news:
+            said = self._said.pop(number)
+        result = combine([value, *(said[rank] for rank in others)])
+        self._link.send_all(_Agreed(number=number, value=result))
+        return result
+
+    def minimum(self, number: int) -> int:
+        """The least of every rank's numbers."""
+        return self.agree(number, min)
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so."""
+        return self.agree(flag, any)
+
+    def check(self) -> None:
+        """Raise what another rank failed of, if one did."""
+        with self._news:
+            if self._failure is not None and self._failure.rank != self.rank:
+                raise self._failure.error
+
+    # -- tasks
+
+    def tell(self, task: Any) -> None:
+        """Rank 0 gives all others a task; it must pickle."""
+        if self._link is not None:
+            self.check()
+            self._link.send_all(_Task(value=task))
+
+    def receive(self) -> Any:
+        """The next task on another rank; waits as long as it takes.
+
+        Returns:
+            The task; None when the gang is dismissed.
+        """
+        self._wait(lambda: bool(self._tasks), None)
+        with self._news:
+            task = self._tasks.pop(0)
+        return task.value if isinstance(task, _Task) else None
+
+    def dismiss(self, code: int = 0) -> None:
+        """Rank 0 has no more tasks; the other ranks' processes end with that exit code."""
+        if self._link is not None and self.leads:
+            self._dismissed = True
+            self._link.send_all(_Dismissed(code=code))
+
+    # -- what the ranks share
+
+    def mesh(self, num_heads: int) -> Mesh:
+        """The gang's mesh for a model; every rank calls it. Its axes are ``LONGTAKE_MESH``'s, or all of them sp.
+
+        Raises:
+            ConfigError: the gang's size does not fit the model's heads, or that variable.
+        """
+        shape = self.mesh_shape(num_heads)
+        if self.size == 1:
+            return ALONE
+        if self._mesh is None or self._mesh.shape != shape:
+            self._mesh = open_mesh(shape, self._timeout_s)
+        return self._mesh
+
+    def mesh_shape(self, num_heads: int) -> MeshShape:
+        """As ``mesh``, without making anything."""
+        text = os.environ.get(MESH_VARIABLE)
+        shape = parse_mesh(text) if text else default_mesh(self.size)
+        if shape.size != self.size:
+            raise ConfigError(
+                f"{MESH_VARIABLE}={text} is a mesh of {shape.size} processes, and {self.size} were started"
+            )
+        shape.check(num_heads)
+        return shape
+
+    def device(self, name: str) -> str:
+        """This rank's device of a kind: cuda on each rank is the GPU of its place on the machine.
+
+        Raises:
+            ConfigError: a single GPU was named for several ranks.
+        """
+        if self.size == 1 or name == "cpu":
+            return name
+        if ":" in name:
+            raise ConfigError(
+                f"device {name!r} is one GPU, and {self.size} processes were started: name the kind, cuda"
+            )
+        return f"{name}:{self.local_rank}"
+
+    # -- the end
+
+    def __enter__(self) -> Gang:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._close()
+            return
+        failure = self._failure_behind(error)
+        self._close(failed=True)
+        if failure is not None and failure.error is not error:
+            raise failure.error from error
+
+    def _failure_behind(self, error: BaseException) -> _Failed | None:
+        """The other rank's failure that ``error`` follows from; if there is none, the others are told of this one."""
+        if self._link is None:
+            return None
+        # what torch raises of a broken collective says nothing of why; the news may still be on its way
+        echo = isinstance(error, RuntimeError) and not isinstance(error, LongtakeError)
+        with self._news:
+            if echo:
+                self._news.wait_for(lambda: self._failure is not None, _NEWS_S)
+            if self._failure is None:
+                self._failure = _Failed(rank=self.rank, error=_portable(error, self.rank))
+                self._link.send_all(self._failure)
+            return None if self._failure.rank == self.rank else self._failure
+
+    def _close(self, failed: bool = False) -> None:
+        if self.size > 1:
+            if failed:
+                # teardown may hang as the collective did; this outlasts even the interpreter's own end
+                faulthandler.dump_traceback_later(2 * GRACE_S, exit=True)
+                _abort_groups()
+            elif dist.is_initialized():
+                if not self._dismissed:
+                    self.dismiss()
+                dist.destroy_process_group()
+        with self._news:
+            self._closed = True
+        if self._link is not None:
+            self._link.close()
+
+    # -- in the link's thread
+
+    def _on_message(self, rank: int, message: Any) -> None:
+        with self._news:
+            match message:
+                case _Said():
+                    self._said.setdefault(message.number, {})[rank] = message.value
+                case _Agreed():
+                    self._agreed[message.number] = message.value
+                case _Dismissed():
+                    self._dismissed, self.dismissed_with = True, message.code
+                    self._tasks.append(message)
+                case _Task():
+                    self._tasks.append(message)
+                case _Failed():
+                    self._end(message)
+            self._news.notify_all()
+
+    def _on_lost(self, rank: int, how: str) -> None:
+        with self._news:
+            if not self._dismissed:
+                self._end(_Failed(rank=rank, error=GangError(f"rank {rank} {how}", rank=rank)))
+                self._news.notify_all()
+
+    def _end(self, failure: _Failed) -> None:
+        """The first failure counts: pass it on, free collectives that will never complete."""
+        if self._failure is not None or self._closed:
+            return
+        self._failure = failure
+        if self.leads and self._link is not None:
+            self._link.send_all(failure)
+        threading.Thread(target=self._end_hard, name="gang-end", daemon=True).start()
+
+    def _end_hard(self) -> None:
+        time.sleep(_NEWS_S / 4)  # a rank that works notices by itself
+        if not self._closed:
+            _abort_groups()
+        time.sleep(GRACE_S)
+        if self._closed:
+            return
+        assert self._failure is not None
+        if self.speaks:
+            print(f"longtake: {self._failure.error}", file=sys.stderr, flush=True)
+        os._exit(exit_code(self._failure.error))
+
+    @property
+    def speaks(self) -> bool:
+        """Whether it is this rank's part to tell the user of the failure: rank 0's, or rank 1's when that is gone."""
+        lost_leader = self._failure is not None and self._failure.rank == 0
+        return self.leads or (lost_leader and self.rank == 1)
+
+    # -- waiting
+
+    def _answer(self, timeout_s: float | None) -> Any:
+        number = self._number
+        if not self._wait(lambda: number in self._agreed, timeout_s):
+            raise GangError(f"the other ranks have not answered for {timeout_s:.0f} s", rank=self.rank)
+        with self._news:
+            return self._agreed.pop(number)
+
+    def _wait(self, ready: Callable[[], bool], timeout_s: float | None) -> bool:
+        with self._news:
+            arrived = self._news.wait_for(lambda: ready() or self._failure is not None, timeout_s)
+            if self._failure is not None and not ready():
+                raise self._failure.error
+            return arrived
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code that an error ends a process with."""
+    if isinstance(error, ConfigError):
+        return EXIT_BAD_INPUT
+    return EXIT_FAILED if isinstance(error, Exception) else EXIT_INTERRUPTED
+
+
+def _portable(error: BaseException, rank: int) -> BaseException:
+    """An error as another rank may raise it: its own type where that is ours, told in words where it is not."""
+    if not isinstance(error, Exception):
+        return KeyboardInterrupt(f"rank {rank} was stopped")
+    if isinstance(error, LongtakeError):
+        if error.rank is None:
+            error.rank = rank
+        with contextlib.suppress(pickle.PickleError, TypeError, AttributeError):
+            pickle.loads(pickle.dumps(error))
+            return error
+    where = traceback.extract_tb(error.__traceback__)
+    place = f" at {os.path.basename(where[-1].filename)}:{where[-1].lineno}" if where else ""
+    return GangError(f"rank {rank} failed{place}: {type(error).__name__}: {error}", rank=rank)
+
+
+def _abort_groups() -> None:
+    """Let go of collectives that will never complete; NCCL's are freed, gloo's are not."""
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError, ValueError, AttributeError):
+            dist.distributed_c10d._abort_process_group()
+
+
+def is_one_of_many() -> bool:
+    """Whether a launcher such as torchrun started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def join(timeout_s: float = TIMEOUT_S, heartbeat_s: float = HEARTBEAT_S) -> Gang:
+    """Meet the other processes that a launcher started (torchrun, Ray Train): what they set in the environment says
+    who they are. Without a launcher, a gang of one.
+
+    Args:
+        timeout_s: for a collective, and for a rank that does not answer.
+        heartbeat_s: between signs of life; see Link.
+
+    Raises:
+        WorkerError: the others were not met in time.
+    """
+    if not is_one_of_many():
+        return Gang()
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
+    gang = Gang(rank, size, local_rank, timeout_s)
+    one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) == size
+    door = Door("127.0.0.1" if one_machine else os.environ["MASTER_ADDR"]) if gang.leads else None
+    invitation: list[Any] = [None if door is None else door.invitation]
+    dist.broadcast_object_list(invitation, src=0, device=torch.device("cpu"))
+    connections = {0: knock(invitation[0], rank, timeout_s)} if door is None else door.admit(size, timeout_s)
+    gang._link = Link(connections, gang._on_message, gang._on_lost, heartbeat_s)
+    gang._link.start()
+    return gang
+
+
+@contextlib.contextmanager
+def joined(timeout_s: float = TIMEOUT_S) -> Iterator[Gang]:
+    """:func:`join` as a context: the gang ends with it."""
+    with join(timeout_s) as gang:
+        yield gang
