@@ -3,10 +3,10 @@
 The one module of the engine that reads the environment::
 
     models/self-forcing/
-        longtake.json  model_index.json  licence.json
+        longtake.json  pulled.json                        settings; every file's origin, commit and checksum, licences
         transformer/{config.json, self_forcing_dmd.pt}
-        vae/  text_encoder/  tokenizer/  scheduler/       links into the store's copy of the repository
-    hub/                                                  huggingface_hub's cache: each file once, by checksum
+        vae/  text_encoder/  tokenizer/  scheduler/       as on the hub
+    blobs/CHECKSUM                                        every file once; those above are links to them
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ def model_folder(name: str) -> Path:
     return home() / "models" / name
 
 
-def hub_cache() -> Path:
-    """Where files of the hub are kept, each once, by content."""
-    return home() / "hub"
+def blobs() -> Path:
+    """Where files of the hub are kept, each once, by checksum."""
+    return home() / "blobs"
 
 
 def fetched() -> list[str]:
     """Names of the models in the store."""
-    return sorted(path.parent.name for path in (home() / "models").glob("*/longtake.json"))
+    return sorted(
+        path.parent.name for path in (home() / "models").glob("*/longtake.json") if path.parent.suffix != ".partial"
+    )

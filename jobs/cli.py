@@ -185,17 +185,48 @@ def verify(
 
 @app.command()
 def models() -> None:
-    """The models that a film can name."""
+    """The models that a film can name: shipped, fetched, and those that longtake pull can fetch."""
+    from longtake.engine.presets import PRESETS
+    from longtake.engine.store import fetched
     from longtake.engine.weights import SHIPPED, read_spec
-    from longtake.jobs.tables import models_table, print_table
+    from longtake.jobs.tables import models_table, presets_table, print_table
 
     specs: dict[str, ModelSpec | str] = {}
-    for name in SHIPPED:
+    for name in (*SHIPPED, *fetched()):
         try:
             specs[name] = read_spec(name)
         except ConfigError as error:
             specs[name] = str(error)
     print_table(models_table(specs))
+    rest = {name: preset for name, preset in PRESETS.items() if name not in specs}
+    if rest:
+        print("\nto be fetched with  longtake pull NAME:")
+        print_table(presets_table(rest))
+
+
+@app.command()
+def pull(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A model of longtake models.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list files, sizes and licences.")] = False,
+) -> None:
+    """Fetch a model into the local store (LONGTAKE_HOME); run again, it goes on where it stopped."""
+    from longtake.engine import hub
+    from longtake.jobs.quantities import format_bytes
+
+    preset = hub.find_preset(name)
+    listing = hub.list_files(name)
+    for repo, licence in listing.licences:
+        print(f"licence of {repo}: {licence}")
+    for doubt in preset.unverified:
+        print(f"not verified: {doubt}")
+    if not preset.few_step:
+        print("a base model: it needs guidance and many steps, which longtake does not do; other models build on it")
+    print(f"{len(listing.files)} files, {format_bytes(listing.num_bytes)}")
+    if dry_run:
+        for file in listing.files:
+            print(f"{file.repo}/{file.name} -> {file.target} ({format_bytes(file.num_bytes)})")
+        return
+    print(f"{name} is in {hub.pull(listing, lambda file: print(f'{file.repo}/{file.name}', flush=True))}")
 
 
 @app.command(

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from longtake.engine.config import ModelSpec
+from longtake.engine.presets import Preset
 from longtake.jobs.plan import ShotPlan
 from longtake.jobs.quantities import format_bytes, format_duration
 
@@ -90,6 +91,26 @@ def models_table(specs: Mapping[str, ModelSpec | str]) -> Table:
             str(spec.transformer.dim),
             format_bytes(folder_bytes(spec.path)),
             str(spec.path),
+        )
+    return table
+
+
+def presets_table(presets: Mapping[str, Preset]) -> Table:
+    """What can be fetched."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("name", "size", "fps", "block", "steps", "layers", "width", "licence", "what it is"):
+        table.add_column(name, overflow="fold")
+    for name, preset in presets.items():
+        table.add_row(
+            name,
+            f"{preset.height}x{preset.width}",
+            str(preset.fps),
+            f"{preset.block_frames} latent frames",
+            str(len(preset.sampler.timesteps)),
+            str(preset.transformer.num_layers),
+            str(preset.transformer.dim),
+            preset.licence or "see its card",
+            preset.summary,
         )
     return table
 

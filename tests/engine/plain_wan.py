@@ -5,7 +5,7 @@ Written from the published description of the architecture, not from longtake's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -101,8 +101,9 @@ def forward(
     def norm(x: Tensor) -> Tensor:
         return (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + eps).sqrt()
 
-    def per_frame(x_TM: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
-        return f(x_TM.unflatten(0, (frames, -1))).flatten(0, 1)
+    def per_frame(x_TM: Tensor, scale_F1M: Tensor, shift_F1M: Tensor | float = 0.0) -> Tensor:
+        scaled: Tensor = x_TM.unflatten(0, (frames, -1)) * scale_F1M + shift_F1M
+        return scaled.flatten(0, 1)
 
     def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
@@ -125,7 +126,7 @@ def forward(
         shift, scale, gate, shift_f, scale_f, gate_f = (
             m[:, None] for m in (state[f"{b}.modulation"].float() + modulation_F6M).unbind(1)
         )
-        y = per_frame(norm(x), lambda n, scale=scale, shift=shift: n * (1 + scale) + shift)
+        y = per_frame(norm(x), 1 + scale, shift)
         q = rms(f"{b}.self_attn.norm_q", linear(f"{b}.self_attn.q", y)).unflatten(1, (heads, -1))
         k = rms(f"{b}.self_attn.norm_k", linear(f"{b}.self_attn.k", y)).unflatten(1, (heads, -1))
         v = linear(f"{b}.self_attn.v", y).unflatten(1, (heads, -1))
@@ -133,16 +134,16 @@ def forward(
         keys = [rope(kv[i][0], at, rows, columns) for kv, at in history] + [rope(k, positions, rows, columns)]
         values = [kv[i][1] for kv, _ in history] + [v]
         y = softmax_attention(rope(q, positions, rows, columns), torch.cat(keys), torch.cat(values))
-        x = x + per_frame(linear(f"{b}.self_attn.o", y), lambda n, gate=gate: n * gate)
+        x = x + per_frame(linear(f"{b}.self_attn.o", y), gate)
         y = norm(x) * state[f"{b}.norm3.weight"].float() + state[f"{b}.norm3.bias"].float()
         q = rms(f"{b}.cross_attn.norm_q", linear(f"{b}.cross_attn.q", y)).unflatten(1, (heads, -1))
         k = rms(f"{b}.cross_attn.norm_k", linear(f"{b}.cross_attn.k", text)).unflatten(1, (heads, -1))
         v = linear(f"{b}.cross_attn.v", text).unflatten(1, (heads, -1))
         x = x + linear(f"{b}.cross_attn.o", softmax_attention(q, k, v))
-        y = per_frame(norm(x), lambda n, scale=scale_f, shift=shift_f: n * (1 + scale) + shift)
+        y = per_frame(norm(x), 1 + scale_f, shift_f)
         y = linear(f"{b}.ffn.2", F.gelu(linear(f"{b}.ffn.0", y), approximate="tanh"))
-        x = x + per_frame(y, lambda n, gate=gate_f: n * gate)
+        x = x + per_frame(y, gate_f)
     shift, scale = (m[:, None] for m in (state["head.modulation"].float() + time[:, None]).unbind(1))
-    x = linear("head.head", per_frame(norm(x), lambda n: n * (1 + scale) + shift))
+    x = linear("head.head", per_frame(norm(x), 1 + scale, shift))
     x = x.reshape(frames, rows, columns, 1, 2, 2, config.out_channels)
     return torch.einsum("fhwpqrc->cfphqwr", x).reshape(config.out_channels, frames, height, width), kept

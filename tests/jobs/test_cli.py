@@ -43,7 +43,7 @@ def test_help_answers_at_once_and_without_pytorch() -> None:
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert time.monotonic() - started < 10  # a loaded machine; alone it is a tenth of a second
     assert result.stdout.splitlines()[-1] == "False 0"
-    for command in ("render", "plan", "models", "bench"):
+    for command in ("render", "plan", "models", "pull", "bench"):
         assert command in result.stdout
 
 
