@@ -14,8 +14,8 @@ from longtake.jobs.stopping import StopSignals
 from longtake.kernels.errors import ConfigError
 
 if TYPE_CHECKING:
-    from longtake.jobs.driver import FilmOrder
     from longtake.jobs.film import Film
+    from longtake.jobs.filmorder import FilmOrder
 
 WISH_PATIENCE_S = 5.0
 
@@ -66,11 +66,10 @@ def _check(film: Film) -> None:
 
 
 def _order(film: Film, out: Path, device: str, gpus_per_shot: int, priority: int) -> FilmOrder:
+    from longtake.jobs.filmorder import FilmOrder
     from longtake.jobs.ledger import FilmRecord
 
     _need_ray()
-    from longtake.jobs.driver import FilmOrder
-
     record = FilmRecord(
         title=film.title,
         content_hash=film.content_hash,

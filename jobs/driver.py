@@ -6,20 +6,15 @@ there, 1 when shots are dead, 2 on bad input, and 3, with everything kept, when 
 
 from __future__ import annotations
 
-import base64
-import dataclasses
 import hashlib
-import json
-import os
 import sys
 import time
-import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-from longtake.jobs.farm import FarmOptions, start_director
+from longtake.jobs.farm import start_director
 from longtake.jobs.film import parse_film
+from longtake.jobs.filmorder import FilmOrder, order_of_job
 from longtake.jobs.gang import NAMESPACE, RayDirector
 from longtake.jobs.ledger import FilmRecord
 from longtake.jobs.orders import Action, FilmView, Outcome
@@ -32,31 +27,10 @@ from longtake.jobs.status import State
 from longtake.jobs.stopping import EXIT_INTERRUPTED, StopSignals
 from longtake.kernels.errors import ConfigError, LongtakeError
 
-ORDER_VARIABLE = "LONGTAKE_FILM_ORDER"
 FOLLOW_S = 1.0
 PATIENCE_S = 120.0
 
 Print = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FilmOrder:
-    """What is submitted: the film's record, where it goes, and how gangs are kept if there is no director yet."""
-
-    directory: str
-    record: FilmRecord
-    options: FarmOptions = dataclasses.field(default_factory=FarmOptions)
-
-    def encode(self) -> str:
-        """As text for an environment variable."""
-        return base64.b64encode(zlib.compress(json.dumps(dataclasses.asdict(self)).encode(), 9)).decode()
-
-    @classmethod
-    def decode(cls, text: str) -> FilmOrder:
-        """What `encode` gave."""
-        data = json.loads(zlib.decompress(base64.b64decode(text)))
-        record = FilmRecord(**{**data["record"], "gang_sizes": tuple(data["record"]["gang_sizes"])})
-        return cls(directory=data["directory"], record=record, options=FarmOptions(**data["options"]))
 
 
 def film_tasks(record: FilmRecord, directory: str) -> list[Task]:
@@ -183,7 +157,7 @@ def main() -> int:
     """Entry point of the job."""
     import ray
 
-    order = FilmOrder.decode(os.environ[ORDER_VARIABLE])
+    order = order_of_job()
     with StopSignals() as signals:
         try:
             ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False)

@@ -11,12 +11,12 @@ import asyncio
 import contextlib
 import logging
 import time
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
 
-from longtake.jobs.director import LEASE_S, Director
+from longtake.jobs.director import Director
+from longtake.jobs.filmorder import FarmOptions
 from longtake.jobs.fleet import Crewing, missing_gangs, parse_name
 from longtake.jobs.gang import DIRECTOR, HEAD, NAMESPACE, GangSpec, launch
 from longtake.jobs.ledger import FilmRecord
@@ -30,25 +30,6 @@ from longtake.kernels.errors import ConfigError, StorageError
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FarmOptions:
-    """How the director keeps its gangs.
-
-    Args:
-        lease_s: silence after which a gang has lost its shot.
-        gang_idle_s: a gang without work for so long lets its devices go.
-        watch_s: between two looks at gangs and wishes.
-        max_gangs: no more than so many; None: as many as there are devices.
-        relaunch_s: pause before a gang is started in place of one that died young; doubles each time.
-    """
-
-    lease_s: float = LEASE_S
-    gang_idle_s: float = 60.0
-    watch_s: float = 1.0
-    max_gangs: int | None = None
-    relaunch_s: float = 2.0
 
 
 class DirectorActor:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from longtake.jobs.driver import ORDER_VARIABLE, FilmOrder
+from longtake.jobs.filmorder import ORDER_VARIABLE, FilmOrder
 from longtake.kernels.errors import ConfigError, WorkerError
 
 MAX_ORDER_BYTES = 120_000
