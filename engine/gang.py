@@ -40,6 +40,8 @@ T = TypeVar("T")
 
 # Between the news that a rank failed and the hard end of one that is stuck.
 GRACE_S = 5.0
+# For a rank that noticed, to put its things away.
+UNWIND_S = 60.0
 # An error that may be the echo of another rank's end waits this long for the news.
 _NEWS_S = 2.0
 MESH_VARIABLE = "LONGTAKE_MESH"
@@ -96,7 +98,7 @@ class Gang:
         self._said: dict[int, dict[int, Any]] = {}
         self._agreed: dict[int, Any] = {}
         self._tasks: list[_Task | _Dismissed] = []
-        self._dismissed = self._closed = False
+        self._dismissed = self._closed = self._noticed = False
         self._failure: _Failed | None = None
         self._mesh: Mesh | None = None
         self.dismissed_with = 0
@@ -117,7 +119,7 @@ class Gang:
             value = make()
             self._link.send_all(_Agreed(number=self._number, value=value))
             return value
-        agreed: T = self._answer(timeout_s=None)  # however long it takes: rank 0's end would be heard of
+        agreed: T = self._answer()
         return agreed
 
     def agree(self, value: T, combine: Callable[[list[T]], T]) -> T:
@@ -131,7 +133,7 @@ class Gang:
         self._number += 1
         if not self.leads:
             self._link.send(0, _Said(number=self._number, value=value))
-            agreed: T = self._answer(self._timeout_s)
+            agreed: T = self._answer()
             return agreed
         number, others = self._number, range(1, self.size)
 
@@ -159,6 +161,7 @@ class Gang:
         """Raise what another rank failed of, if one did."""
         with self._news:
             if self._failure is not None and self._failure.rank != self.rank:
+                self._noticed = True
                 raise self._failure.error
 
     # -- tasks
@@ -242,6 +245,17 @@ class Gang:
         if failure is not None and failure.error is not error:
             raise failure.error from error
 
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[None]:
+        """An error in the body is told to the other ranks before anything is unwound; theirs is raised in its place."""
+        try:
+            yield
+        except BaseException as error:
+            failure = self._failure_behind(error)
+            if failure is not None and failure.error is not error:
+                raise failure.error from error
+            raise
+
     def _failure_behind(self, error: BaseException) -> _Failed | None:
         """The other rank's failure that ``error`` follows from; if there is none, the others are told of this one."""
         if self._link is None:
@@ -251,9 +265,10 @@ class Gang:
         with self._news:
             if echo:
                 self._news.wait_for(lambda: self._failure is not None, _NEWS_S)
+            self._noticed = True
             if self._failure is None:
-                self._failure = _Failed(rank=self.rank, error=_portable(error, self.rank))
-                self._link.send_all(self._failure)
+                self._end(_Failed(rank=self.rank, error=_portable(error, self.rank)))
+            assert self._failure is not None
             return None if self._failure.rank == self.rank else self._failure
 
     def _close(self, failed: bool = False) -> None:
@@ -300,7 +315,7 @@ class Gang:
         if self._failure is not None or self._closed:
             return
         self._failure = failure
-        if self.leads and self._link is not None:
+        if self._link is not None and (self.leads or failure.rank == self.rank):
             self._link.send_all(failure)
         threading.Thread(target=self._end_hard, name="gang-end", daemon=True).start()
 
@@ -309,6 +324,9 @@ class Gang:
         if not self._closed:
             _abort_groups()
         time.sleep(GRACE_S)
+        ends = time.monotonic() + UNWIND_S
+        while self._noticed and not self._closed and time.monotonic() < ends:
+            time.sleep(0.1)
         if self._closed:
             return
         assert self._failure is not None
@@ -324,10 +342,10 @@ class Gang:
 
     # -- waiting
 
-    def _answer(self, timeout_s: float | None) -> Any:
+    def _answer(self) -> Any:
+        """Rank 0's answer, however long it takes: its end would be heard of."""
         number = self._number
-        if not self._wait(lambda: number in self._agreed, timeout_s):
-            raise GangError(f"the other ranks have not answered for {timeout_s:.0f} s", rank=self.rank)
+        self._wait(lambda: number in self._agreed, None)
         with self._news:
             return self._agreed.pop(number)
 
@@ -335,6 +353,7 @@ class Gang:
         with self._news:
             arrived = self._news.wait_for(lambda: ready() or self._failure is not None, timeout_s)
             if self._failure is not None and not ready():
+                self._noticed = True
                 raise self._failure.error
             return arrived
 

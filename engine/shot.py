@@ -15,6 +15,8 @@ from torch import Tensor
 
 from longtake.engine.config import ModelSpec, ShotConfig
 from longtake.engine.emitter import Emitter, Start
+from longtake.engine.gang import Gang
+from longtake.engine.gang_shot import RankFolder, ReadWindows, follow
 from longtake.engine.metrics import MetricsLog
 from longtake.engine.model import CausalWan, TextContext
 from longtake.engine.rolling import WindowStore
@@ -70,9 +72,14 @@ def parse_device(name: str) -> torch.device:
 
 
 class ShotRenderer:
-    """Renders shots, keeping the last model loaded; what ``jobs`` calls. Not thread-safe."""
+    """Renders shots, keeping the last model loaded; what ``jobs`` calls. Not thread-safe.
 
-    def __init__(self) -> None:
+    Args:
+        gang: that renders them together, every rank with a renderer of its own; None: this process alone.
+    """
+
+    def __init__(self, gang: Gang | None = None) -> None:
+        self._gang = gang or Gang()
         self._key: tuple[Path, str] | None = None
         self._model: CausalWan | None = None
         self._decoder: StreamingDecoder | None = None
@@ -99,15 +106,17 @@ class ShotRenderer:
             LockedError, ConfigError, CapacityError, DiskFullError, StorageError: see the message. What was committed
                 is kept, and no thread is left.
         """
-        device = parse_device(device_name)
-        with ShotFolder(shot, folder) as files:
-            if files.finished:
-                return ShotResult(finished=True, segments=files.segments.paths)
+        gang, num_heads = self._gang, shot.model.transformer.num_heads
+        device = parse_device(gang.device(device_name))
+        heads = gang.mesh_shape(num_heads).heads(gang.rank, num_heads)
+        with ShotFolder(shot, folder, gang, heads) if gang.leads else RankFolder(shot, folder, gang, heads) as files:
+            if gang.lead(lambda: files.finished):
+                return ShotResult(finished=True, segments=files.paths)
             try:
-                prefix = read_prefix(shot, folder)
+                prefix = gang.lead(lambda: read_prefix(shot, folder))
                 model, decoder = self._load(shot.model, device)
-                contexts = encode_beats(shot, folder, model, device)
-                with contextlib.closing(open_cache(shot, device, files.num_prefix, files.run)) as cache:
+                contexts = encode_beats(shot, folder, model, device, gang)
+                with contextlib.closing(open_cache(shot, device, files.num_prefix, files.run, heads)) as cache:
                     rollout = Rollout(
                         shot,
                         model,
@@ -115,33 +124,45 @@ class ShotRenderer:
                         cache,
                         prefix,
                         read_latents=lambda block: files.latents.read(block, block + 1),
-                        windows=WindowStore(folder / WINDOW_NAME),
+                        windows=(WindowStore if gang.leads else ReadWindows)(folder / WINDOW_NAME),
                     )
-                    finished = _Run(shot, files, rollout, decoder).until(stop, progress)
+                    with gang.guard():
+                        if isinstance(files, RankFolder):
+                            follow(gang, shot, rollout, stop)
+                        else:
+                            assert decoder is not None
+                            _Run(shot, files, rollout, decoder, gang).until(stop, progress)
+                        gang.any(False)  # every rank's history is on the disk
             except StorageError as error:
                 if (mend := files.mend(error)) is None:
                     raise
                 raise StorageError(f"{error.args[0]}; {mend}", block=error.block, path=error.path) from error
-            return ShotResult(finished=finished, segments=files.segments.paths)
+            return ShotResult(finished=gang.lead(lambda: files.finished), segments=files.paths)
 
-    def _load(self, spec: ModelSpec, device: torch.device) -> tuple[CausalWan, StreamingDecoder]:
+    def _load(self, spec: ModelSpec, device: torch.device) -> tuple[CausalWan, StreamingDecoder | None]:
+        """The model, and on rank 0 the decoder."""
         key = (spec.path, str(device))
-        if self._key != key or self._model is None or self._decoder is None:
+        if self._key != key or self._model is None:
             self._model = self._decoder = None
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-            self._model = load_transformer(spec, device, dtype)
+            self._model = load_transformer(spec, device, dtype, self._gang.mesh(spec.transformer.num_heads))
             if device.type == "cuda":
                 self._model.compile_layers()
-            self._decoder = StreamingDecoder(load_vae(spec.path / "vae", dtype=dtype, device=device))
+            if self._gang.leads:
+                self._decoder = StreamingDecoder(load_vae(spec.path / "vae", dtype=dtype, device=device))
             self._key = key
-        self._decoder.reset()
+        if self._decoder is not None:
+            self._decoder.reset()
         return self._model, self._decoder
 
 
 class _Run:
     """The loop over one shot's blocks, with what surrounds it."""
 
-    def __init__(self, shot: ShotConfig, files: ShotFolder, rollout: Rollout, decoder: StreamingDecoder) -> None:
+    def __init__(
+        self, shot: ShotConfig, files: ShotFolder, rollout: Rollout, decoder: StreamingDecoder, gang: Gang
+    ) -> None:
+        self._gang = gang
         self._shot, self._files, self._rollout, self._decoder = shot, files, rollout, decoder
         self._frames_done = 0
 
@@ -151,7 +172,7 @@ class _Run:
         with MetricsLog(files.path / METRICS_NAME, files.num_done) as metrics, self._emitter() as emitter:
             if files.num_done:
                 progress(self._report(files.num_done, emitter.num_frames, 0.0))
-            while rollout.next_block < shot.num_blocks and not stop():
+            while rollout.next_block < shot.num_blocks and not self._gang.any(stop()):
                 started, block = time.perf_counter(), rollout.next_block
                 clean = rollout.step()
                 if block >= 0:
@@ -204,10 +225,16 @@ class _Run:
         }
 
 
-def encode_beats(shot: ShotConfig, folder: Path, model: CausalWan, device: torch.device) -> Sequence[TextContext]:
-    """Cross-attention context of each beat; the text encoder is gone from memory when this returns."""
-    encoder = TextEncoder(shot.model.path, text_len=shot.model.text_len, cache_dir=folder.parent / PROMPTS_NAME)
-    embeds = encoder.encode_all(beat.prompt for beat in shot.beats)
+def encode_beats(
+    shot: ShotConfig, folder: Path, model: CausalWan, device: torch.device, gang: Gang
+) -> Sequence[TextContext]:
+    """Cross-attention context of each beat; the text encoder, on rank 0, is gone from memory when this returns."""
+
+    def encode() -> dict[str, Tensor]:
+        encoder = TextEncoder(shot.model.path, text_len=shot.model.text_len, cache_dir=folder.parent / PROMPTS_NAME)
+        return encoder.encode_all(beat.prompt for beat in shot.beats)
+
+    embeds = gang.lead(encode)
     with torch.inference_mode():
         contexts = {prompt: model.text_context(embed[None].to(device)) for prompt, embed in embeds.items()}
     return [contexts[beat.prompt] for beat in shot.beats]

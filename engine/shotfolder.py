@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from longtake.engine.config import ShotConfig, fingerprint
+from longtake.engine.gang import Gang
 from longtake.engine.latents import LatentLog
 from longtake.engine.rollout import kv_shape
 from longtake.engine.segments import Segments
@@ -32,6 +33,8 @@ class ShotFolder:
     Args:
         shot: what is rendered.
         path: its folder; made if it is not there.
+        gang: that renders it together; this is its rank 0. None: this process alone.
+        heads: of the model, that this rank keeps; None: all.
 
     Raises:
         LockedError: another process renders the shot.
@@ -39,15 +42,17 @@ class ShotFolder:
         StorageError, DiskFullError: it is damaged, or cannot be written.
     """
 
-    def __init__(self, shot: ShotConfig, path: Path) -> None:
-        self.path, self._shot = path, shot
+    def __init__(self, shot: ShotConfig, path: Path, gang: Gang | None = None, heads: range | None = None) -> None:
+        self.path, self._shot, self._gang = path, shot, gang or Gang()
         self.num_prefix = shot.after_blocks if shot.continues else 0
         self.timeline = Timeline(shot, self.num_prefix)
         self.latents: LatentLog
         self.run = RunDirectory(
             path,
-            shape=kv_shape(shot),
+            shape=kv_shape(shot, heads),
             config_hash=fingerprint(shot),
+            rank=self._gang.rank,
+            num_ranks=self._gang.size,
             agree=self._whole_blocks,
             num_blocks=self.timeline.num_entries,
         )
@@ -69,6 +74,11 @@ class ShotFolder:
     def finished(self) -> bool:
         """Whether there is nothing left to do."""
         return self.num_done == self._shot.num_blocks and self.segments.complete
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The whole segments, in order."""
+        return self.segments.paths
 
     def mend(self, error: StorageError) -> str | None:
         """What to do about damage to this folder's files; None if the error tells of something else."""
@@ -96,9 +106,9 @@ class ShotFolder:
         self.run.close(orderly=error is None)
 
     def _whole_blocks(self, num_journaled: int) -> int:
-        """The blocks whose latents are there too; called when the folder is locked."""
+        """The blocks whose latents are there too, and that every rank has; called when the folder is locked."""
         self.latents = LatentLog(self.path / LATENTS_NAME, self._shot.num_blocks, self._shot.latent_shape)
-        return min(num_journaled, self.timeline.num_known(self.latents.num_written()))
+        return self._gang.minimum(min(num_journaled, self.timeline.num_known(self.latents.num_written())))
 
 
 def shot_latents(path: Path, name: str, starting: str) -> LatentLog:

@@ -25,10 +25,12 @@ from longtake.engine.config import (
     WeightsConfig,
     WriteBack,
 )
+from longtake.engine.mesh import ALONE, Mesh
 from longtake.engine.model import CausalWan
 from longtake.engine.presets import PRESETS
 from longtake.engine.store import model_folder
 from longtake.engine.tensor_files import check_tensors, merge_lora, read_file, read_tensors, rename
+from longtake.engine.tensor_parallel import ShardedWan
 from longtake.kernels.errors import ConfigError
 
 SHIPPED = {"mini": Path(__file__).parent / "mini" / "model"}
@@ -120,13 +122,14 @@ def _weights(weights: dict[str, Any]) -> WeightsConfig:
     return WeightsConfig(**{**weights, "files": tuple(weights.get("files", ("*.safetensors",)))})
 
 
-def load_transformer(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> CausalWan:
+def load_transformer(spec: ModelSpec, device: torch.device, dtype: torch.dtype, mesh: Mesh = ALONE) -> CausalWan:
     """The transformer with its weights, in evaluation mode, without a second copy of them in memory.
 
     Args:
         spec: the model.
         device: where the weights go.
         dtype: of the weights, but for the few that the family keeps in float32.
+        mesh: of the gang that runs it together: of what is split, only this rank's slices are read.
 
     Raises:
         ConfigError: tensors are missing, left over or of the wrong shape; lists them all.
@@ -140,6 +143,10 @@ def load_transformer(spec: ModelSpec, device: torch.device, dtype: torch.dtype) 
     if weights.lora is not None:
         lora = read_file(folder / weights.lora, weights.lora_key)
         found = merge_lora(found, lora, weights.lora_alpha, str(folder / weights.lora))
+    if mesh.shape.size > 1:
+        with torch.device("meta"):
+            model = ShardedWan(spec.transformer, mesh)
+        found = {name: model.own_part(name, tensor) for name, tensor in found.items()}
     model.load_state_dict(found, assign=True)
     return model.cast(dtype).to(device).eval().requires_grad_(False)
 

@@ -1,0 +1,130 @@
+"""The sharded model against the whole one, on every kind of mesh; weights read slice by slice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from longtake.engine.config import ModelConfig
+from longtake.engine.gang import join
+from longtake.engine.mesh import ALONE, MeshShape, open_mesh, parse_mesh
+from longtake.engine.model import CausalWan
+from longtake.engine.tensor_parallel import ShardedWan
+from longtake.kernels.errors import ConfigError
+from tests.engine.gangs import run_ranks
+
+# float32 sums in another order, over the layers; outputs are of order 1.
+TOLERANCE = 2e-5
+
+CONFIG = ModelConfig(
+    num_heads=4, head_dim=16, num_layers=2, ffn_dim=90, text_dim=24, freq_dim=32, in_channels=4, out_channels=4
+)
+FRAMES, ROWS, COLUMNS = 2, 3, 5  # 15 tokens a latent frame: no gang divides them
+MESHES = ("tp=4", "sp=4", "tp=2,sp=2", "tp=4,norms", "tp=2,sp=2,norms")
+
+
+def random_weights() -> dict[str, Tensor]:
+    torch.manual_seed(5)
+    weights = {}
+    for name, tensor in CausalWan(CONFIG).state_dict().items():
+        scale = 0.3 if tensor.ndim == 1 else tensor[0].numel() ** -0.5
+        weights[name] = torch.randn_like(tensor) * scale
+    return weights
+
+
+def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Plain attention of a block to itself; tokens in any order give the same, so order is told by a ramp on v."""
+    ramp = torch.linspace(0, 1, v.shape[1])[None, :, None, None]
+    heads = (x.transpose(1, 2) for x in (q, k, v * ramp))
+    return torch.nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2) + ramp
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(6)
+    latents = torch.randn(1, CONFIG.in_channels, FRAMES, 2 * ROWS, 2 * COLUMNS)
+    return latents, torch.tensor([[900.0, 300.0]]), torch.randn(1, 7, CONFIG.text_dim)
+
+
+def flow(model: CausalWan) -> Tensor:
+    latents, times, text = inputs()
+    with torch.inference_mode():
+        return model(latents, times, model.text_context(text), attend)
+
+
+def sharded(text: str) -> ShardedWan:
+    mesh = open_mesh(parse_mesh(text))
+    with torch.device("meta"):
+        model = ShardedWan(CONFIG, mesh)
+    parts = {name: model.own_part(name, tensor) for name, tensor in random_weights().items()}
+    model.load_state_dict(parts, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def on_every_mesh(rank: int, meshes: tuple[str, ...]) -> list[dict[str, Any]]:
+    with join() as gang:
+        found = []
+        for text in meshes:
+            model = sharded(text)
+            context = model.text_context(inputs()[2])
+            found.append(
+                {
+                    "flow": flow(model).numpy(),
+                    "text heads": context[0][0].shape[1],
+                    "layer weights": sum(p.numel() for p in model.blocks.parameters()),
+                }
+            )
+        gang.any(False)
+        return found
+
+
+def test_sharded_equals_whole() -> None:
+    whole = CausalWan(CONFIG)
+    whole.load_state_dict(random_weights())
+    expected = flow(whole)
+    ranks = run_ranks(on_every_mesh, 4, MESHES)
+    assert all(isinstance(found, list) for found in ranks), ranks
+    for index, text in enumerate(MESHES):
+        flows = [torch.from_numpy(found[index]["flow"]) for found in ranks]
+        torch.testing.assert_close(flows[0], expected, rtol=0, atol=TOLERANCE, msg=lambda m, t=text: f"{t}: {m}")
+        assert all(torch.equal(flows[0], other) for other in flows), f"{text}: ranks differ"
+        tp = parse_mesh(text).tp
+        assert {found[index]["text heads"] for found in ranks} == {CONFIG.num_heads // tp}
+        total = sum(p.numel() for p in whole.blocks.parameters())
+        assert all(found[index]["layer weights"] < total / tp * 1.15 for found in ranks)
+
+
+def compiled(rank: int) -> Tensor:
+    with join() as gang:
+        model = sharded("tp=2,norms")
+        for block in model.blocks:
+            block.before = torch.compile(block.before, backend="aot_eager", fullgraph=True)  # type: ignore[method-assign]
+            block.after = torch.compile(block.after, backend="aot_eager", fullgraph=True)  # type: ignore[method-assign]
+        result = flow(model)
+        gang.any(False)
+        return result.numpy()
+
+
+@pytest.mark.slow
+def test_layers_compile_whole_with_their_collectives() -> None:
+    whole = CausalWan(CONFIG)
+    whole.load_state_dict(random_weights())
+    for found in run_ranks(compiled, 2):
+        torch.testing.assert_close(torch.from_numpy(found), flow(whole), rtol=0, atol=TOLERANCE)
+
+
+def test_a_mesh_of_one_is_the_whole_model() -> None:
+    model = ShardedWan(CONFIG, ALONE)
+    model.load_state_dict(random_weights())
+    whole = CausalWan(CONFIG)
+    whole.load_state_dict(random_weights())
+    assert torch.equal(flow(model), flow(whole))
+    assert model.heads == range(4)
+
+
+def test_heads_that_do_not_divide() -> None:
+    with pytest.raises(ConfigError, match="cannot share 4 heads"):
+        ShardedWan(CONFIG, replace(ALONE, shape=MeshShape(sp=3)))
