@@ -56,6 +56,8 @@ def random_state(config: ModelConfig, seed: int = 0) -> State:
     for name, shape in original_shapes(config).items():
         scale = 0.3 if len(shape) == 1 or "modulation" in name else torch.Size(shape[1:]).numel() ** -0.5
         state[name] = torch.randn(shape, generator=generator) * scale
+        if name.endswith(("attn.norm_q.weight", "attn.norm_k.weight")):
+            state[name] += 1.5  # attention that is far from uniform, so that positions and history matter
     return state
 
 
