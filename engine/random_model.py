@@ -1,0 +1,63 @@
+"""A whole model folder with random weights, as small as the classes allow: for tests and benchmarks of endurance."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+from safetensors.torch import save_file
+from transformers import UMT5Config, UMT5EncoderModel
+
+from longtake.engine.config import ModelConfig
+from longtake.engine.model import CausalWan
+
+TINY = ModelConfig(num_heads=2, head_dim=24, num_layers=2, ffn_dim=64, text_dim=32, freq_dim=32)
+
+
+def write_random_model(
+    folder: Path, *, transformer: ModelConfig = TINY, block_frames: int = 2, fps: int = 8, seed: int = 0
+) -> Path:
+    """Write a model that renders noise, 32x48 pixels, two steps a block, a window of a sink and two blocks.
+
+    Args:
+        folder: made; in the hub's layout.
+        transformer: its geometry; any text_dim.
+        block_frames: latent frames of a block.
+        fps: of its videos.
+        seed: of the weights.
+
+    Returns:
+        The folder.
+    """
+    torch.manual_seed(seed)
+    (folder / "transformer").mkdir(parents=True)
+    (folder / "transformer" / "config.json").write_text(json.dumps(transformer.to_hub()))
+    weights = {name: tensor.contiguous() for name, tensor in CausalWan(transformer).state_dict().items()}
+    save_file(weights, folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    vae: Any = AutoencoderKLWan(
+        base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+    vae.save_pretrained(folder / "vae")
+    text = UMT5Config(vocab_size=384, d_model=transformer.text_dim, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    UMT5EncoderModel(text).save_pretrained(folder / "text_encoder")
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "ByT5Tokenizer", "extra_ids": 125}'
+    )
+    (folder / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    settings = {
+        "name": "tiny",
+        "timesteps": [1000, 500],
+        "shift": 3.0,
+        "block_frames": block_frames,
+        "fps": fps,
+        "height": 32,
+        "width": 48,
+        "text_len": 64,
+        "history": {"policy": "window", "sink_blocks": 1, "recent_blocks": 2},
+    }
+    (folder / "longtake.json").write_text(json.dumps(settings))
+    return folder

@@ -1,0 +1,201 @@
+"""Renders that can be killed, without waiting for imports: a process that has loaded everything forks each of them.
+
+Run as a script, it reads requests from stdin, one JSON object a line, and answers each with one on stdout::
+
+    {"arguments": ["render", ...], "log": FILE, "kill_after_s": 1.5 | null, "kill_at": ["names", 3] | null}
+    {"code": 0 | 3 | -9, "seconds": 2.1}
+
+A forked child runs the command line as the console script does, writes what it says to the log, and dies of SIGKILL:
+sent by this process after a time, or by itself when the step of that name is over for the n-th time. PyTorch runs on
+one thread, so there is nothing that a fork could tear apart.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+# Steps of a block's way to the disk, as the spiller names them, and of the files beside it, as `watch` does.
+STEPS = (
+    "staged",
+    "chunk",
+    "chunks",
+    "names",
+    "journaled",
+    "latents half written",
+    "latents",
+    "segment half written",
+    "segment named",
+    "segment journaled",
+    "joined",
+)
+
+
+class Nursery:
+    """The parent's end. A context manager.
+
+    Args:
+        log: where the children's output goes.
+    """
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.survival.nursery"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+            text=True,
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._requests: IO[str] = self._process.stdin
+        self._answers: IO[str] = self._process.stdout
+
+    def render(
+        self,
+        film: Path,
+        out: Path,
+        *options: str,
+        kill_after_s: float | None = None,
+        kill_at: tuple[str, int] | None = None,
+    ) -> tuple[int, float]:
+        """Run ``longtake render`` in a child.
+
+        Returns:
+            Its exit code, -9 if it was killed, and the seconds that it ran.
+        """
+        arguments = ["render", str(film), "--out", str(out), "--device", "cpu", *options]
+        request = {"arguments": arguments, "log": str(self._log), "kill_after_s": kill_after_s, "kill_at": kill_at}
+        self._requests.write(json.dumps(request) + "\n")
+        self._requests.flush()
+        answer = json.loads(self._answers.readline())
+        return answer["code"], answer["seconds"]
+
+    def log(self) -> str:
+        """What the children said so far."""
+        return self._log.read_text() if self._log.exists() else ""
+
+    def __enter__(self) -> Nursery:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._requests.close()
+        self._answers.close()
+        self._process.wait(timeout=60)
+
+
+def main() -> None:
+    """The nursery's loop."""
+    import torch
+
+    torch.set_num_threads(1)
+    torch.set_num_interop_threads(1)
+    import diffusers  # noqa: F401
+    import transformers  # noqa: F401
+
+    import longtake.engine.shot
+    import longtake.engine.video
+    import longtake.jobs.render
+    import longtake.jobs.resolve  # noqa: F401
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        started = time.perf_counter()
+        child = os.fork()
+        if child == 0:
+            _live(request)
+        code = _wait(child, started, request["kill_after_s"])
+        print(json.dumps({"code": code, "seconds": time.perf_counter() - started}), flush=True)
+
+
+def _wait(child: int, started: float, kill_after_s: float | None) -> int:
+    if kill_after_s is not None:
+        while (left_s := started + kill_after_s - time.perf_counter()) > 0:
+            time.sleep(min(left_s, 0.02))
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                return os.waitstatus_to_exitcode(status)
+        os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _live(request: dict[str, Any]) -> None:
+    """The child; never returns."""
+    code = 99
+    try:
+        out = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        if request["kill_at"] is not None:
+            name, count = request["kill_at"]
+            watch(kill_at(name, count))
+        from longtake.jobs import cli
+
+        code = cli.run(request["arguments"])
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def kill_at(name: str, count: int) -> Callable[[str], None]:
+    """A step that kills this process when the one of that name is over for the count-th time."""
+    seen = itertools.count(1)
+
+    def step(over: str) -> None:
+        if over == name and next(seen) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(60)
+
+    return step
+
+
+def watch(step: Callable[[str], None]) -> None:
+    """Have each step of `STEPS` reported when it is over."""
+    from longtake.engine import latents, rollout, video
+    from longtake.offload.cache import KVCache
+    from longtake.offload.files import write_file
+    from longtake.offload.run import RunDirectory
+
+    class WatchedCache(KVCache):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options, on_step=lambda name, block: step(name))
+
+    def after(owner: Any, method: str, name: str) -> None:
+        plain = getattr(owner, method)
+
+        def watched(*arguments: Any, **options: Any) -> Any:
+            result = plain(*arguments, **options)
+            step(name)
+            return result
+
+        setattr(owner, method, watched)
+
+    def torn_write(ops: Any, path: Path, buffers: Sequence[Any]) -> int:
+        partial = path.with_name(path.name + ".partial")
+        partial.write_bytes(buffers[0][: buffers[0].size // 2].tobytes())
+        step("latents half written")
+        return write_file(ops, path, buffers)
+
+    setattr(rollout, "KVCache", WatchedCache)  # noqa: B010
+    setattr(latents, "write_file", torn_write)  # noqa: B010
+    after(latents.LatentLog, "write", "latents")
+    after(video.SegmentWriter, "write", "segment half written")
+    after(video.SegmentWriter, "close", "segment named")
+    after(RunDirectory, "segment", "segment journaled")
+    after(video, "join", "joined")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""A render that is killed, whenever, and run again until it is finished makes what an undisturbed one makes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from longtake.engine.random_model import write_random_model
+from tests.survival.kills import COUNTS, Survival
+from tests.survival.nursery import STEPS, Nursery
+
+
+@pytest.fixture(scope="module")
+def survival(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Survival]:
+    folder = tmp_path_factory.mktemp("survival")
+    with Nursery(folder / "log") as nursery:
+        yield Survival(nursery, folder, write_random_model(folder / "model"))
+
+
+def test_killed_at_random_instants(survival: Survival) -> None:
+    tally = survival.random_kills(8, seed=20)
+    assert tally.equal == tally.films > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_killed_at_two_hundred_random_instants(survival: Survival) -> None:
+    tally = survival.random_kills(200, seed=1)
+    assert tally.equal == tally.films > 0
+
+
+def test_killed_at_each_step(survival: Survival) -> None:
+    assert survival.kill_at(*((step, 1) for step in STEPS)) == len(STEPS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("step", STEPS)
+def test_killed_at_a_step_again_and_again(survival: Survival, step: str) -> None:
+    assert survival.kill_at(*((step, count) for count in COUNTS)) >= 1
