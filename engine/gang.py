@@ -26,6 +26,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -34,6 +35,7 @@ import torch.distributed as dist
 
 from longtake.engine.gang_link import HEARTBEAT_S, Door, Link, knock
 from longtake.engine.mesh import ALONE, TIMEOUT_S, Mesh, MeshShape, default_mesh, open_mesh, parse_mesh
+from longtake.engine.place import Place, place
 from longtake.kernels.errors import ConfigError, LongtakeError, WorkerError
 
 T = TypeVar("T")
@@ -44,7 +46,6 @@ GRACE_S = 5.0
 UNWIND_S = 60.0
 # An error that may be the echo of another rank's end waits this long for the news.
 _NEWS_S = 2.0
-MESH_VARIABLE = "LONGTAKE_MESH"
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 3
 
 
@@ -206,12 +207,10 @@ class Gang:
 
     def mesh_shape(self, num_heads: int) -> MeshShape:
         """As ``mesh``, without making anything."""
-        text = os.environ.get(MESH_VARIABLE)
+        text = place().mesh if self.size > 1 else ""
         shape = parse_mesh(text) if text else default_mesh(self.size)
         if shape.size != self.size:
-            raise ConfigError(
-                f"{MESH_VARIABLE}={text} is a mesh of {shape.size} processes, and {self.size} were started"
-            )
+            raise ConfigError(f"LONGTAKE_MESH={text} is a mesh of {shape.size} processes, not of {self.size}")
         shape.check(num_heads)
         return shape
 
@@ -387,11 +386,6 @@ def _abort_groups() -> None:
             dist.distributed_c10d._abort_process_group()
 
 
-def is_one_of_many() -> bool:
-    """Whether a launcher such as torchrun started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 def join(timeout_s: float = TIMEOUT_S, heartbeat_s: float = HEARTBEAT_S) -> Gang:
     """Meet the other processes that a launcher started (torchrun, Ray Train): what they set in the environment says
     who they are. Without a launcher, a gang of one.
@@ -403,29 +397,28 @@ def join(timeout_s: float = TIMEOUT_S, heartbeat_s: float = HEARTBEAT_S) -> Gang
     Raises:
         WorkerError: the others were not met in time.
     """
-    if not is_one_of_many():
+    here = place()
+    if not here.is_one_of_many:
         return Gang()
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    local_rank = int(os.environ.get("LOCAL_RANK", rank))
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(local_rank % torch.cuda.device_count())
-    timeout = datetime.timedelta(seconds=timeout_s)
+        torch.cuda.set_device(here.local_rank % torch.cuda.device_count())
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
-    gang = Gang(rank, size, local_rank, timeout_s)
-    one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) == size
-    door = Door("127.0.0.1" if one_machine else os.environ["MASTER_ADDR"]) if gang.leads else None
-    invitation: list[Any] = [None if door is None else door.invitation]
-    dist.broadcast_object_list(invitation, src=0, device=torch.device("cpu"))
-    connections = {0: knock(invitation[0], rank, timeout_s)} if door is None else door.admit(size, timeout_s)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+    gang = Gang(here.rank, here.size, here.local_rank, timeout_s)
+    connections = _meet(here, timeout_s)
     gang._link = Link(connections, gang._on_message, gang._on_lost, heartbeat_s)
     gang._link.start()
     return gang
 
 
-@contextlib.contextmanager
-def joined(timeout_s: float = TIMEOUT_S) -> Iterator[Gang]:
-    """:func:`join` as a context: the gang ends with it."""
-    with join(timeout_s) as gang:
-        yield gang
+def _meet(here: Place, timeout_s: float) -> dict[int, Connection]:
+    door = Door("127.0.0.1" if here.local_size == here.size else here.address) if here.rank == 0 else None
+    invitation: list[Any] = [None if door is None else door.invitation]
+    # a launcher may have made a group that has no CPU side
+    group = dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else None
+    dist.broadcast_object_list(invitation, src=0, group=group, device=torch.device("cpu"))
+    if door is None:
+        return {0: knock(invitation[0], here.rank, timeout_s)}
+    return door.admit(here.size, timeout_s)

@@ -159,7 +159,7 @@ def serve(gang: Gang, render: ShotRenderer, stop: Callable[[], bool]) -> int:
         with gang:
             while (task := gang.receive()) is not None:
                 render(task.shot, task.folder, task.device, stop=stop, progress=lambda _: None)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if gang.speaks:
             print(f"longtake: {error}", file=sys.stderr)
         return exit_code(error)

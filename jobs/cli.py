@@ -11,6 +11,7 @@ import json
 import pkgutil
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -23,6 +24,7 @@ from longtake.offload.errors import LockedError, is_disk_full
 
 if TYPE_CHECKING:
     from longtake.engine.config import ModelSpec, ShotConfig
+    from longtake.engine.gang import Gang
     from longtake.jobs.film import Film
     from longtake.jobs.render import RenderJob
 
@@ -107,11 +109,23 @@ def render(
     device: Annotated[str | None, typer.Option(metavar="cpu|cuda", help="Default: cuda if there is one.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Throw away what an earlier run made of the shots.")] = False,
 ) -> int:
-    """Render a film on this machine; running the same command again continues it."""
+    """Render a film on this machine; running the same command again continues it.
+
+    Several processes, one a GPU, render each shot together: torchrun --nproc-per-node N --no-python longtake render ...
+    """
+    from longtake.engine.place import place
     from longtake.jobs import render as rendering
     from longtake.jobs.film import load_film
 
-    with StopSignals() as signals:
+    with StopSignals() as signals, ExitStack() as held:
+        gang = None
+        if place().is_one_of_many:
+            from longtake.engine.gang import join
+
+            gang = join()
+            if not gang.leads:
+                return rendering.follow(gang, signals.requested)
+            held.enter_context(gang)
         film = load_film(film_path)
         if shot is not None:
             film.shot(shot)
@@ -120,20 +134,22 @@ def render(
         job = rendering.RenderJob(
             film=film, configs=_resolve(film), directory=out, device=device, only=shot, fresh=fresh
         )
-        finished = _render(job, signals.requested)
+        finished = _render(job, signals.requested, gang)
+        if gang is not None:
+            gang.dismiss(EXIT_DONE if finished else EXIT_INTERRUPTED)
     if finished:
         return EXIT_DONE
     return _fail(EXIT_INTERRUPTED, "stopped at a block boundary; run the same command again to go on")
 
 
-def _render(job: RenderJob, stop: Callable[[], bool]) -> bool:
+def _render(job: RenderJob, stop: Callable[[], bool], gang: Gang | None = None) -> bool:
     from rich.console import Console
 
     from longtake.jobs import render as rendering
     from longtake.jobs.progress import make_display
 
     with make_display(Console(), job.num_frames) as display:
-        render_shot, join = rendering.engine()
+        render_shot, join = rendering.engine() if gang is None else rendering.engine(gang)
         return rendering.FilmRenderer(job, render_shot=render_shot, join=join, display=display, stop=stop).run()
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from longtake.engine.config import ShotConfig
 from longtake.jobs.film import Film
@@ -26,9 +26,12 @@ from longtake.jobs.progress import Display, RateMeter, Report
 from longtake.jobs.recipe import RECIPE_NAME, Recipe
 from longtake.jobs.source import one_line
 from longtake.jobs.status import FILM_NAME, ShotStatus, State, StatusFile
-from longtake.kernels.errors import ConfigError, LongtakeError
+from longtake.kernels.errors import ConfigError, LongtakeError, WorkerError
 from longtake.offload.errors import LockedError, from_os_error, is_disk_full
 from longtake.offload.lock import FolderLock
+
+if TYPE_CHECKING:
+    from longtake.engine.gang import Gang
 
 STATUS_INTERVAL_S = 0.5
 
@@ -318,7 +321,7 @@ def _waiting(config: ShotConfig, known: ShotStatus | None) -> ShotStatus:
 
 def _state_after(error: BaseException) -> State:
     """What a shot is after an error: dead, unless nothing is wrong with the shot itself."""
-    outside = isinstance(error, ConfigError) or not isinstance(error, Exception) or is_disk_full(error)
+    outside = isinstance(error, ConfigError | WorkerError) or not isinstance(error, Exception) or is_disk_full(error)
     return State.PAUSED if outside else State.DEAD
 
 
@@ -371,9 +374,22 @@ def check_device(name: str | None) -> str:
     return name
 
 
-def engine() -> tuple[RenderShot, Join]:
-    """The engine's renderer, which keeps a loaded model between shots, and its joiner; imports all of PyTorch."""
+def engine(gang: Gang | None = None) -> tuple[RenderShot, Join]:
+    """The engine's renderer, which keeps a loaded model between shots, and its joiner; imports all of PyTorch.
+
+    Args:
+        gang: whose rank 0 this process is; the others are in `follow`. None: this process alone.
+    """
+    from longtake.engine.gang_shot import GangRenderer
     from longtake.engine.shot import ShotRenderer
     from longtake.engine.video import join
 
-    return ShotRenderer(), join
+    return (ShotRenderer() if gang is None else GangRenderer(gang, ShotRenderer(gang))), join
+
+
+def follow(gang: Gang, stop: Callable[[], bool]) -> int:
+    """Be another rank than 0 of a gang until rank 0 has no more use for it; returns the exit code."""
+    from longtake.engine.gang_shot import serve
+    from longtake.engine.shot import ShotRenderer
+
+    return serve(gang, ShotRenderer(gang), stop)

@@ -1,0 +1,47 @@
+"""What a launcher says of this process in the environment: nothing else in the engine reads it. Needs no PyTorch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """One of several processes that were started together.
+
+    Args:
+        rank, size: among all.
+        local_rank, local_size: among those of this machine.
+        address: where rank 0 is.
+        mesh: axes that the user asked for, like ``tp=2,sp=2``; empty: none.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    address: str = "127.0.0.1"
+    mesh: str = ""
+
+    @property
+    def is_one_of_many(self) -> bool:
+        """Whether there are others."""
+        return self.size > 1
+
+
+def place() -> Place:
+    """What torchrun (or Ray Train, or any launcher with the same variables) says; a process alone without one.
+
+    The mesh is ``LONGTAKE_MESH``'s.
+    """
+    environment = os.environ
+    rank, size = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
+    return Place(
+        rank=rank,
+        size=size,
+        local_rank=int(environment.get("LOCAL_RANK", rank)),
+        local_size=int(environment.get("LOCAL_WORLD_SIZE", "0")),
+        address=environment.get("MASTER_ADDR", "127.0.0.1"),
+        mesh=environment.get("LONGTAKE_MESH", ""),
+    )
