@@ -20,7 +20,8 @@ from longtake.jobs.source import Source, Table, nearest, parse_source, quote, re
 from longtake.jobs.toml_lines import TomlPath
 
 POLICIES = ("full", "window", "retrieve")
-POSITIONS = ("absolute", "relative")
+POSITIONS = ("absolute", "relative", "sink", "bounded")
+SWITCHES = ("keep", "recache", "flush", "cut")
 SIZES = {"480p": (480, 832), "720p": (720, 1280)}
 DEFAULT_MODEL = "mini"
 MAX_DURATION_S = 7 * 24 * 3600
@@ -28,8 +29,10 @@ MAX_NAME = 64
 
 _SHARED_KEYS = ("model", "codec", "size", "fps", "seed", "steps", "history", "cache")
 _FILM_KEYS = ("title", *_SHARED_KEYS)
-_SHOT_KEYS = ("name", "duration", "prompt", "beat", "after", "after_blocks", *_SHARED_KEYS)
-_HISTORY_KEYS = ("policy", "sink_blocks", "recent_blocks", "top_k", "positions")
+_START_KEYS = ("image", "clip", "video")
+_SHOT_KEYS = ("name", "duration", "prompt", "beat", "after", "after_blocks", *_START_KEYS, "strength", *_SHARED_KEYS)
+_BEAT_KEYS = ("at", "prompt", "switch", "transition")
+_HISTORY_KEYS = ("policy", "sink_blocks", "recent_blocks", "top_k", "positions", "jitter")
 _CACHE_KEYS = ("device", "host", "disk")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
@@ -43,6 +46,7 @@ class History:
     recent_blocks: int | None = None
     top_k: int | None = None
     positions: str | None = None
+    jitter: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,15 +74,17 @@ class Settings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Beat:
-    """The prompt from a moment of its shot on."""
+    """The prompt from a moment of its shot on; ``switch`` says what becomes of the history."""
 
     at_s: Fraction
     prompt: str
+    switch: str | None = None
+    transition_s: Fraction = Fraction(0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shot:
-    """One rollout; ``settings`` has the film's defaults filled in."""
+    """One rollout; ``settings`` has the film's defaults filled in. Files are as the film names them."""
 
     name: str
     duration_s: Fraction
@@ -86,6 +92,10 @@ class Shot:
     beats: tuple[Beat, ...] = ()
     after: str | None = None
     after_blocks: int | None = None
+    image: str | None = None
+    clip: str | None = None
+    video: str | None = None
+    strength: float | None = None
     settings: Settings = Settings()
 
 
@@ -202,8 +212,15 @@ def _read_shot(table: Table, defaults: Settings) -> Shot:
     assert prompt is not None
     after = table.value("after", str, '"arrival"')
     after_blocks = table.integer("after_blocks", minimum=1, maximum=10**6, example="3")
-    if after_blocks is not None and after is None:
-        raise table.error("after_blocks", 'has no meaning without after; add after = "..." or remove it')
+    starts = {key: table.text(key, f'"{key}.mp4"') for key in _START_KEYS}
+    if after_blocks is not None and after is None and starts["clip"] is None:
+        raise table.error("after_blocks", 'has no meaning without after or clip; add after = "..." or remove it')
+    given = [key for key in ("after", *_START_KEYS) if key in table]
+    if len(given) > 1:
+        raise table.error(given[1], f"a shot starts from one thing, and there is {given[0]} already; remove one")
+    strength = table.number("strength", above=0, most=1, example="0.6")
+    if strength is not None and starts["video"] is None:
+        raise table.error("strength", 'has no meaning without video; add video = "..." or remove it')
     return Shot(
         name=name,
         duration_s=duration_s,
@@ -211,6 +228,8 @@ def _read_shot(table: Table, defaults: Settings) -> Shot:
         beats=_read_beats(table, duration_s),
         after=after,
         after_blocks=after_blocks,
+        strength=strength,
+        **starts,
         settings=_read_settings(table, defaults),
     )
 
@@ -234,7 +253,7 @@ def _read_time(table: Table, key: str) -> Fraction | None:
 def _read_beats(shot: Table, duration_s: Fraction) -> tuple[Beat, ...]:
     beats: list[Beat] = []
     for index in range(shot.num_tables("beat")):
-        table = Table(shot.source, (*shot.path, "beat", index), ("at", "prompt"))
+        table = Table(shot.source, (*shot.path, "beat", index), _BEAT_KEYS)
         table.required("at", '"12s"')
         table.required("prompt", '"a red boat enters from the left"')
         at_s = _read_time(table, "at")
@@ -248,7 +267,9 @@ def _read_beats(shot: Table, duration_s: Fraction) -> tuple[Beat, ...]:
             raise table.error(
                 "at", f"{quote(table.raw('at'))} is not after the beat before it ({before}); order them by time"
             )
-        beats.append(Beat(at_s=at_s, prompt=prompt))
+        switch = table.choice("switch", SWITCHES)
+        transition_s = _read_time(table, "transition") or Fraction(0)
+        beats.append(Beat(at_s=at_s, prompt=prompt, switch=switch, transition_s=transition_s))
     return tuple(beats)
 
 
@@ -294,6 +315,7 @@ def _read_history(parent: Table, defaults: History) -> History:
         "recent_blocks": table.integer("recent_blocks", minimum=1, maximum=10**6, example="6"),
         "top_k": table.integer("top_k", minimum=1, maximum=10**6, example="4"),
         "positions": table.choice("positions", POSITIONS),
+        "jitter": table.number("jitter", above=None, most=8, example="0.5"),
     }
     merged = dataclasses.replace(defaults, **{key: value for key, value in own.items() if value is not None})
     meaningless: dict[str | None, tuple[str, ...]] = {

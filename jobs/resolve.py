@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -14,14 +15,17 @@ from longtake.engine.config import (
     CacheConfig,
     HistoryConfig,
     HistoryPolicy,
+    MediaConfig,
     ModelSpec,
     Positions,
     SamplerConfig,
     ShotConfig,
+    Switch,
 )
-from longtake.jobs.film import Film, Settings, Shot
+from longtake.engine.timeline import Timeline
+from longtake.jobs.film import Beat, Film, Settings, Shot
 from longtake.jobs.source import quote
-from longtake.kernels.errors import ConfigError
+from longtake.kernels.errors import ConfigError, LongtakeError
 
 ReadModel: TypeAlias = Callable[[str], ModelSpec]
 
@@ -77,15 +81,26 @@ def _resolve_shot(film: Film, shot: Shot, model: ModelSpec, before: ShotConfig |
         seed=settings.seed,
         beats=(
             BeatConfig(at_s=0.0, prompt=shot.prompt),
-            *(BeatConfig(at_s=_on_frame(beat.at_s, fps), prompt=beat.prompt) for beat in shot.beats),
+            *(_beat(beat, fps, model) for beat in shot.beats),
         ),
         sampler=_sampler(model, settings.steps),
         history=history,
         cache=_cache(settings),
         after=shot.after,
         after_blocks=_after_blocks(film, shot, history, before),
+        image=_media(film, shot, "image", shot.image),
+        clip=_media(film, shot, "clip", shot.clip),
+        guide=_media(film, shot, "video", shot.video),
+        strength=shot.strength or (0.6 if shot.video is not None else 1.0),
     )
     _check_codec(film, shot, config)
+    if config.clip is not None:
+        blocks = _clip_blocks(film, shot, config, config.clip)
+        config = dataclasses.replace(config, after_blocks=blocks)
+    try:
+        Timeline(config, config.after_blocks)
+    except ConfigError as error:
+        raise film.source.error(film.key(shot, "name"), str(error)) from error
     if before is not None and (before.model != model or (before.height, before.width) != (height, width)):
         message = f"{quote(before.name)} has another model or size; a shot starts from latents of its own kind"
         raise film.source.error(film.key(shot, "after"), message)
@@ -136,7 +151,51 @@ def _history(film: Film, shot: Shot, default: HistoryConfig) -> HistoryConfig:
         sink_blocks=default.sink_blocks if wanted.sink_blocks is None else wanted.sink_blocks,
         recent_blocks=wanted.recent_blocks or default.recent_blocks,
         positions=Positions(wanted.positions) if wanted.positions else default.positions,
+        trained_frames=default.trained_frames,
+        jitter=default.jitter if wanted.jitter is None else wanted.jitter,
     )
+
+
+def _beat(beat: Beat, fps: int, model: ModelSpec) -> BeatConfig:
+    return BeatConfig(
+        at_s=_on_frame(beat.at_s, fps),
+        prompt=beat.prompt,
+        switch=model.switch if beat.switch is None else Switch(beat.switch),
+        transition_s=float(beat.transition_s),
+    )
+
+
+def _media(film: Film, shot: Shot, key: str, name: str | None) -> MediaConfig | None:
+    """A file that a shot starts from, relative to the film's folder, and the hash of its content."""
+    if name is None:
+        return None
+    path = (Path(film.source.path).parent / Path(name).expanduser()).absolute()
+    try:
+        with path.open("rb") as file:
+            return MediaConfig(path=path, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+    except OSError as error:
+        message = f"{quote(name)} cannot be read ({error.strerror}); name an existing file"
+        raise film.source.error(film.key(shot, key), message) from error
+
+
+def _clip_blocks(film: Film, shot: Shot, config: ShotConfig, clip: MediaConfig) -> int:
+    """Blocks of history that a clip makes: as asked, else as many as the window reads, if it is as long."""
+    from longtake.engine.footage import probe  # imports PyAV
+
+    try:
+        frames = probe(clip.path).frames
+    except LongtakeError as error:
+        raise film.source.error(film.key(shot, "clip"), str(error)) from error
+    latents = 1 + (frames - 1) // config.model.temporal_stride
+    there = latents // config.model.block_frames
+    if there == 0:
+        need = 1 + (config.model.block_frames - 1) * config.model.temporal_stride
+        raise film.source.error(film.key(shot, "clip"), f"has {frames} frames; a block of history takes {need}")
+    if shot.after_blocks is not None and shot.after_blocks > there:
+        message = f"{shot.after_blocks} is more than the clip has; write at most {there}"
+        raise film.source.error(film.key(shot, "after_blocks"), message)
+    full = config.history.policy is HistoryPolicy.FULL
+    return shot.after_blocks or (there if full else min(there, config.history.recent_blocks))
 
 
 def _sampler(model: ModelSpec, steps: int | None) -> SamplerConfig:

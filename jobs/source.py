@@ -170,6 +170,19 @@ class Table:
             raise self.error(key, f"{value} is not between {minimum} and {maximum}; write {key} = {example}")
         return value
 
+    def number(self, key: str, *, above: float | None, most: float, example: str) -> float | None:
+        """A number from 0 on, or above ``above``, up to ``most``; integers are numbers too."""
+        value = self._values.get(key)
+        if value is None:
+            return None
+        if type(value) not in (int, float):
+            raise self.error(key, f"must be a number, not {type_name(value)}; write {key} = {example}")
+        low = 0.0 if above is None else above
+        if not (low <= value <= most) or (above is not None and value == above):
+            bounds = f"between 0 and {most:g}" if above is None else f"above {above:g} and at most {most:g}"
+            raise self.error(key, f"{quote(value)} is not {bounds}; write {key} = {example}")
+        return float(value)
+
     def text(self, key: str, example: str) -> str | None:
         """A string that is not blank, without blanks around it."""
         value = self.value(key, str, example)

@@ -319,7 +319,7 @@ def test_key_finds_where_a_setting_comes_from() -> None:
 
 def test_content_hash_is_of_what_the_film_says() -> None:
     film = parse_film(HARBOUR)
-    assert film.content_hash == "6412dc4e74e3f59a9bb51ff165c37809"
+    assert film.content_hash == "5a1d95d8a6489fca370b74b047ada949"
     same = parse_film("# a comment\n" + HARBOUR.replace("45s", "0m45s"), "other.toml")
     assert same == film
     assert same.content_hash == film.content_hash
@@ -330,7 +330,9 @@ def test_content_hash_is_of_what_the_film_says() -> None:
 def test_json_has_every_setting() -> None:
     data = json.loads(json.dumps(parse_film(HARBOUR).to_json()))
     assert data["title"] == "Harbour"
-    assert data["shots"][0]["beats"] == [{"at_s": 12.0, "prompt": "a red boat enters from the left"}]
+    assert data["shots"][0]["beats"] == [
+        {"at_s": 12.0, "prompt": "a red boat enters from the left", "switch": None, "transition_s": 0.0}
+    ]
     assert data["shots"][1]["settings"]["cache"] == {
         "device_bytes": 6 << 30,
         "host_bytes": 64 << 30,
@@ -342,3 +344,39 @@ def test_a_film_is_frozen() -> None:
     film = parse_film(HARBOUR)
     with pytest.raises(dataclasses.FrozenInstanceError):
         film.title = "x"  # type: ignore[misc]
+
+
+START = '[[shot]]\nname = "a"\nduration = "5s"\nprompt = "p"\n'
+
+
+def test_starts_and_switches() -> None:
+    text = START + 'video = "in.mp4"\nstrength = 1\nhistory.jitter = 0.5\nhistory.positions = "bounded"\n'
+    beat = '[[shot.beat]]\nat = "2s"\nprompt = "q"\nswitch = "cut"\ntransition = "1.5s"\n'
+    (shot,) = parse_film(text + beat).shots
+    assert (shot.video, shot.strength, shot.image, shot.clip) == ("in.mp4", 1.0, None, None)
+    assert (shot.settings.history.jitter, shot.settings.history.positions) == (0.5, "bounded")
+    assert (shot.beats[0].switch, shot.beats[0].transition_s) == ("cut", Fraction(3, 2))
+    (shot,) = parse_film(START + 'clip = "in.mp4"\nafter_blocks = 2\n').shots
+    assert (shot.clip, shot.after_blocks) == ("in.mp4", 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('image = "a.png"\nclip = "b.mp4"', "film.toml:6: shot.clip: a shot starts from one thing, and there is image"),
+        ('after_blocks = 2\nimage = "a.png"', "film.toml:5: shot.after_blocks: has no meaning without after or clip"),
+        ("strength = 0.5", "film.toml:5: shot.strength: has no meaning without video"),
+        (
+            'strength = 0\nvideo = "b.mp4"',
+            "film.toml:5: shot.strength: 0 is not above 0 and at most 1; write strength =",
+        ),
+        ('strength = "x"\nvideo = "b.mp4"', "film.toml:5: shot.strength: must be a number, not a string"),
+        ("history.jitter = -1", "film.toml:5: shot.history.jitter: -1 is not between 0 and 8"),
+        ("history.jitter = nan", "is not between 0 and 8"),
+        ('[[shot.beat]]\nat = "1s"\nprompt = "q"\nswitch = "cutt"', 'film.toml:8: shot.beat.switch: "cutt" is unknown'),
+    ],
+)
+def test_bad_starts_and_switches(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_film(START + text + "\n")
+    assert message in str(caught.value)

@@ -1,15 +1,27 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longtake.engine.config import BeatConfig, HistoryPolicy, ModelSpec, Positions, ShotConfig
+from longtake.engine.config import (
+    BeatConfig,
+    HistoryPolicy,
+    MediaConfig,
+    ModelSpec,
+    Positions,
+    ShotConfig,
+    Switch,
+    WriteBack,
+)
+from longtake.engine.video import SegmentWriter
 from longtake.jobs.film import parse_film
 from longtake.jobs.resolve import _on_frame, resolve
 from longtake.kernels.errors import ConfigError
@@ -137,3 +149,43 @@ def test_window_keys_when_the_model_prefers_full(spec: ModelSpec) -> None:
     full = dataclasses.replace(spec, history=dataclasses.replace(spec.history, policy=HistoryPolicy.FULL))
     with pytest.raises(ConfigError, match=r"film\.toml:5: shot\.history\.recent_blocks: has no meaning"):
         resolved(SHOT + "history.recent_blocks = 2\n", full)
+
+
+def test_switches_are_the_models_unless_a_beat_says(spec: ModelSpec) -> None:
+    beats = '[[shot.beat]]\nat = "1s"\nprompt = "q"\n[[shot.beat]]\nat = "3s"\nprompt = "r"\nswitch = "flush"\n'
+    recaching = dataclasses.replace(spec, switch=Switch.RECACHE)
+    config = resolved(SHOT + beats + 'transition = "1s"\n', recaching)["a"]
+    assert [beat.switch for beat in config.beats] == [Switch.KEEP, Switch.RECACHE, Switch.FLUSH]
+    assert [beat.transition_s for beat in config.beats] == [0.0, 0.0, 1.0]
+
+
+def test_what_a_shot_starts_from(spec: ModelSpec, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"picture")
+    path = str(tmp_path / "film.toml")
+    config = resolve(parse_film(SHOT + 'image = "a.png"\n', path), lambda name: spec)["a"]
+    assert config.image == MediaConfig(path=tmp_path / "a.png", sha256=hashlib.sha256(b"picture").hexdigest())
+    assert (config.continues, config.num_latents, config.after_blocks) == (False, 21, 0)
+    config = resolve(parse_film(SHOT + 'video = "a.png"\n', path), lambda name: spec)["a"]
+    assert (config.guide is not None, config.strength) == (True, 0.6)
+    with pytest.raises(ConfigError, match=r'film.toml:5: shot.image: "b.png" cannot be read \(No such file'):
+        resolve(parse_film(SHOT + 'image = "b.png"\n', path), lambda name: spec)
+    with pytest.raises(ConfigError, match=r"film.toml:5: shot.clip: "):
+        resolve(parse_film(SHOT + 'clip = "a.png"\n', path), lambda name: spec)
+
+
+@pytest.mark.parametrize(("wanted", "blocks"), [("", 3), ("after_blocks = 2\n", 2)])
+def test_a_clip_is_history(spec: ModelSpec, tmp_path: Path, wanted: str, blocks: int) -> None:
+    with SegmentWriter(tmp_path / "c.mp4", fps=16, size=(96, 160)) as writer:
+        writer.write(torch.zeros(40, 96, 160, 3, dtype=torch.uint8))
+    film = parse_film(SHOT + 'clip = "c.mp4"\n' + wanted, str(tmp_path / "film.toml"))
+    config = resolve(film, lambda name: spec)["a"]
+    assert (config.continues, config.after_blocks, config.num_latents) == (True, blocks, 20)
+    film = parse_film(SHOT + 'clip = "c.mp4"\nafter_blocks = 4\n', str(tmp_path / "film.toml"))
+    with pytest.raises(ConfigError, match="4 is more than the clip has; write at most 3"):
+        resolve(film, lambda name: spec)
+
+
+def test_settings_that_exclude_each_other_name_the_shot(spec: ModelSpec) -> None:
+    rebuilt = dataclasses.replace(spec, sampler=dataclasses.replace(spec.sampler, write_back=WriteBack.REBUILD))
+    with pytest.raises(ConfigError, match=r"film.toml:2: shot.name: shot 'a': mini rebuilds its history"):
+        resolved(SHOT, rebuilt)
