@@ -148,9 +148,8 @@ def summary(view: FilmView) -> str:
     rate = sum(task.frames_per_s or 0 for task in view.shots)
     eta = f", {rate:.3g} fps, ETA {format_duration((total - done) / rate)}" if rate else ""
     hours = sum(task.gpu_s for task in view.tasks) / 3600
-    return (
-        f"{view.film.title} {done}/{total} frames, {num_done} of {len(view.shots)} shots done{eta}, {hours:.2f} GPU h"
-    )
+    shots = f"{num_done} of {len(view.shots)} shots done"
+    return f"{view.film.title} {done}/{total} frames, {shots}{eta}, {hours:.3f} device hours"
 
 
 def main() -> int:

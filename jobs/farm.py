@@ -42,6 +42,7 @@ class DirectorActor:
         self._changed = asyncio.Event()
         self._idle_since: dict[str, float] = {}
         self._launched: dict[str, float] = {}
+        self._heard: dict[str, float] = {}
         self._num_young_deaths, self._no_launch_before = 0, 0.0
         self._watch: asyncio.Task[None] | None = None
 
@@ -76,6 +77,7 @@ class DirectorActor:
     async def next_order(self, gang: Gang, wait_s: float) -> Order | Leave | None:
         """A task for a gang; waits up to ``wait_s`` for one."""
         self._begin()
+        self._heard[gang.name] = time.monotonic()
         until = time.monotonic() + wait_s
         while True:
             changed = self._changed
@@ -97,6 +99,7 @@ class DirectorActor:
     async def heartbeat(self, lease: Lease, progress: Progress) -> Verdict:
         """A gang works on its task."""
         self._begin()
+        self._heard[lease.gang] = time.monotonic()
         return self._mind.heartbeat(lease, progress)
 
     async def stopped(self, lease: Lease) -> bool:
@@ -138,11 +141,19 @@ class DirectorActor:
         self._mind.reconcile([*gangs, *self._launched])
         for view in self._mind.views():
             self._fulfil(view.directory)
-        for name in self._mind.tick():
+        self._mind.tick()
+        for name in self._stuck(set(gangs)):
+            log.warning("killing %s, which said nothing for %g s", name, self._options.gang_stuck_s)
             await loop.run_in_executor(None, _kill, name)
         self._woken(None)
         known = [*gangs.values(), *(parse_name(name) for name in self._launched if name not in gangs)]
         await self._launch([gang for gang in known if gang is not None], capacity)
+
+    def _stuck(self, alive: set[str]) -> list[str]:
+        """Gangs that said nothing for long: shots of theirs went to others, but they may still hold the folders."""
+        now = time.monotonic()
+        self._heard = {name: self._heard.get(name, now) for name in alive}
+        return [name for name, heard in self._heard.items() if now - heard > self._options.gang_stuck_s]
 
     def _fulfil(self, directory: str, *, but: Action | None = None) -> None:
         for wish in take_wishes(directory):
@@ -189,7 +200,8 @@ def _cluster() -> tuple[list[str], dict[str, int]]:
         device: sum(int(resources.get(kind, 0)) for resources in alive)
         for device, kind in (("cuda", "GPU"), ("cpu", "CPU"))
     }
-    return ray.util.list_named_actors(), capacity
+    actors = ray.util.list_named_actors(all_namespaces=True)  # without: those of this job's namespace
+    return [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE], capacity
 
 
 def _kill(name: str) -> None:

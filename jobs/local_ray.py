@@ -18,6 +18,14 @@ _LOOPBACK = {
 }
 
 
+def bind_to_loopback() -> None:
+    """Make every port of a Ray that this process starts listen on 127.0.0.1 only; to be called before Ray is imported.
+
+    What the environment already says stays.
+    """
+    os.environ.update({key: value for key, value in _LOOPBACK.items() if key not in os.environ})
+
+
 @contextlib.contextmanager
 def local_ray(*, num_cpus: int | None = None) -> Iterator[str]:
     """Start Ray with its dashboard on 127.0.0.1 and stop it again; yields the dashboard's address.
@@ -27,7 +35,7 @@ def local_ray(*, num_cpus: int | None = None) -> Iterator[str]:
     Args:
         num_cpus: as many as there are if None.
     """
-    os.environ.update({key: value for key, value in _LOOPBACK.items() if key not in os.environ})
+    bind_to_loopback()
     import ray
 
     context = ray.init(

@@ -1,0 +1,145 @@
+"""A film on a local Ray with two gangs: submitted, disturbed, asked things of, and measured."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longtake.jobs import cli
+from longtake.jobs.film import load_film
+from longtake.jobs.filmorder import FarmOptions, FilmOrder
+from longtake.jobs.ledger import FilmRecord
+from tests.ray.films import digest, processes, render_undisturbed, wait_for
+
+pytestmark = pytest.mark.ray
+
+
+class Following(threading.Thread):
+    """`follow` in a thread: the job of a film, in this process."""
+
+    def __init__(self, film: Path, out: Path, *, priority: int = 0) -> None:
+        super().__init__(daemon=True)
+        loaded = load_film(film)
+        self.out, self.lines, self.code, self.stop = out, list[str](), -1, False
+        record = FilmRecord(
+            title=loaded.title,
+            content_hash=loaded.content_hash,
+            toml=film.read_text(),
+            source=str(film),
+            priority=priority,
+            backoff_s=0.2,
+        )
+        self.order = FilmOrder(directory=str(out), record=record, options=FarmOptions(lease_s=8.0, watch_s=0.5))
+        self.start()
+
+    def run(self) -> None:
+        from longtake.jobs.driver import follow
+
+        self.code = follow(self.order, stop=lambda: self.stop, say=self.lines.append, interval_s=0.2)
+
+    def shot(self, name: str) -> dict[str, Any]:
+        """Its entry in status.json; empty before there is one."""
+        path = self.out / "status.json"
+        entry: dict[str, Any] = json.loads(path.read_text())["shots"].get(name, {}) if path.exists() else {}
+        return entry
+
+    def wait_blocks(self, name: str, blocks: int) -> None:
+        wait_for(lambda: self.shot(name).get("blocks_done", 0) >= blocks)
+
+
+@pytest.fixture
+def following(local_cluster: str, tmp_path: Path) -> Iterator[Callable[..., Following]]:
+    """Submits films; those that a test leaves open are cancelled."""
+    begun: list[Following] = []
+
+    def follow(film: Path, **options: Any) -> Following:
+        begun.append(Following(film, tmp_path / f"out-{film.stem}", **options))
+        return begun[-1]
+
+    yield follow
+    for one in begun:
+        one.stop = True
+        one.join(60)
+
+
+def test_six_shots_on_two_gangs_with_a_worker_killed(
+    following: Callable[..., Following], film_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    film = film_of(scale=4)
+    run = following(film)
+    run.wait_blocks("a", 2)
+    run.wait_blocks("c", 2)
+    victim = processes("ray::RayTrainWorker", "ray::_RayTrainWorker")[0]
+    victim.send_signal(signal.SIGKILL)
+    run.join(150)
+    assert run.code == 0, run.lines
+    assert digest(run.out / "film.mp4") == render_undisturbed(film, tmp_path / "undisturbed")
+    starts = sum(run.shot(name)["num_starts"] for name in "abcdef")
+    assert starts == 7, "one shot went on, the others were given out once"
+    assert json.loads((run.out / "status.json").read_text())["state"] == "SUCCEEDED"
+
+
+def test_wishes_and_preemption(
+    following: Callable[..., Following],
+    film_of: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    long = (("a", 60, None), ("b", 60, None), ("c", 4, "a"))
+    low = following(film_of("low", shots=long, title="Low"))
+    low.wait_blocks("a", 3)
+    assert cli.run(["pause", str(low.out), "--shot", "b"]) == 0
+    wait_for(lambda: low.shot("b")["state"] == "PAUSED")
+    assert cli.run(["cancel", str(low.out), "--shot", "b"]) == 0
+    assert low.shot("b")["reason"] == "cancelled"
+    assert cli.run(["pause", str(low.out), "--shot", "zz"]) == 2
+
+    high = following(film_of("high", shots=(("x", 4, None), ("y", 4, None)), title="High"), priority=9)
+    wait_for(lambda: high.shot("x").get("state") == "SUCCEEDED")
+    high.join(60)
+    assert high.code == 0
+    assert cli.run(["retry", str(low.out)]) == 0
+    assert cli.run(["status", str(low.out)]) == 0
+    assert "Low: " in capsys.readouterr().out
+    low.join(150)
+    assert low.code == 0, low.lines
+    film = tmp_path / "low.toml"
+    assert digest(low.out / "film.mp4") == render_undisturbed(film, tmp_path / "undisturbed")
+    assert cli.run(["logs", str(low.out)]) == 0
+    log = capsys.readouterr().out
+    assert "a: CHECKPOINT" in log or "b: CHECKPOINT" in log
+
+
+def test_what_is_exported(following: Callable[..., Following], film_of: Callable[..., Path]) -> None:
+    import ray
+
+    run = following(film_of("measured", scale=0.5, title="Measured"))
+    run.join(120)
+    assert run.code == 0
+    list_nodes: Any = ray.nodes
+    port = list_nodes()[0]["MetricsExportPort"]
+
+    def scraped() -> set[str]:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+        return {line.split("{")[0] for line in lines if 'film="Measured"' in line or 'film="Measured"' in line}
+
+    exported = wait_for(lambda: names if "ray_longtake_blocks_total" in (names := scraped()) else None)
+    from longtake.jobs.board import board_metrics
+
+    assert board_metrics() <= exported, "a panel asks for what nothing exports"
+
+
+def test_all_ports_are_on_loopback(local_cluster: str) -> None:
+    for process in processes():
+        for connection in process.net_connections(kind="tcp"):
+            if connection.status == "LISTEN":
+                ip = connection.laddr.ip.removeprefix("::ffff:")
+                assert ip in ("127.0.0.1", "::1"), (process.cmdline(), connection)
