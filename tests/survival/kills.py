@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import json
 import random
+import signal
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,7 +121,7 @@ class Survival:
             out, kills, blocks = self.new(), 0, 0
             while True:
                 instant = chooser.uniform(0, self.seconds)
-                code, _ = self.nursery.render(self.film, out, kill_after_s=instant)
+                code, _ = self.nursery.render(self.film, out, signals=[(instant, signal.SIGKILL)])
                 if code == 0:
                     tally.missed += 1
                     break
@@ -136,6 +137,26 @@ class Survival:
             tally.equal += 1
             tally.most_kills_of_a_film = max(tally.most_kills_of_a_film, kills)
         return tally
+
+    def stop(self, num_signals: int, seed: int) -> int:
+        """One film whose processes are sent SIGTERM at random instants, once or twice, until it is finished; how often.
+
+        The exit code of each that was stopped is 3. A signal before the process answers them, or after, just ends it.
+        """
+        chooser, out, stops, blocks = random.Random(seed), self.new(), 0, 0
+        while True:
+            instant = chooser.uniform(0.05, 0.6 * self.seconds)
+            signals = [(instant + 0.02 * number, signal.SIGTERM) for number in range(num_signals)]
+            code, _ = self.nursery.render(self.film, out, signals=signals)
+            if code == 0:
+                break
+            assert code in (3, -signal.SIGTERM), self.nursery.log()
+            stops += 1
+            there = self.check_on_the_way(out)
+            assert there >= blocks, "committed blocks are gone"
+            blocks = there
+        self.check(out)
+        return stops
 
     def kill_at(self, *kills: tuple[str, int]) -> int:
         """One film whose process is killed when a step is over for the n-th time, again for each pair; how often."""

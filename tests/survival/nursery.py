@@ -2,12 +2,12 @@
 
 Run as a script, it reads requests from stdin, one JSON object a line, and answers each with one on stdout::
 
-    {"arguments": ["render", ...], "log": FILE, "kill_after_s": 1.5 | null, "kill_at": ["names", 3] | null}
+    {"arguments": ["render", ...], "log": FILE, "signals": [[1.5, 9]], "kill_at": ["names", 3] | null}
     {"code": 0 | 3 | -9, "seconds": 2.1}
 
-A forked child runs the command line as the console script does, writes what it says to the log, and dies of SIGKILL:
-sent by this process after a time, or by itself when the step of that name is over for the n-th time. PyTorch runs on
-one thread, so there is nothing that a fork could tear apart.
+A forked child runs the command line as the console script does and writes what it says to the log. This process sends
+it signals, each so many seconds after its start; or it kills itself when the step of a name is over for the n-th time.
+PyTorch runs on one thread, so there is nothing that a fork could tear apart.
 """
 
 from __future__ import annotations
@@ -49,11 +49,12 @@ class Nursery:
 
     def __init__(self, log: Path) -> None:
         self._log = log
+        path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.survival.nursery"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
             text=True,
         )
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -65,7 +66,7 @@ class Nursery:
         film: Path,
         out: Path,
         *options: str,
-        kill_after_s: float | None = None,
+        signals: Sequence[tuple[float, int]] = (),
         kill_at: tuple[str, int] | None = None,
     ) -> tuple[int, float]:
         """Run ``longtake render`` in a child.
@@ -74,7 +75,7 @@ class Nursery:
             Its exit code, -9 if it was killed, and the seconds that it ran.
         """
         arguments = ["render", str(film), "--out", str(out), "--device", "cpu", *options]
-        request = {"arguments": arguments, "log": str(self._log), "kill_after_s": kill_after_s, "kill_at": kill_at}
+        request = {"arguments": arguments, "log": str(self._log), "signals": signals, "kill_at": kill_at}
         self._requests.write(json.dumps(request) + "\n")
         self._requests.flush()
         answer = json.loads(self._answers.readline())
@@ -115,18 +116,18 @@ def main() -> None:
         child = os.fork()
         if child == 0:
             _live(request)
-        code = _wait(child, started, request["kill_after_s"])
+        code = _wait(child, started, request["signals"])
         print(json.dumps({"code": code, "seconds": time.perf_counter() - started}), flush=True)
 
 
-def _wait(child: int, started: float, kill_after_s: float | None) -> int:
-    if kill_after_s is not None:
-        while (left_s := started + kill_after_s - time.perf_counter()) > 0:
+def _wait(child: int, started: float, signals: Sequence[tuple[float, int]]) -> int:
+    for after_s, number in signals:
+        while (left_s := started + after_s - time.perf_counter()) > 0:
             time.sleep(min(left_s, 0.02))
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
                 return os.waitstatus_to_exitcode(status)
-        os.kill(child, signal.SIGKILL)
+        os.kill(child, number)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 

@@ -30,6 +30,11 @@ def test_killed_at_two_hundred_random_instants(survival: Survival) -> None:
     assert tally.equal == tally.films > 0
 
 
+@pytest.mark.parametrize("num_signals", [1, 2, 3])
+def test_stopped_by_signals(survival: Survival, num_signals: int) -> None:
+    assert survival.stop(num_signals, seed=num_signals) >= 1
+
+
 def test_killed_at_each_step(survival: Survival) -> None:
     assert survival.kill_at(*((step, 1) for step in STEPS)) == len(STEPS)
 
