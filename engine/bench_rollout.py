@@ -1,8 +1,10 @@
-"""``longtake bench rollout``: seconds a block of a rollout with random weights, and where they go.
+"""``longtake bench rollout``: seconds a block of a rollout, and where they go.
 
-Protocol: the geometry of a published model with random weights, a window of history that is full when timing starts,
-all steps and the commit pass of each block, VAE decoding apart. Times are medians over blocks after warm-up; the split
-by stage comes from a block of its own with events around each stage, so that the total is not slowed by them.
+Protocol: the geometry of a published model with random weights (``--geometry``: a size, with Self-Forcing's steps and a
+window as asked for; or a preset, with its own), or a fetched model (``--model``); a window of history that is full when
+timing starts, all steps and the commit pass of each block, VAE decoding apart. Times are medians over blocks after
+warm-up; the split by stage comes from a block of its own with events around each stage, so that the total is not slowed
+by them.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from diffusers import AutoencoderKLWan
 from longtake.engine import record
 from longtake.engine.config import (
     WAN_1_3B,
+    WAN_5B,
     WAN_14B,
     BeatConfig,
     CacheConfig,
@@ -29,26 +32,47 @@ from longtake.engine.config import (
     ShotConfig,
 )
 from longtake.engine.model import CausalWan
+from longtake.engine.presets import PRESETS, preset_spec
 from longtake.engine.rollout import Rollout, open_cache
 from longtake.engine.timing import EventTimer
 from longtake.engine.vae import StreamingDecoder
+from longtake.engine.weights import load_transformer, read_spec
 
 GEOMETRIES = {
     "1.3b": WAN_1_3B,
+    "5b": WAN_5B,
     "14b": WAN_14B,
     "tiny": ModelConfig(num_heads=2, head_dim=64, num_layers=2, ffn_dim=256, text_dim=64),
 }
 
 
+CAUSAL = [name for name, preset in PRESETS.items() if preset.few_step]
+_MOST_WARM_UP = 24  # blocks; a full history is never full
+# of Wan2.2-TI2V-5B, but for the statistics of its latents
+WAN_2_2_VAE: dict[str, Any] = {
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+    "latents_mean": [0.0] * 48,
+    "latents_std": [1.0] * 48,
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutBench:
-    """What to run."""
+    """What to run; height and width of 0 are the model's own."""
 
     geometry: str = "1.3b"
+    model: str | None = None
     codec: str = "bf16"
     attention: str = "dense"
-    height: int = 480
-    width: int = 832
+    height: int = 0
+    width: int = 0
     window_blocks: int = 6
     blocks: int = 8
     compile_layers: bool = True
@@ -56,33 +80,42 @@ class RolloutBench:
     vae: bool = True
 
 
-def make_shot(bench: RolloutBench) -> ShotConfig:
-    """A shot of the benchmark's geometry: window of ``window_blocks`` blocks of history, no sink apart."""
-    sampler = SamplerConfig()
-    history = HistoryConfig(sink_blocks=1, recent_blocks=bench.window_blocks - 1)
-    spec = ModelSpec(
+def make_spec(bench: RolloutBench) -> ModelSpec:
+    """The model of a benchmark."""
+    if bench.model is not None:
+        return read_spec(bench.model)
+    if bench.geometry in PRESETS:
+        return preset_spec(bench.geometry, Path("random"))
+    wide = bench.geometry == "5b"
+    return ModelSpec(
         path=Path("random"),
         name=f"random-{bench.geometry}",
         transformer=GEOMETRIES[bench.geometry],
-        sampler=sampler,
+        sampler=SamplerConfig(),
         block_frames=3,
-        fps=16,
-        height=bench.height,
-        width=bench.width,
+        fps=24 if wide else 16,
+        height=704 if wide else 480,
+        width=1280 if wide else 832,
         text_len=512,
-        history=history,
+        history=HistoryConfig(sink_blocks=1, recent_blocks=bench.window_blocks - 1),
+        spatial_stride=16 if wide else 8,
     )
+
+
+def make_shot(bench: RolloutBench) -> ShotConfig:
+    """An hour of the benchmark's model."""
+    spec = make_spec(bench)
     return ShotConfig(
         name="bench",
         model=spec,
-        num_frames=16 * 3600,
-        fps=16,
-        height=bench.height,
-        width=bench.width,
+        num_frames=spec.fps * 3600,
+        fps=spec.fps,
+        height=bench.height or spec.height,
+        width=bench.width or spec.width,
         seed=0,
         beats=(BeatConfig(at_s=0, prompt=""),),
-        sampler=sampler,
-        history=history,
+        sampler=spec.sampler,
+        history=spec.history,
         cache=CacheConfig(codec=bench.codec),
         attention=bench.attention,
     )
@@ -108,7 +141,11 @@ def run_rollout(bench: RolloutBench) -> dict[str, Any]:
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    model = random_model(shot.model.transformer, device, torch.bfloat16 if cuda else torch.float32)
+    dtype = torch.bfloat16 if cuda else torch.float32
+    if bench.model is None:
+        model = random_model(shot.model.transformer, device, dtype)
+    else:
+        model = load_transformer(shot.model, device, dtype)
     if cuda and bench.compile_layers:
         model.compile_layers()
     text = torch.randn(1, shot.model.text_len, model.config.text_dim, device=device)
@@ -116,7 +153,7 @@ def run_rollout(bench: RolloutBench) -> dict[str, Any]:
         contexts = [model.text_context(text)]
     rollout = Rollout(shot, model, contexts, open_cache(shot, device))
     started = time.perf_counter()
-    for _ in range(bench.window_blocks + 2):
+    for _ in range(min(rollout.timeline.max_attended, _MOST_WARM_UP) + 2):
         rollout.step()
     _wait(device)
     warm_up_s = time.perf_counter() - started
@@ -133,6 +170,9 @@ def run_rollout(bench: RolloutBench) -> dict[str, Any]:
         "memory_bytes": rollout.memory(),
         "peak_bytes": torch.cuda.max_memory_allocated(device) if cuda else None,
         "bits_per_element": rollout.codec.bits_per_element,
+        "frames_a_block": shot.model.block_frames * shot.model.temporal_stride,
+        "height": shot.height,
+        "width": shot.width,
     }
     if bench.vae:
         result["vae"] = _vae(clean, device)
@@ -150,11 +190,11 @@ def _stages(rollout: Rollout, device: torch.device) -> dict[str, float]:
 
 
 def _vae(clean: torch.Tensor, device: torch.device) -> dict[str, Any]:
-    """Decode blocks with the full-size Wan2.1 decoder, random weights, bfloat16 on a GPU."""
+    """Decode blocks with the full-size Wan2.1 decoder (Wan2.2's for 48 channels), random weights, bfloat16 on a GPU."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.device(device):
-        vae = AutoencoderKLWan().to(dtype).eval().requires_grad_(False)
+        vae = AutoencoderKLWan(**(WAN_2_2_VAE if clean.shape[0] == 48 else {})).to(dtype).eval().requires_grad_(False)
     decoder = StreamingDecoder(vae)
     latents = torch.randn_like(clean)
     seconds = []
@@ -177,13 +217,14 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="longtake bench rollout", description=__doc__)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--geometry", choices=sorted(GEOMETRIES), default="1.3b")
+    parser.add_argument("--geometry", choices=[*sorted(GEOMETRIES), *CAUSAL], default="1.3b", metavar="SIZE|PRESET")
+    parser.add_argument("--model", help="a fetched model or a folder, with its weights, instead of random ones")
     parser.add_argument(
         "--cases", default="bf16,int4,int4/fp8", help="CODEC or CODEC/ATTENTION (dense, fp8, fp8-bf16v), one run each"
     )
-    parser.add_argument("--window", type=int, default=6, help="blocks of history")
+    parser.add_argument("--window", type=int, default=6, help="blocks of history; presets and models have their own")
     parser.add_argument("--blocks", type=int, default=8, help="timed blocks")
-    parser.add_argument("--size", default="480x832")
+    parser.add_argument("--size", default="0x0", help="HEIGHTxWIDTH; default: the model's")
     parser.add_argument("--no-compile", action="store_true")
     options = parser.parse_args(arguments)
     height, width = (int(side) for side in options.size.split("x"))
@@ -192,6 +233,7 @@ def main(arguments: list[str]) -> None:
         codec, _, attention = case.partition("/")
         bench = RolloutBench(
             geometry=options.geometry,
+            model=options.model,
             codec=codec,
             attention=attention or "dense",
             height=height,

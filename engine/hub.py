@@ -25,12 +25,11 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
 from longtake.engine import store
-from longtake.engine.presets import PRESETS, HubFiles, Preset
+from longtake.engine.presets import PRESETS, TEXT_LEN, HubFiles, Preset
 from longtake.kernels.errors import CapacityError, ConfigError, StorageError
 from longtake.offload.files import FileOps, fsync_dir
 from longtake.offload.lock import FolderLock
 
-TEXT_LEN = 512
 MANIFEST_NAME = "pulled.json"
 _OPTIONAL = ("model_index.json", "scheduler/*")
 _CHUNK_BYTES = 8 << 20

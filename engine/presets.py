@@ -7,6 +7,7 @@ lists what rests on less than that. docs/models.md has the table.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from longtake.engine.config import (
     WAN_1_3B,
@@ -16,6 +17,7 @@ from longtake.engine.config import (
     HistoryPolicy,
     Loop,
     ModelConfig,
+    ModelSpec,
     Positions,
     SamplerConfig,
     Switch,
@@ -23,6 +25,7 @@ from longtake.engine.config import (
     WriteBack,
 )
 
+TEXT_LEN = 512  # of umT5-xxl's embeddings, in the whole family
 _BASE_1_3B = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 _BASE_14B = "Wan-AI/Wan2.1-T2V-14B-Diffusers"
 _BASE_5B = "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
@@ -225,3 +228,23 @@ PRESETS: dict[str, Preset] = {
         unverified=("the licence", "steps and shift", "the keys of model_bf16.pt", "what a prompt switch does"),
     ),
 }
+
+
+def preset_spec(name: str, path: Path) -> ModelSpec:
+    """What a rollout must know of a preset's model, whose weights are in a folder or are made up."""
+    preset = PRESETS[name]
+    return ModelSpec(
+        path=path,
+        name=name,
+        transformer=preset.transformer,
+        sampler=preset.sampler,
+        block_frames=preset.block_frames,
+        fps=preset.fps,
+        height=preset.height,
+        width=preset.width,
+        text_len=TEXT_LEN,
+        history=preset.history,
+        spatial_stride=preset.spatial_stride,
+        weights=preset.weights,
+        switch=preset.switch,
+    )

@@ -20,7 +20,7 @@ class ShotPlan:
         attended_blocks: the most history blocks that one block reads.
         bits_per_element: stored for one element of K or V, scales and all.
         block_bytes: payloads of one block, all layers and heads.
-        history_bytes: payloads of the whole shot: what a host or disk tier keeps.
+        history_bytes: payloads of the whole shot, blocks committed anew included: what a host or disk tier keeps.
         dense_history_bytes: the same K and V in bfloat16.
         arena_bytes: device arena: attended blocks and the one being committed, or the film's device budget.
         scratch_bytes: dense K and V of one layer's chunk of history.
@@ -64,9 +64,9 @@ def plan_shot(shot: ShotConfig, dtype_name: str = "bfloat16") -> ShotPlan:
     """
     import torch
 
-    from longtake.engine import history
     from longtake.engine.model import CausalWan
     from longtake.engine.rollout import scratch_tokens, shot_codec
+    from longtake.engine.timeline import Timeline
     from longtake.offload.cache import CacheBudget
     from longtake.offload.shape import ModelKVShape
 
@@ -74,9 +74,9 @@ def plan_shot(shot: ShotConfig, dtype_name: str = "bfloat16") -> ShotPlan:
     geometry = shot.model.transformer
     codec = shot_codec(shot)
     shape = ModelKVShape(num_layers=geometry.num_layers, num_heads=geometry.num_heads, codec=codec)
-    attended = history.max_attended(shot.history, shot.after_blocks + shot.num_blocks)
-    arena_frames = CacheBudget(device_bytes=shot.cache.device_bytes, num_blocks=attended).num_frames(shape)
-    num_history = shot.after_blocks + shot.num_blocks
+    timeline = Timeline(shot, shot.after_blocks)
+    budget = CacheBudget(device_bytes=shot.cache.device_bytes, num_blocks=timeline.max_held)
+    arena_frames, num_history = budget.num_frames(shape), timeline.num_entries
     dense_block = 2 * 2 * shot.tokens_per_block * geometry.dim * geometry.num_layers
     with torch.device("meta"):
         model = CausalWan(geometry).cast(dtype)
@@ -91,7 +91,7 @@ def plan_shot(shot: ShotConfig, dtype_name: str = "bfloat16") -> ShotPlan:
         num_latents=shot.num_latents,
         num_blocks=shot.num_blocks,
         num_prefix_blocks=shot.after_blocks,
-        attended_blocks=attended,
+        attended_blocks=timeline.max_attended,
         bits_per_element=codec.bits_per_element,
         block_bytes=shape.block_bytes,
         history_bytes=num_history * shape.block_bytes,

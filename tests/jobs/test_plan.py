@@ -65,3 +65,11 @@ def test_totals(configs: dict[str, ShotConfig]) -> None:
     assert data["device_bytes"] == max(plan.device_bytes for plan in plans)
     assert data["history_bytes"] == sum(plan.history_bytes for plan in plans)
     assert [shot["name"] for shot in data["shots"]] == ["a", "b"]
+
+
+def test_blocks_committed_anew_count(spec: ModelSpec) -> None:
+    beat = '[[shot.beat]]\nat = "30s"\nprompt = "r"\nswitch = "recache"\n'
+    text = FILM.split('[[shot]]\nname = "b"')[0]
+    before, after = (plan_film(resolve(parse_film(text + extra), lambda name: spec))[0] for extra in ("", beat))
+    assert after.history_bytes - before.history_bytes == 6 * before.block_bytes
+    assert after.device_bytes == before.device_bytes
