@@ -7,6 +7,7 @@ ledgers. Only in memory is when each gang was last heard of: after a restart all
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -54,6 +55,7 @@ class _OpenFilm:
         self.directory, self.ledger, self.record = directory, ledger, record
         self.heard_s = {task.name: now for task in ledger.tasks.values() if task.leased}
         self.counted_s = dict(self.heard_s)
+        self.saved_s: dict[str, float] = {}
 
     def view(self) -> FilmView:
         tasks = tuple(self.ledger.tasks.values())
@@ -74,6 +76,7 @@ class Director:
         wall: seconds since 1970, kept in ledgers.
         clock: seconds that never go back, for leases.
         publish: told of every change of a film.
+        progress_s: how long a task's mere progress may be in memory only; of states nothing is.
     """
 
     def __init__(
@@ -83,8 +86,10 @@ class Director:
         wall: Callable[[], float] = time.time,
         clock: Callable[[], float] = time.monotonic,
         publish: Publish = lambda view: None,
+        progress_s: float = 0.0,
     ) -> None:
         self.lease_s = lease_s
+        self._progress_s = progress_s
         self._wall, self._clock, self._publish = wall, clock, publish
         self._films: dict[str, _OpenFilm] = {}
         self._idle: dict[str, tuple[Gang, float]] = {}
@@ -218,7 +223,7 @@ class Director:
                 task, gang=gang.name, incarnation=gang.incarnation, num_devices=num_ranks, now_s=self._wall()
             )
             self._save(film, [granted], "granted")
-            film.heard_s[task.name] = film.counted_s[task.name] = self._clock()
+            film.heard_s[task.name] = film.counted_s[task.name] = film.saved_s[task.name] = self._clock()
             self._idle.pop(gang.name, None)
             return self._order(film, granted, gang)
         if misfit and not self._others_fit(gang):
@@ -232,8 +237,15 @@ class Director:
         if held is None:
             return Verdict.LOST
         film, task = held
-        self._save(film, [progressed(task, progress, self._gpu_s(film, task))], "")
-        return Verdict.GO if film.ledger.tasks[task.name].want is Want.RUN else Verdict.STOP
+        changed = progressed(task, progress, self._gpu_s(film, task))
+        now = self._clock()
+        if now - film.saved_s.get(task.name, -math.inf) >= self._progress_s:
+            film.saved_s[task.name] = now
+            self._save(film, [changed], "")
+        else:
+            film.ledger.hold(changed)
+            self._publish(film.view())
+        return Verdict.GO if changed.want is Want.RUN else Verdict.STOP
 
     def stopped(self, lease: Lease) -> bool:
         """A gang has stopped at a block boundary. False: the lease was lost before."""
@@ -374,8 +386,8 @@ class Director:
 
     def _preempt(self) -> None:
         """Ask for as many gangs as urgent tasks lack, from the least urgent shots; those begun last go first."""
-        coming = [film for film in self._films.values() for task in film.ledger.tasks.values() if _leaves(task)]
-        num_free = len(self._idle) + len(coming)
+        tasks = [task for film in self._films.values() for task in film.ledger.tasks.values()]
+        num_free = len(self._idle) + sum(task.state is State.CHECKPOINT for task in tasks)
         for film, _ in self._ready()[num_free:]:
             running = [
                 (other, task)
@@ -387,11 +399,6 @@ class Director:
                 return
             victim, task = min(running, key=lambda pair: (pair[0].record.priority, -(pair[1].started_s or 0)))
             self._save(victim, [ask(task, Want.REQUEUE)], f"preempted by {film.record.title}")
-
-
-def _leaves(task: Task) -> bool:
-    """Whether a task's gang is on its way to be free."""
-    return task.state is State.CHECKPOINT
 
 
 def _open(directory: str) -> Ledger:

@@ -38,7 +38,7 @@ class DirectorActor:
     def __init__(self, options: FarmOptions) -> None:
         self._options = options
         self._publisher = Publisher(FarmMetrics().show)
-        self._mind = Director(lease_s=options.lease_s, publish=self._publisher.note)
+        self._mind = Director(lease_s=options.lease_s, publish=self._publisher.note, progress_s=1.0)
         self._changed = asyncio.Event()
         self._idle_since: dict[str, float] = {}
         self._launched: dict[str, float] = {}

@@ -128,6 +128,10 @@ class Ledger:
         if any(task.position != index for index, task in enumerate(self.tasks.values())):
             self.tasks = dict(sorted(self.tasks.items(), key=lambda item: item[1].position))
 
+    def hold(self, task: Task) -> None:
+        """Take a task's progress into memory; it reaches the disk with the task's next `save`."""
+        self.tasks[task.name] = task
+
     def remove(self, names: Iterable[str]) -> None:
         """Forget tasks."""
         gone = [name for name in names if name in self.tasks]

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class Publisher:
-    """Writes at once when a shot's state changes, otherwise no more often than `INTERVAL_S`. A full disk is logged.
+    """Writes the log at once and the status no more often than `INTERVAL_S`. A full disk is logged.
 
     Args:
         show: told of what is written, for metrics.
@@ -42,8 +42,7 @@ class Publisher:
                 if known.get(task.name) is not task.state:
                     write_line(Path(view.directory) / DIRECTOR_LOG, describe(task, known.get(task.name)))
             self._states[view.directory] = states
-            self._write(view)
-        elif time.monotonic() - self._written_s.get(view.directory, 0.0) >= INTERVAL_S:
+        if time.monotonic() - self._written_s.get(view.directory, 0.0) >= INTERVAL_S:
             self._write(view)
         else:
             self._late[view.directory] = view
