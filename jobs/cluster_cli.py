@@ -35,8 +35,12 @@ def submit(
     address: Annotated[
         str | None, typer.Option(metavar="URL", help="The cluster's dashboard; without it Ray runs here.")
     ] = None,
-    gpus_per_shot: Annotated[int | None, typer.Option(metavar="N", help="GPUs that render one shot together.")] = None,
-    priority: Annotated[int, typer.Option(metavar="P", help="A higher one goes first and preempts.")] = 0,
+    gpus_per_shot: Annotated[
+        int | None, typer.Option(metavar="N", help="GPUs for one shot; default: the film's.")
+    ] = None,
+    priority: Annotated[
+        int | None, typer.Option(metavar="P", help="A higher one goes first and preempts; default: the film's.")
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Print the film's log and end as it ends.")] = False,
     device: Annotated[str | None, typer.Option(metavar="cpu|cuda", help="Default: cuda on a cluster.")] = None,
 ) -> int:
@@ -53,7 +57,7 @@ def submit(
             raise ConfigError(f"--device {device}: unknown device; write cpu or cuda")
         if gpus_per_shot is not None and not 1 <= gpus_per_shot <= 64:
             raise ConfigError(f"--gpus-per-shot {gpus_per_shot}: write a number from 1 to 64")
-        order = _order(film, out, device or "cuda", gpus_per_shot or 1, priority)
+        order = _order(film, out, device or "cuda", gpus_per_shot, priority)
         return _submit(order, address, wait, signals)
 
 
@@ -65,7 +69,7 @@ def _check(film: Film) -> None:
     resolve(film, read_spec)
 
 
-def _order(film: Film, out: Path, device: str, gpus_per_shot: int, priority: int) -> FilmOrder:
+def _order(film: Film, out: Path, device: str, gpus_per_shot: int | None, priority: int | None) -> FilmOrder:
     from longtake.jobs.filmorder import FilmOrder
     from longtake.jobs.ledger import FilmRecord
 
@@ -76,8 +80,9 @@ def _order(film: Film, out: Path, device: str, gpus_per_shot: int, priority: int
         toml=Path(film.source.path).read_text(encoding="utf-8-sig"),
         source=str(Path(film.source.path).absolute()),
         device=device.split(":")[0],
-        gang_sizes=(gpus_per_shot,),
-        priority=priority,
+        gang_sizes=film.cluster.gang_sizes if gpus_per_shot is None else (gpus_per_shot,),
+        priority=film.cluster.priority if priority is None else priority,
+        max_tries=film.cluster.max_failures,
     )
     return FilmOrder(directory=str(out.absolute()), record=record)
 

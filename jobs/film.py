@@ -15,6 +15,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from longtake.jobs.film_cluster import ClusterSettings, read_cluster
 from longtake.jobs.quantities import format_duration, parse_bytes, parse_duration
 from longtake.jobs.source import Source, Table, nearest, parse_source, quote, read_source
 from longtake.jobs.toml_lines import TomlPath
@@ -28,7 +29,7 @@ MAX_DURATION_S = 7 * 24 * 3600
 MAX_NAME = 64
 
 _SHARED_KEYS = ("model", "codec", "size", "fps", "seed", "steps", "history", "cache")
-_FILM_KEYS = ("title", *_SHARED_KEYS)
+_FILM_KEYS = ("title", "cluster", *_SHARED_KEYS)
 _START_KEYS = ("image", "clip", "video")
 _SHOT_KEYS = ("name", "duration", "prompt", "beat", "after", "after_blocks", *_START_KEYS, "strength", *_SHARED_KEYS)
 _BEAT_KEYS = ("at", "prompt", "switch", "transition")
@@ -106,6 +107,7 @@ class Film:
     title: str
     shots: tuple[Shot, ...]
     source: Source = field(repr=False, compare=False)
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)
 
     def shot(self, name: str) -> Shot:
         """The shot of that name.
@@ -187,7 +189,7 @@ def _read_film(source: Source) -> Film:
                 message = f"{quote(shot.name)} names a shot already (line {line}); names differ in more than case"
                 raise source.error(("shot", index, "name"), message)
         shots.append(shot)
-    film = Film(title=title, shots=tuple(shots), source=source)
+    film = Film(title=title, shots=tuple(shots), source=source, cluster=read_cluster(source))
     _check_after(film)
     return film
 
