@@ -40,6 +40,11 @@ class Prompts:
         return self._blended[1]
 
     @property
+    def blends(self) -> bool:
+        """Whether prompts can pass into each other."""
+        return self._blend is not None
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all contexts that are held."""
         held = [*self.contexts, *([self._blended[1]] if self._blended else [])]

@@ -26,7 +26,7 @@ from longtake.engine.timeline import Entry, Kind, Timeline
 from longtake.engine.timing import NO_TIMER, StageTimer
 from longtake.kernels.attention_path import make_path
 from longtake.kernels.codec import BlockGeometry, Codec, make_codec
-from longtake.kernels.errors import StorageError
+from longtake.kernels.errors import ConfigError, StorageError
 from longtake.offload.cache import CacheBudget, KVCache
 from longtake.offload.run import RunDirectory
 from longtake.offload.shape import ModelKVShape
@@ -88,6 +88,7 @@ class Rollout:
         self.shot, self.model, self.cache, self.prefix = shot, model, cache, prefix
         self.prompts = contexts if isinstance(contexts, Prompts) else Prompts(shot, contexts)
         self.timeline = Timeline(shot, len(prefix.latents))
+        _check_start(shot, prefix, self.prompts)
         self._timer = timer
         self._read_latents = read_latents
         self._recent: OrderedDict[int, Tensor] = OrderedDict()
@@ -243,6 +244,18 @@ class Rollout:
             timesteps_BF = torch.tensor([timestep], dtype=torch.float32, device=self.device)
         flow: Tensor = self.model(latents[None].to(self.dtype), timesteps_BF, context, attention)
         return flow[0]
+
+
+def _check_start(shot: ShotConfig, prefix: Prefix, prompts: Prompts) -> None:
+    """That what the shot asks for was given: a caller that does not know of it must not render without it."""
+    given = {
+        "image": shot.image is None or prefix.fixed is not None,
+        "video": shot.guide is None or prefix.guide is not None,
+        "clip": shot.clip is None or len(prefix.latents) == shot.after_blocks,
+        "transition": prompts.blends or not any(beat.transition_s for beat in shot.beats),
+    }
+    if missing := [name for name, there in given.items() if not there]:
+        raise ConfigError(f"shot {shot.name!r}: {', '.join(missing)} cannot be rendered here")
 
 
 def shot_codec(shot: ShotConfig) -> Codec:

@@ -28,7 +28,7 @@ from longtake.engine.prompts import blend_of_block, make_prompts
 from longtake.engine.rolling import WindowStore
 from longtake.engine.rollout import Prefix, Rollout, open_cache
 from longtake.engine.tensor_files import rename
-from longtake.kernels.errors import StorageError
+from longtake.kernels.errors import ConfigError, StorageError
 from tests.engine.plain_loops import Film, closed_up, rebuilt, rolling, sigmas_of, windowed
 from tests.engine.plain_wan import State, random_state
 
@@ -276,6 +276,18 @@ def test_a_transition_blends_embeddings() -> None:
     with torch.no_grad():
         plain = windowed(film, 8, sigmas_of([1000, 750, 500, 250], 5.0), 0, 6, SWITCH, "keep")
     torch.testing.assert_close(render(shot, model), plain, rtol=0, atol=TOLERANCE)
+
+
+def test_what_a_shot_starts_from_must_be_given() -> None:
+    shot = make_shot(PRESETS["self-forcing"], num_blocks=3)
+    model, _ = make_model(shot.model.transformer)
+    media = MediaConfig(path=Path("unused"), sha256="0")
+    blended = (shot.beats[0], replace(shot.beats[1], transition_s=1.0))
+    contexts = make_prompts(shot, model, embeds_of(shot)).contexts
+    for change in ({"image": media}, {"guide": media}, {"clip": media, "after_blocks": 2}, {"beats": blended}):
+        changed = replace(shot, **change)
+        with pytest.raises(ConfigError, match="cannot be rendered here"):
+            Rollout(changed, model, contexts, open_cache(changed, torch.device("cpu")))
 
 
 def resume_from(
