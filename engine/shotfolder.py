@@ -19,7 +19,8 @@ from longtake.engine.rollout import kv_shape
 from longtake.engine.segments import Segments
 from longtake.engine.timeline import Kind, Timeline
 from longtake.kernels.errors import StorageError
-from longtake.offload.errors import is_disk_full
+from longtake.offload.errors import from_os_error, is_disk_full
+from longtake.offload.files import FileOps, fsync_dir
 from longtake.offload.run import RunDirectory
 
 LATENTS_NAME = "latents.zarr"
@@ -59,9 +60,18 @@ class ShotFolder:
         try:
             self.latents.cut(self.num_done)
             self.segments = Segments(shot, self.run, self.timeline)
+            self._sync_names()
         except BaseException:
             self.run.close(orderly=False)
             raise
+
+    def _sync_names(self) -> None:
+        """The names of what was made, the folder's own among them, are on the disk before anything is rendered."""
+        for folder in (self.path, self.path.absolute().parent):
+            try:
+                fsync_dir(FileOps(), folder)
+            except OSError as error:
+                raise from_os_error(error, "forcing a folder to the disk", path=folder) from error
 
     @property
     def num_done(self) -> int:

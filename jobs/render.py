@@ -164,6 +164,8 @@ class FilmRenderer:
         with ExitStack() as held:
             locks = {name: held.enter_context(closing(self._lock(name))) for name in self._names}
             known = self._status.shots()
+            for name in self._names:  # of a --fresh that was killed on the way
+                shutil.rmtree(self._discarded(name), ignore_errors=True)
             for name in self._forget() if self._job.fresh else ():
                 known.pop(name, None)
             self._entries = {name: _waiting(config, known.get(name)) for name, config in self._job.configs.items()}
@@ -301,13 +303,12 @@ class FilmRenderer:
             if not ours or not (_is_begun(directory) or (directory / RECIPE_NAME).exists()):
                 raise ConfigError(f"--fresh: {directory} is no shot's directory (no {RECIPE_NAME}); remove it by hand")
         (self._job.directory / FILM_NAME).unlink(missing_ok=True)
-        for name in names:
-            discarded = self._job.directory / f".{name}.discarded"
-            shutil.rmtree(discarded, ignore_errors=True)
-            if self._job.shot_directory(name) in directories:
-                self._job.shot_directory(name).rename(discarded)
-                shutil.rmtree(discarded)
+        for directory in directories:
+            shutil.rmtree(directory.rename(self._discarded(directory.name)))
         return names
+
+    def _discarded(self, name: str) -> Path:
+        return self._job.directory / f".{name}.discarded"
 
 
 def _waiting(config: ShotConfig, known: ShotStatus | None) -> ShotStatus:

@@ -183,7 +183,7 @@ def test_fresh_that_was_killed_on_the_way(
         patched.setattr(shutil, "rmtree", killed)
         assert render(film, out, "--fresh") == 3
     assert (out / ".arrival.discarded").exists()
-    assert render(film, out, "--fresh") == 0
+    assert render(film, out) == 0
     assert contents(out) == contents(undisturbed)
     assert not (out / ".arrival.discarded").exists()
 
@@ -218,6 +218,20 @@ def test_full_disks_are_interruptions(
     assert "No space left" in status["shots"]["arrival"]["reason"]
     assert render(film, out) == 0
     assert contents(out) == contents(undisturbed)
+
+
+def test_a_full_disk_budget(film: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The film may be changed in its budgets only, and goes on."""
+    small, out = film.with_name("small.toml"), tmp_path / "out"
+    small.write_text(film.read_text().replace("[film.cache]", '[film.cache]\ndisk = "8KiB"'))
+    for _ in range(2):
+        assert render(small, out) == 3
+        assert "the disk budget of 8,192 bytes is full" in error_line(capsys)
+    assert json.loads((out / "status.json").read_text())["shots"]["arrival"]["state"] == "PAUSED"
+    assert len(list(out.glob("arrival/latents.zarr/c.*"))) >= 1
+    assert render(film, out) == 0
+    found, expected = contents(out), contents(undisturbed)
+    assert {name for name in expected if found[name] != expected[name]} == {"arrival/config.json"}
 
 
 def test_status_right_after_a_start(film: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
