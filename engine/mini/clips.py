@@ -43,6 +43,15 @@ class Batch:
     text_mask: Tensor
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clips:
+    """Some whole clips: latents, prompts and which block is under which."""
+
+    latents_BCFYX: Tensor
+    tokens_BPK: Tensor
+    prompt_BQ: Tensor
+
+
 class ClipBuffer:
     """A ring buffer of encoded clips on the device.
 
@@ -59,7 +68,7 @@ class ClipBuffer:
         self._device, self._capacity, self._first_seed = device, capacity, first_seed
         self._vae = load_vae(vae, dtype=dtype, device=device).requires_grad_(False)
         convolution = "conv3d channels last" if device.type == "cuda" else "conv2d"
-        self._forward = ClipForward(self._vae, convolution=convolution, fuse=device.type == "cuda")
+        self.autoencoder = ClipForward(self._vae, convolution=convolution, fuse=device.type == "cuda")
         self._latents = torch.empty(
             capacity, CLIP_BLOCKS, channels, BLOCK_FRAMES, rows, columns, dtype=torch.bfloat16, device=device
         )
@@ -82,7 +91,7 @@ class ClipBuffer:
     @torch.no_grad()
     def _make(self) -> None:
         seeds = [self._first_seed + self.num_made + index for index in range(_AT_ONCE)]
-        latents, scripts = make_clips(seeds, self._forward, CLIP_FRAMES, self._device)
+        latents, scripts = make_clips(seeds, self.autoencoder, CLIP_FRAMES, self._device)
         rows = [(self.num_made + index) % self._capacity for index in range(_AT_ONCE)]
         blocks = latents.unflatten(2, (CLIP_BLOCKS, BLOCK_FRAMES)).transpose(1, 2)
         self._latents[rows] = blocks.bfloat16()
@@ -98,14 +107,28 @@ class ClipBuffer:
         starts_BN = place_blocks(block_BN)
         latents = self._latents[clip_B[:, None], block_BN].transpose(1, 2).flatten(2, 3)
         prompt_BN = self._prompt_of_block[clip_B].gather(1, block_BN)
-        prompt_BT = prompt_BN.repeat_interleave(layout.block_tokens, dim=1).repeat(1, 2)
-        prompt_of_token = torch.arange(NUM_PROMPTS, device=self._device).repeat_interleave(TEXT_LEN)
         return Batch(
             latents_BCFYX=latents,
             starts_BN=starts_BN,
             tokens_BNK=self._tokens[clip_B],
-            text_mask=(prompt_BT[:, :, None] == prompt_of_token)[:, None],
+            text_mask=text_mask(prompt_BN, layout, NUM_PROMPTS, TEXT_LEN),
         )
+
+    def sample_clips(self, batch: int) -> Clips:
+        """Draw ``batch`` whole clips."""
+        clip_B = torch.randint(0, min(self.num_made, self._capacity), (batch,), device=self._device)
+        return Clips(
+            latents_BCFYX=self._latents[clip_B].transpose(1, 2).flatten(2, 3),
+            tokens_BPK=self._tokens[clip_B],
+            prompt_BQ=self._prompt_of_block[clip_B],
+        )
+
+
+def text_mask(prompt_BN: Tensor, layout: Layout, num_prompts: int, text_len: int) -> Tensor:
+    """Which text tokens each token of the doubled sequence sees: those of its block's prompt; bool [B, 1, T, P * K]."""
+    prompt_BT = prompt_BN.repeat_interleave(layout.block_tokens, dim=1).repeat(1, 2)
+    prompt_of_token = torch.arange(num_prompts, device=prompt_BN.device).repeat_interleave(text_len)
+    return (prompt_BT[:, :, None] == prompt_of_token)[:, None]
 
 
 def make_clips(

@@ -102,6 +102,23 @@ def initialise(model: CausalWan) -> None:
     nn.init.zeros_(model.proj_out.weight)
 
 
+def is_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether Muon trains this parameter of a ``Trainee`` or of its transformer: the matrices of its layers."""
+    return name.removeprefix("transformer.").startswith("blocks.") and parameter.ndim == 2
+
+
+def make_optimisers(
+    model: nn.Module, weight_decay: float, betas: tuple[float, float] = (0.9, 0.95)
+) -> tuple[Muon, torch.optim.AdamW]:
+    """Muon for the layers' matrices, AdamW for all else that is trained; learning rates are to be set at each step."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    others = [p for name, p in named if not is_matrix(name, p)]
+    decay, plain = [p for p in others if p.ndim >= 2], [p for p in others if p.ndim < 2]
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    adam = torch.optim.AdamW(groups, lr=1.0, betas=betas, fused=others[0].is_cuda)
+    return Muon([p for name, p in named if is_matrix(name, p)], lr=1.0, weight_decay=weight_decay), adam
+
+
 def sample_sigmas(count: tuple[int, int], shift: float, device: torch.device) -> Tensor:
     """Noise levels [B, N]: uniform timesteps, shifted as the sampler shifts them."""
     uniform = torch.rand(count, device=device)
@@ -116,16 +133,8 @@ class Trainer:
         self.config, self.clips, self.device = config, clips, device
         self.model = Trainee().to(device)
         self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        self.matrices = {
-            name: p
-            for name, p in self.model.named_parameters()
-            if name.startswith("transformer.blocks.") and p.ndim == 2
-        }
-        others = [p for name, p in self.model.named_parameters() if name not in self.matrices]
-        decay, plain = [p for p in others if p.ndim >= 2], [p for p in others if p.ndim < 2]
-        groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        self.adam = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), fused=device.type == "cuda")
-        self.muon = Muon(self.matrices.values(), lr=1.0, weight_decay=config.weight_decay)
+        self.matrices = {name: p for name, p in self.model.named_parameters() if is_matrix(name, p)}
+        self.muon, self.adam = make_optimisers(self.model, config.weight_decay)
         self.rotations = Rotations(LAYOUT, TRANSFORMER.head_dim, device)
         self.mask = block_mask(LAYOUT, device)
         self.step = 0
@@ -208,9 +217,16 @@ class Trainer:
         self.step += 1
         return loss.detach()
 
-    def run(self, seconds: float, save_every_s: float, save: Callable[[], None]) -> None:
-        """Train until ``seconds`` have passed, saving from time to time and at the end."""
-        started = last = saved = time.monotonic()
+    def run(
+        self,
+        seconds: float,
+        save_every_s: float,
+        save: Callable[[], None],
+        preview_every_s: float = math.inf,
+        look: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Train until ``seconds`` have passed, saving and looking from time to time and at the end."""
+        started = last = saved = looked = time.monotonic()
         losses: list[Tensor] = []
         while True:
             self.clips.refresh()
@@ -232,23 +248,32 @@ class Trainer:
                 if now - saved > save_every_s:
                     save()
                     saved = time.monotonic()
+                if now - looked > preview_every_s:
+                    look()
+                    looked = time.monotonic()
                 if now - started > seconds:
                     break
         save()
+        if preview_every_s < math.inf:
+            look()
 
 
 def main() -> None:
     """Command line; see the module's docstring."""
+    from longtake.engine.mini.preview import PreviewPlan, preview  # which needs this module
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vae", type=Path, required=True, help="folder of the trained VAE")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=1200.0, help="of this run")
     parser.add_argument("--horizon", type=float, default=1200.0, help="seconds of all runs together")
     parser.add_argument("--resume", type=Path)
-    parser.add_argument("--weights", type=Path, help="start from the weights of a model's folder")
+    parser.add_argument("--weights", type=Path, help="start from the weights of a model's or a state's folder")
     parser.add_argument("--clips", type=int, default=4096, help="clips kept on the device")
     parser.add_argument("--first-clips", type=int, default=768, help="clips made before training starts")
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--preview-every", type=float, default=100.0, help="seconds between contact sheets in --out")
+    parser.add_argument("--preview-blocks", type=int, default=16, help="blocks of 0.75 s of the films shown there")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     torch.set_float32_matmul_precision("high")
@@ -268,7 +293,13 @@ def main() -> None:
         record = {"config": asdict(config), "step": trainer.step, "elapsed_s": trainer.elapsed_s}
         (options.out / "training.json").write_text(json.dumps(record, indent=1))
 
-    trainer.run(options.seconds, 120.0, save)
+    plan = PreviewPlan(blocks=options.preview_blocks)
+
+    def look() -> None:
+        path = options.out / f"preview-{trainer.step:06d}.png"
+        print("preview:", preview(trainer.model, trainer.average, clips, LAYOUT, plan, path), flush=True)
+
+    trainer.run(options.seconds, 120.0, save, options.preview_every, look)
 
 
 if __name__ == "__main__":
