@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 
 from longtake.engine.gang_link import HEARTBEAT_S, Door, Link, knock
-from longtake.engine.mesh import ALONE, TIMEOUT_S, Mesh, MeshShape, default_mesh, open_mesh, parse_mesh
+from longtake.engine.mesh import ALONE, TIMEOUT_S, Axis, Mesh, MeshShape, default_mesh, open_mesh, parse_mesh
 from longtake.engine.place import Place, place
 from longtake.kernels.errors import ConfigError, LongtakeError, WorkerError
 
@@ -71,6 +71,11 @@ class _Task:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Post:
+    value: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Dismissed:
     code: int
 
@@ -93,12 +98,14 @@ class Gang:
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, timeout_s: float = TIMEOUT_S) -> None:
         self.rank, self.size, self.local_rank = rank, size, local_rank
         self._timeout_s = timeout_s
+        self._thread = threading.get_ident()  # whose wait for a collective would be a hang
         self._link: Link | None = None
         self._number = 0
         self._news = threading.Condition()
         self._said: dict[int, dict[int, Any]] = {}
         self._agreed: dict[int, Any] = {}
         self._tasks: list[_Task | _Dismissed] = []
+        self._posts: list[Any] = []
         self._dismissed = self._closed = self._noticed = False
         self._failure: _Failed | None = None
         self._mesh: Mesh | None = None
@@ -162,7 +169,7 @@ class Gang:
         """Raise what another rank failed of, if one did."""
         with self._news:
             if self._failure is not None and self._failure.rank != self.rank:
-                self._noticed = True
+                self._noticed |= threading.get_ident() == self._thread
                 raise self._failure.error
 
     # -- tasks
@@ -183,6 +190,25 @@ class Gang:
         with self._news:
             task = self._tasks.pop(0)
         return task.value if isinstance(task, _Task) else None
+
+    def post(self, value: Any) -> None:
+        """Rank 0 sends all others something beside the tasks, in order; from any thread. It must pickle."""
+        if self._link is not None:
+            self.check()
+            self._link.send_all(_Post(value=value))
+
+    def receive_post(self) -> Any:
+        """The next post on another rank, in a thread of its own; None when the gang ended."""
+        with self._news:
+            self._news.wait_for(lambda: self._posts or self._failure is not None or self._dismissed or self._closed)
+            return self._posts.pop(0) if self._posts and self._failure is None else None
+
+    def axis(self) -> Axis:
+        """All ranks, in order, on a process group of their own; every rank calls it, at the same point."""
+        if self.size == 1:
+            return Axis()
+        group = dist.new_group(timeout=datetime.timedelta(seconds=self._timeout_s))
+        return Axis(index=self.rank, size=self.size, group=group.group_name)
 
     def dismiss(self, code: int = 0) -> None:
         """Rank 0 has no more tasks; the other ranks' processes end with that exit code."""
@@ -264,7 +290,7 @@ class Gang:
         with self._news:
             if echo:
                 self._news.wait_for(lambda: self._failure is not None, _NEWS_S)
-            self._noticed = True
+            self._noticed |= threading.get_ident() == self._thread
             if self._failure is None:
                 self._end(_Failed(rank=self.rank, error=_portable(error, self.rank)))
             assert self._failure is not None
@@ -282,6 +308,7 @@ class Gang:
                 dist.destroy_process_group()
         with self._news:
             self._closed = True
+            self._news.notify_all()
         if self._link is not None:
             self._link.close()
 
@@ -299,6 +326,8 @@ class Gang:
                     self._tasks.append(message)
                 case _Task():
                     self._tasks.append(message)
+                case _Post():
+                    self._posts.append(message.value)
                 case _Failed():
                     self._end(message)
             self._news.notify_all()
@@ -352,7 +381,7 @@ class Gang:
         with self._news:
             arrived = self._news.wait_for(lambda: ready() or self._failure is not None, timeout_s)
             if self._failure is not None and not ready():
-                self._noticed = True
+                self._noticed |= threading.get_ident() == self._thread
                 raise self._failure.error
             return arrived
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from longtake.engine.config import ModelSpec, ShotConfig
@@ -24,6 +25,7 @@ from longtake.engine.rollout import Prefix, Rollout, open_cache
 from longtake.engine.shotfolder import METRICS_NAME, WINDOW_NAME, ShotFolder, shot_latents
 from longtake.engine.text import TextEncoder
 from longtake.engine.vae import StreamingDecoder, load_vae, receptive_latents
+from longtake.engine.vae_stripes import StripedDecoder, StripeWorker
 from longtake.engine.weights import load_transformer
 from longtake.kernels.errors import ConfigError, StorageError
 
@@ -83,6 +85,7 @@ class ShotRenderer:
         self._key: tuple[Path, str] | None = None
         self._model: CausalWan | None = None
         self._decoder: StreamingDecoder | None = None
+        self._worker: StripeWorker | None = None
 
     def __call__(
         self,
@@ -143,17 +146,30 @@ class ShotRenderer:
         """The model, and on rank 0 the decoder."""
         key = (spec.path, str(device))
         if self._key != key or self._model is None:
+            if isinstance(self._decoder, StripedDecoder):
+                self._decoder.close()
             self._model = self._decoder = None
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
             self._model = load_transformer(spec, device, dtype, self._gang.mesh(spec.transformer.num_heads))
             if device.type == "cuda":
                 self._model.compile_layers()
-            if self._gang.leads:
-                self._decoder = StreamingDecoder(load_vae(spec.path / "vae", dtype=dtype, device=device))
+            self._decoder = self._make_decoder(load_vae(spec.path / "vae", dtype=dtype, device=device))
             self._key = key
         if self._decoder is not None:
             self._decoder.reset()
         return self._model, self._decoder
+
+    def _make_decoder(self, vae: AutoencoderKLWan) -> StreamingDecoder | None:
+        """On rank 0 the decoder, with whose work the other ranks help in the background."""
+        if self._gang.size == 1:
+            return StreamingDecoder(vae)
+        if self._worker is not None:
+            self._worker.join()
+        axis = self._gang.axis()
+        if self._gang.leads:
+            return StripedDecoder(vae, axis, self._gang)
+        self._worker = StripeWorker(vae, axis, self._gang)
+        return None
 
 
 class _Run:

@@ -161,8 +161,9 @@ def test_a_killed_rank_and_going_on(model: Path, tmp_path: Path) -> None:
     found = run(2, model, broken, die=3)
     assert isinstance(found[0], GangError | RankError), found
     assert str(found[1]) == f"died with {-signal.SIGKILL}"
-    done = committed_blocks(broken, 4)
-    assert done in (2, 3)  # the last one's commit may have been on its way
+    # blocks whose K/V or latents were on their way to the disk are rendered again
+    done = min(committed_blocks(broken, 4), LatentLog.existing(broken / LATENTS_NAME).num_written())
+    assert done <= 3
     kept = chunks(broken, 0, done)
     assert all(one["finished"] for one in run(2, model, broken))
     assert chunks(broken, 0, done) == kept

@@ -1,0 +1,85 @@
+"""Decoding by stripes of rows against the decoding of whole frames."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from longtake.engine.gang import join
+from longtake.engine.vae import StreamingDecoder
+from longtake.engine.vae_stripes import StripedDecoder, StripeWorker
+from longtake.kernels.errors import ConfigError
+from tests.engine.gangs import run_ranks
+
+
+def make_vae() -> AutoencoderKLWan:
+    torch.manual_seed(2)
+    vae = AutoencoderKLWan(
+        base_dim=8, z_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1, temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+    )  # fmt: skip
+    return vae.eval().requires_grad_(False)
+
+
+def clip() -> Tensor:
+    torch.manual_seed(3)
+    return torch.randn(4, 5, 7, 6)  # 7 rows: no gang divides them
+
+
+def whole() -> dict[str, Tensor]:
+    vae = make_vae()
+    decoder = StreamingDecoder(vae)
+    frames = torch.cat([decoder.decode(part) for part in clip().split([2, 3], dim=1)])
+    decoder.reset()
+    decoder.warm_up(clip()[:, :3])
+    return {"frames": frames, "later": decoder.decode(clip()[:, 3:]), "state": torch.tensor(decoder.state_bytes)}
+
+
+def decode(rank: int) -> dict[str, Any] | int:
+    with join() as gang:
+        axis = gang.axis()
+        if not gang.leads:
+            worker = StripeWorker(make_vae(), axis, gang)
+            worker.join()
+            return worker._decoder.state_bytes
+        decoder = StripedDecoder(make_vae(), axis, gang)
+        frames = torch.cat([decoder.decode(part) for part in clip().split([2, 3], dim=1)])
+        decoder.reset()
+        decoder.warm_up(clip()[:, :3])
+        later = decoder.decode(clip()[:, 3:])
+        decoder.close()
+        return {"frames": frames.numpy(), "later": later.numpy(), "state": decoder.state_bytes}
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_stripes_make_up_the_frames(num_ranks: int) -> None:
+    expected = whole()
+    found = run_ranks(decode, num_ranks)
+    assert isinstance(found[0], dict), found
+    for name in ("frames", "later"):
+        assert found[0][name].shape == expected[name].shape
+        off = np.abs(found[0][name].astype(int) - expected[name].numpy().astype(int))
+        assert off.max() <= 1 and (off > 0).mean() < 1e-3  # a rounding at the edge between two of 256 levels
+    state = [found[0]["state"], *found[1:]]
+    assert sum(state) == int(expected["state"])  # what is remembered is split, too
+
+
+def too_few(rank: int) -> None:
+    with join() as gang:
+        axis = gang.axis()
+        if gang.leads:
+            StripedDecoder(make_vae(), axis, gang).decode(clip()[:, :, :1])
+        else:
+            StripeWorker(make_vae(), axis, gang).join()
+            gang.check()
+
+
+def test_fewer_rows_than_ranks() -> None:
+    for error in run_ranks(too_few, 2):
+        assert isinstance(error, ConfigError)
+        assert "1 latent rows cannot be decoded by 2 processes" in str(error)
