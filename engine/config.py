@@ -184,6 +184,13 @@ class CacheConfig:
     disk_bytes: int | None = None
 
 
+class Precision(enum.StrEnum):
+    """MODEL: bfloat16 on a GPU, float32 on a CPU. FP8: e4m3 with a scale a row, rounded when they are loaded."""
+
+    MODEL = "model"
+    FP8 = "fp8"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightsConfig:
     """Which files of transformer/ hold the weights; the defaults are a diffusers folder's.
@@ -194,6 +201,7 @@ class WeightsConfig:
         lora: a .pt or safetensors file with a PEFT LoRA to be merged.
         lora_key: as ``key``, of that file.
         lora_alpha: PEFT's; a LoRA of rank r is scaled by lora_alpha / r. None: by 1.
+        precision: of the blocks' matrices.
     """
 
     files: tuple[str, ...] = ("*.safetensors",)
@@ -201,6 +209,7 @@ class WeightsConfig:
     lora: str | None = None
     lora_key: str | None = None
     lora_alpha: float | None = None
+    precision: Precision = Precision.MODEL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from longtake.engine.attention import HistoryAttention
-from longtake.engine.config import Loop, ShotConfig
+from longtake.engine.config import Loop, Precision, ShotConfig
+from longtake.engine.fp8_linear import is_fp8
 from longtake.engine.history import Plan
 from longtake.engine.model import CausalWan, TextContext
 from longtake.engine.noise import block_noise
@@ -89,6 +90,8 @@ class Rollout:
         self.prompts = contexts if isinstance(contexts, Prompts) else Prompts(shot, contexts)
         self.timeline = Timeline(shot, len(prefix.latents))
         _check_start(shot, prefix, self.prompts)
+        if is_fp8(model) != (shot.model.weights.precision is Precision.FP8):
+            raise ConfigError(f"shot {shot.name!r}: its model was loaded with weights of another precision")
         self._timer = timer
         self._read_latents = read_latents
         self._recent: OrderedDict[int, Tensor] = OrderedDict()

@@ -20,11 +20,13 @@ from longtake.engine.config import (
     ModelConfig,
     ModelSpec,
     Positions,
+    Precision,
     SamplerConfig,
     Switch,
     WeightsConfig,
     WriteBack,
 )
+from longtake.engine.fp8_linear import quantise_linears
 from longtake.engine.mesh import ALONE, Mesh
 from longtake.engine.model import CausalWan
 from longtake.engine.presets import PRESETS
@@ -119,7 +121,8 @@ def _history(history: dict[str, Any]) -> HistoryConfig:
 
 
 def _weights(weights: dict[str, Any]) -> WeightsConfig:
-    return WeightsConfig(**{**weights, "files": tuple(weights.get("files", ("*.safetensors",)))})
+    files, precision = tuple(weights.get("files", ("*.safetensors",))), Precision(weights.get("precision", "model"))
+    return WeightsConfig(**{**weights, "files": files, "precision": precision})
 
 
 def load_transformer(spec: ModelSpec, device: torch.device, dtype: torch.dtype, mesh: Mesh = ALONE) -> CausalWan:
@@ -148,7 +151,12 @@ def load_transformer(spec: ModelSpec, device: torch.device, dtype: torch.dtype, 
             model = ShardedWan(spec.transformer, mesh)
         found = {name: model.own_part(name, tensor) for name, tensor in found.items()}
     model.load_state_dict(found, assign=True)
-    return model.cast(dtype).to(device).eval().requires_grad_(False)
+    model = model.cast(dtype)
+    if weights.precision is Precision.FP8:
+        if mesh.shape.size > 1:
+            raise ConfigError(f'{spec.name}: weights = "fp8" is for one GPU a shot; take the model\'s own')
+        quantise_linears(model)
+    return model.to(device).eval().requires_grad_(False)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

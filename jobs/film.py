@@ -22,13 +22,14 @@ from longtake.jobs.toml_lines import TomlPath
 
 POLICIES = ("full", "window", "retrieve")
 POSITIONS = ("absolute", "relative", "sink", "bounded")
+WEIGHTS = ("model", "fp8")
 SWITCHES = ("keep", "recache", "flush", "cut")
 SIZES = {"480p": (480, 832), "720p": (720, 1280)}
 DEFAULT_MODEL = "mini"
 MAX_DURATION_S = 7 * 24 * 3600
 MAX_NAME = 64
 
-_SHARED_KEYS = ("model", "codec", "size", "fps", "seed", "steps", "history", "cache")
+_SHARED_KEYS = ("model", "weights", "codec", "size", "fps", "seed", "steps", "history", "cache")
 _FILM_KEYS = ("title", "cluster", *_SHARED_KEYS)
 _START_KEYS = ("image", "clip", "video")
 _SHOT_KEYS = ("name", "duration", "prompt", "beat", "after", "after_blocks", *_START_KEYS, "strength", *_SHARED_KEYS)
@@ -65,6 +66,7 @@ class Settings:
 
     model: str = DEFAULT_MODEL
     seed: int = 0
+    weights: str | None = None
     codec: str | None = None
     size: tuple[int, int] | None = None
     fps: int | None = None
@@ -280,6 +282,7 @@ def _read_settings(table: Table, defaults: Settings) -> Settings:
     own: dict[str, Any] = {
         "model": table.text("model", f'"{DEFAULT_MODEL}"'),
         "seed": table.integer("seed", minimum=0, maximum=2**63 - 1, example="7"),
+        "weights": table.choice("weights", WEIGHTS),
         "codec": table.text("codec", '"int4"'),
         "size": _read_size(table),
         "fps": table.integer("fps", minimum=1, maximum=240, example="16"),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from longtake.engine.config import ShotConfig
+from longtake.engine.config import Precision, ShotConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +64,7 @@ def plan_shot(shot: ShotConfig, dtype_name: str = "bfloat16") -> ShotPlan:
     """
     import torch
 
+    from longtake.engine.fp8_linear import quantise_linears
     from longtake.engine.model import CausalWan
     from longtake.engine.rollout import scratch_tokens, shot_codec
     from longtake.engine.timeline import Timeline
@@ -80,6 +81,8 @@ def plan_shot(shot: ShotConfig, dtype_name: str = "bfloat16") -> ShotPlan:
     dense_block = 2 * 2 * shot.tokens_per_block * geometry.dim * geometry.num_layers
     with torch.device("meta"):
         model = CausalWan(geometry).cast(dtype)
+        if shot.model.weights.precision is Precision.FP8:
+            quantise_linears(model)
     return ShotPlan(
         name=shot.name,
         model=shot.model.name,

@@ -18,6 +18,7 @@ from longtake.engine.config import (
     MediaConfig,
     ModelSpec,
     Positions,
+    Precision,
     SamplerConfig,
     ShotConfig,
     Switch,
@@ -54,8 +55,15 @@ def resolve(film: Film, read_model: ReadModel) -> dict[str, ShotConfig]:
     configs: dict[str, ShotConfig] = {}
     for shot in film.render_order():
         before = configs[shot.after] if shot.after is not None else None
-        configs[shot.name] = _resolve_shot(film, shot, models[shot.settings.model], before)
+        model = _with_precision(models[shot.settings.model], shot.settings.weights)
+        configs[shot.name] = _resolve_shot(film, shot, model, before)
     return configs
+
+
+def _with_precision(model: ModelSpec, precision: str | None) -> ModelSpec:
+    if precision is None:
+        return model
+    return dataclasses.replace(model, weights=dataclasses.replace(model.weights, precision=Precision(precision)))
 
 
 def _model_name(film: Film, name: str) -> str:

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from longtake.engine.config import ModelSpec, ShotConfig
 from longtake.engine.model import CausalWan
+from longtake.engine.presets import preset_spec
 from longtake.engine.rollout import open_cache
 from longtake.jobs.film import parse_film
 from longtake.jobs.plan import plan_film, plan_shot, to_json
@@ -73,3 +76,14 @@ def test_blocks_committed_anew_count(spec: ModelSpec) -> None:
     before, after = (plan_film(resolve(parse_film(text + extra), lambda name: spec))[0] for extra in ("", beat))
     assert after.history_bytes - before.history_bytes == 6 * before.block_bytes
     assert after.device_bytes == before.device_bytes
+
+
+def test_14b_in_fp8_fits_24_gib_with_a_compressed_history() -> None:
+    spec = preset_spec("krea-14b", Path("unused"))
+    film = '[film]\nweights = "%s"\ncodec = "int4"\n[[shot]]\nname = "a"\nduration = "1h"\nprompt = "p"\n'
+    half, full = (
+        plan_film(resolve(parse_film(film % precision), lambda name: spec))[0] for precision in ("fp8", "model")
+    )
+    assert full.weights_bytes > 28e9
+    assert 14e9 < half.weights_bytes < 16e9
+    assert half.device_bytes < 20 << 30 < 24 << 30 < full.device_bytes

@@ -1,0 +1,75 @@
+"""Linear layers in FP8: half the memory of bfloat16, and on recent GPUs twice the speed.
+
+Rows of the weight and, at every call, of the input are scaled to e4m3's range and rounded; products are summed in
+float32 (W8A8 with dynamic row-wise scales, as torchao's). On a GPU without FP8 matrix units, and on a CPU, the plain
+twin computes the same from the same rounded numbers.
+
+Shape legend: R rows of the input, I input width, O output width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from longtake.engine.model import Block, CausalWan
+
+E4M3_MAX = 448.0
+_FP8_CAPABILITY = (8, 9)
+
+
+class Fp8Linear(nn.Module):
+    """A frozen linear layer in FP8; made from one in another type.
+
+    Args:
+        linear: its weight and bias; not changed.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight_OI, scale_O1 = round_rows(linear.weight.detach())
+        self.weight = nn.Parameter(weight_OI, requires_grad=False)
+        self.scale = nn.Parameter(scale_O1, requires_grad=False)
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] to [..., O] in the type of ``x``."""
+        x_RI, scale_R1 = round_rows(x.reshape(-1, self.in_features))
+        if has_fp8(x.device) and x.dtype == torch.bfloat16:
+            out_RO = torch._scaled_mm(
+                x_RI, self.weight.t(), scale_a=scale_R1, scale_b=self.scale.t(), bias=self.bias, out_dtype=x.dtype
+            )
+        else:
+            out_RO = (x_RI.float() @ self.weight.float().t()) * scale_R1 * self.scale.t()
+            out_RO = (out_RO if self.bias is None else out_RO + self.bias.float()).to(x.dtype)
+        out: Tensor = out_RO.unflatten(0, x.shape[:-1])
+        return out
+
+
+def round_rows(x_RI: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows in e4m3 and their float32 scales [R, 1]: ``x`` is about ``rounded * scale``; a row of zeros stays one."""
+    x = x_RI.float()
+    scale = x.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / E4M3_MAX
+    return (x / scale).to(torch.float8_e4m3fn), scale
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether the device multiplies FP8 matrices."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _FP8_CAPABILITY
+
+
+def is_fp8(model: CausalWan) -> bool:
+    """Whether the linear layers of the blocks were replaced."""
+    return any(isinstance(module, Fp8Linear) for module in model.blocks.modules())
+
+
+def quantise_linears(model: CausalWan) -> CausalWan:
+    """Replace the linear layers of all blocks, one after the other, in place; what is outside of blocks stays."""
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        for parent in list(block.modules()):
+            for name, child in list(parent.named_children()):
+                if type(child) is nn.Linear:
+                    setattr(parent, name, Fp8Linear(child))
+    return model
