@@ -12,7 +12,7 @@ from torch import Tensor
 from longtake.engine.config import ModelConfig
 from longtake.engine.gang import join
 from longtake.engine.mesh import ALONE, MeshShape, open_mesh, parse_mesh
-from longtake.engine.model import CausalWan
+from longtake.engine.model import Block, CausalWan
 from longtake.engine.tensor_parallel import ShardedWan
 from longtake.kernels.errors import ConfigError
 from tests.engine.gangs import run_ranks
@@ -39,8 +39,8 @@ def random_weights() -> dict[str, Tensor]:
 def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Plain attention of a block to itself; tokens in any order give the same, so order is told by a ramp on v."""
     ramp = torch.linspace(0, 1, v.shape[1])[None, :, None, None]
-    heads = (x.transpose(1, 2) for x in (q, k, v * ramp))
-    return torch.nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2) + ramp
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v * ramp))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2) + ramp
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
@@ -52,7 +52,8 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 def flow(model: CausalWan) -> Tensor:
     latents, times, text = inputs()
     with torch.inference_mode():
-        return model(latents, times, model.text_context(text), attend)
+        result: Tensor = model(latents, times, model.text_context(text), attend)
+    return result
 
 
 def sharded(text: str) -> ShardedWan:
@@ -89,7 +90,7 @@ def test_sharded_equals_whole() -> None:
     assert all(isinstance(found, list) for found in ranks), ranks
     for index, text in enumerate(MESHES):
         flows = [torch.from_numpy(found[index]["flow"]) for found in ranks]
-        torch.testing.assert_close(flows[0], expected, rtol=0, atol=TOLERANCE, msg=lambda m, t=text: f"{t}: {m}")
+        torch.testing.assert_close(flows[0], expected, rtol=0, atol=TOLERANCE)
         assert all(torch.equal(flows[0], other) for other in flows), f"{text}: ranks differ"
         tp = parse_mesh(text).tp
         assert {found[index]["text heads"] for found in ranks} == {CONFIG.num_heads // tp}
@@ -97,12 +98,13 @@ def test_sharded_equals_whole() -> None:
         assert all(found[index]["layer weights"] < total / tp * 1.15 for found in ranks)
 
 
-def compiled(rank: int) -> Tensor:
+def compiled(rank: int) -> Any:
     with join() as gang:
         model = sharded("tp=2,norms")
         for block in model.blocks:
-            block.before = torch.compile(block.before, backend="aot_eager", fullgraph=True)  # type: ignore[method-assign]
-            block.after = torch.compile(block.after, backend="aot_eager", fullgraph=True)  # type: ignore[method-assign]
+            assert isinstance(block, Block)
+            for half in ("before", "after"):
+                setattr(block, half, torch.compile(getattr(block, half), backend="aot_eager", fullgraph=True))
         result = flow(model)
         gang.any(False)
         return result.numpy()

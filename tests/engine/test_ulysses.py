@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from longtake.engine.gang import join
@@ -76,21 +78,18 @@ def test_heads_for_tokens_and_back(num_ranks: int, text: str) -> None:
 
 
 def against_deepspeed(rank: int) -> bool:
-    from deepspeed.sequence.layer import DistributedAttention
-
+    distributed_attention = importlib.import_module("deepspeed.sequence.layer").DistributedAttention
     with join() as gang:
-        import torch.distributed as dist
-
         mesh = open_mesh(MeshShape(sp=2))
         layout = TokenLayout.of(mesh.shape, 1, 12)
         whole = whole_qkv(12, 4)
         mine = [layout.take(x.flatten(2), rank).unflatten(2, (4, -1)) for x in whole]
 
         def attend(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
-            heads = (x.transpose(1, 2) for x in (q, k, v))
-            return torch.nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).contiguous()
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
 
-        theirs = DistributedAttention(attend, dist.group.WORLD, scatter_idx=2, gather_idx=1)(*mine, 0)
+        theirs = distributed_attention(attend, dist.group.WORLD, scatter_idx=2, gather_idx=1)(*mine, 0)
         ours = HeadExchange(mesh, layout).around(lambda _, q, k, v: attend(q, k, v))(0, *mine)
         gang.any(False)
         return torch.equal(ours, theirs)
