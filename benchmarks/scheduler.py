@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from longtake.engine.config import HistoryConfig, HistoryPolicy, ModelConfig, ModelSpec, SamplerConfig, ShotConfig
 from longtake.engine.record import summary, write
@@ -72,16 +71,6 @@ def direct(num_shots: int) -> list[float]:
     return samples
 
 
-class OneRank:
-    """A crew of one."""
-
-    rank, num_ranks = 0, 1
-
-    def share(self, value: Any) -> Any:
-        """Its own value."""
-        return value
-
-
 def on_ray(num_shots: int) -> list[float]:
     """Seconds from the end of one shot's rendering to the beginning of the next one's."""
     from longtake.jobs.farm import start_director
@@ -116,7 +105,6 @@ def on_ray(num_shots: int) -> list[float]:
         client.call("submit", directory, record, tasks, wait_s=60)
         worker = Worker(
             client=client,
-            crew=OneRank(),
             gang=GANG,
             device="cpu",
             lease_s=15.0,

@@ -70,7 +70,18 @@ def missing_gangs(
         if size is None or (max_gangs is not None and len(gangs) + len(started) >= max_gangs):
             lacking.append(film)
             continue
-        new = Crewing(device=film.device, min_devices=film.gang_sizes[0], num_devices=size, key=uuid.uuid4().hex[:12])
+        least = _least(film.gang_sizes, size)
+        new = Crewing(device=film.device, min_devices=least, num_devices=size, key=uuid.uuid4().hex[:12])
         started.append((new, film))
         used[film.device] = used.get(film.device, 0) + size
     return started, lacking
+
+
+def _least(sizes: Sequence[int], size: int) -> int:
+    """How far a gang of ``size`` may shrink and still have an allowed size at every step.
+
+    One that may not, such as 4 of (1, 2, 4), waits for its devices instead and is replaced when that takes too long.
+    """
+    while size - 1 in sizes:
+        size -= 1
+    return size

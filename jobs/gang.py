@@ -13,7 +13,7 @@ import threading
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -23,7 +23,8 @@ from longtake.jobs.orders import Gang, Leave, Order, Verdict
 from longtake.jobs.states import Failure, Lease, Progress
 from longtake.kernels.errors import StorageError
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from longtake.engine import gang as engine_gang
 
 NAMESPACE = "longtake"
 DIRECTOR = "director"
@@ -111,45 +112,32 @@ class RayDirector:
         return record
 
 
-class TrainCrew:
-    """The workers of a Ray Train run."""
-
-    def __init__(self) -> None:
-        context = ray.train.get_context()
-        self.rank, self.num_ranks = context.get_world_rank(), context.get_world_size()
-
-    def share(self, value: T | None) -> T:
-        """Rank 0's value, on every rank."""
-        if self.num_ranks > 1:
-            from ray.train.collective import broadcast_from_rank_zero
-
-            value = broadcast_from_rank_zero(value)
-        return value  # type: ignore[return-value]  # rank 0 gave one
-
-
 def gang_loop(config: dict[str, Any]) -> None:
     """What Ray Train runs in every worker: render until the director has no more use for the gang."""
-    from ray.train.torch import get_device
+    from longtake.engine.gang import join as meet
+    from longtake.jobs.render import follow
 
+    spec: GangSpec = config["spec"]
+    with meet() as ranks:
+        if ranks.leads:
+            _lead(spec, ranks)
+            ranks.dismiss()
+        else:
+            follow(ranks, lambda: False)
+
+
+def _lead(spec: GangSpec, ranks: engine_gang.Gang) -> None:
+    """Rank 0: ask the director, and render with all ranks."""
     from longtake.engine.weights import read_spec
     from longtake.jobs.metrics import GangMetrics
     from longtake.jobs.render import engine
     from longtake.jobs.work import Worker
 
-    spec: GangSpec = config["spec"]
-    crew, director = TrainCrew(), RayDirector()
-    render_shot, join = engine()
-    gang = Gang(
-        name=spec.crewing.name,
-        incarnation=uuid.uuid4().hex,
-        device=spec.crewing.device,
-        num_devices=crew.num_ranks,
-    )
-    device = str(get_device()) if spec.crewing.device == "cuda" else "cpu"
+    render_shot, join = engine(ranks if ranks.size > 1 else None)
+    device = spec.crewing.device
     Worker(
-        client=director,
-        crew=crew,
-        gang=gang,
+        client=RayDirector(),
+        gang=Gang(name=spec.crewing.name, incarnation=uuid.uuid4().hex, device=device, num_devices=ranks.size),
         device=device,
         lease_s=spec.lease_s,
         film=RayDirector().film,

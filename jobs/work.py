@@ -1,7 +1,6 @@
 """What a gang does with an order: render a shot in its folder, or join the film. No Ray.
 
-One rank asks, renders and answers. A gang of several is to hand its process group to the renderer; until it can take
-one, the other ranks wait (see `Crew`).
+This is rank 0's part: it asks, renders and answers. The other ranks of a gang follow its renderer.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from longtake.engine.config import ModelSpec
 from longtake.jobs.film import parse_film
@@ -26,24 +25,12 @@ from longtake.jobs.shotlog import ShotLog
 from longtake.jobs.source import one_line
 from longtake.jobs.states import Failure, FailureKind, Progress, TaskKind
 from longtake.jobs.status import FILM_NAME
-from longtake.kernels.errors import LongtakeError
+from longtake.kernels.errors import LongtakeError, WorkerError
 from longtake.offload.errors import LockedError
 from longtake.offload.lock import FolderLock
 
-T = TypeVar("T")
-
 RETRY_S = 0.5
 _MAX_MESSAGE = 2000
-
-
-class Crew(Protocol):
-    """The ranks of a gang: rank 0 decides, all hear it in the same order."""
-
-    rank: int
-    num_ranks: int
-
-    def share(self, value: T | None) -> T:
-        """Rank 0's value, on every rank; blocks until all have called."""
 
 
 class Observe(Protocol):
@@ -53,11 +40,10 @@ class Observe(Protocol):
 
 
 class Worker:
-    """One rank of a gang; keeps the renderer, and with it the model, from shot to shot.
+    """Rank 0 of a gang; keeps the renderer, and with it the model, from shot to shot.
 
     Args:
-        client: of the director; rank 0's alone.
-        crew: this rank among the others.
+        client: of the director.
         gang: as the director knows it.
         device: cpu, cuda or cuda:N.
         lease_s: the director's.
@@ -71,7 +57,6 @@ class Worker:
         self,
         *,
         client: DirectorClient,
-        crew: Crew,
         gang: Gang,
         device: str,
         lease_s: float,
@@ -81,7 +66,7 @@ class Worker:
         join: Join,
         observe: Observe = lambda film, shot, folder, block: None,
     ) -> None:
-        self._client, self._crew, self._gang, self._device, self._lease_s = client, crew, gang, device, lease_s
+        self._client, self._gang, self._device, self._lease_s = client, gang, device, lease_s
         self._film, self._read_model = film, read_model
         self._render_shot, self._join, self._observe = render_shot, join, observe
         self._jobs: dict[tuple[str, str], RenderJob] = {}
@@ -94,18 +79,18 @@ class Worker:
         """
         while True:
             asked = time.monotonic()
-            answer = self._crew.share(self._ask() if self._crew.rank == 0 else None)
+            answer = self._ask()
             if isinstance(answer, Leave):
                 return
-            if isinstance(answer, Order) and self._crew.rank == 0:
+            if answer is not None:
                 self.work(answer, asked)
 
-    def _ask(self) -> Order | Leave | str:
+    def _ask(self) -> Order | Leave | None:
         try:
-            return self._client.next_order(self._gang) or "wait"
+            return self._client.next_order(self._gang)
         except ConnectionError:
             time.sleep(RETRY_S)
-            return "wait"
+            return None
 
     def work(self, order: Order, asked: float) -> None:
         """Carry out an order and tell the director how it ended.
@@ -120,6 +105,11 @@ class Worker:
                 video, is_finished = self._carry_out(order, hold)
             except LockedError as locked:
                 failure = Failure(kind=FailureKind.BUSY, signature="locked", message=one_line(str(locked)))
+            except WorkerError as broken:  # another rank is gone, and this one is of no use without it
+                error, failure = (
+                    broken,
+                    Failure(kind=FailureKind.CRASH, signature="rank", message=one_line(str(broken))),
+                )
             except LongtakeError as known:
                 failure = explain(known)
                 ShotLog(Path(lease.film) / lease.task).write(f"failed: {failure.message}")

@@ -19,7 +19,7 @@ from longtake.jobs.orders import Gang, Leave, Order, Outcome, Verdict
 from longtake.jobs.states import JOIN_NAME, Failure, Lease, Progress, Task, TaskKind
 from longtake.jobs.status import State
 from longtake.jobs.work import Worker, explain
-from longtake.kernels.errors import CapacityError
+from longtake.kernels.errors import CapacityError, WorkerError
 from longtake.offload.lock import FolderLock
 
 LEASE = Lease(film="f", task="a", epoch=1, gang="g")
@@ -103,13 +103,6 @@ class Direct:
         return self.mind.fail(lease, failure)
 
 
-class Solo:
-    rank, num_ranks = 0, 1
-
-    def share(self, value: Any) -> Any:
-        return value
-
-
 class Farm:
     """A director, a film of two shots, and a worker with a renderer of the test's."""
 
@@ -129,7 +122,6 @@ class Farm:
         self.rendered: list[str] = []
         self.worker = Worker(
             client=Direct(self.mind),
-            crew=Solo(),
             gang=Gang(name="g", incarnation="1"),
             device="cpu",
             lease_s=10.0,
@@ -217,6 +209,13 @@ def test_an_unknown_error_is_told_and_ends_the_worker(farm: Farm) -> None:
     assert "Traceback" in (farm.directory / "a.log").read_text()
 
 
+def test_a_rank_that_died_is_a_crash_and_ends_the_worker(farm: Farm) -> None:
+    farm.error = WorkerError("rank 1 died", rank=1)
+    with pytest.raises(WorkerError):
+        farm.worker.run()
+    assert (farm.task("a").num_failures, farm.task("a").num_same, farm.task("a").state) == (1, 0, State.WAITING)
+
+
 def test_a_shot_rendered_by_another_process_waits(farm: Farm) -> None:
     order = farm.mind.next_order(Gang(name="g", incarnation="1"))
     assert isinstance(order, Order)
@@ -249,7 +248,7 @@ def test_as_many_gangs_as_there_are_devices() -> None:
 
 def test_the_largest_gang_that_fits() -> None:
     started, _ = missing_gangs([record((1, 2, 4))] * 3, [], {"cuda": 7})
-    assert [(gang.min_devices, gang.num_devices) for gang, _ in started] == [(1, 4), (1, 2), (1, 1)]
+    assert [(gang.min_devices, gang.num_devices) for gang, _ in started] == [(4, 4), (1, 2), (1, 1)]
 
 
 def test_gangs_are_known_by_their_names() -> None:

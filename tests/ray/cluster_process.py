@@ -58,8 +58,8 @@ def main() -> int:
 
     threading.Thread(target=listen, daemon=True).start()
     code = follow(order(film, directory), stop=lambda: False, say=lambda line: print(line, flush=True), interval_s=0.3)
-    ray_module: Any = ray
-    ray_module.shutdown()
+    stop_ray: Any = ray.shutdown  # has no types
+    stop_ray()
     cluster.shutdown()
     return code
 

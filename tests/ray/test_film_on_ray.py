@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from longtake.engine.video import probe
 from longtake.jobs import cli
 from longtake.jobs.film import load_film
 from longtake.jobs.filmorder import FarmOptions, FilmOrder
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.ray
 class Following(threading.Thread):
     """`follow` in a thread: the job of a film, in this process."""
 
-    def __init__(self, film: Path, out: Path, *, priority: int = 0) -> None:
+    def __init__(self, film: Path, out: Path, *, priority: int = 0, sizes: tuple[int, ...] = (1,)) -> None:
         super().__init__(daemon=True)
         loaded = load_film(film)
         self.out, self.lines, self.code, self.stop = out, list[str](), -1, False
@@ -34,6 +35,7 @@ class Following(threading.Thread):
             toml=film.read_text(),
             source=str(film),
             priority=priority,
+            gang_sizes=sizes,
             backoff_s=0.2,
         )
         self.order = FilmOrder(directory=str(out), record=record, options=FarmOptions(lease_s=8.0, watch_s=0.5))
@@ -115,6 +117,17 @@ def test_wishes_and_preemption(
     assert cli.run(["logs", str(low.out)]) == 0
     log = capsys.readouterr().out
     assert "a: CHECKPOINT" in log or "b: CHECKPOINT" in log
+
+
+def test_a_gang_of_two_shards_its_shots(following: Callable[..., Following], film_of: Callable[..., Path]) -> None:
+    run = following(film_of("pair", shots=(("a", 20, None), ("b", 4, "a")), title="Pair"), sizes=(2,))
+    run.wait_blocks("a", 2)
+    assert run.shot("a")["gang"].startswith("gang-cpu-2-2-")
+    processes("ray::RayTrainWorker", "ray::_RayTrainWorker")[-1].send_signal(signal.SIGKILL)
+    run.join(150)
+    assert run.code == 0, run.lines
+    assert probe(run.out / "film.mp4").frames == sum(run.shot(name)["num_frames"] for name in "ab")
+    assert run.shot("a")["num_starts"] == 2
 
 
 def test_what_is_exported(following: Callable[..., Following], film_of: Callable[..., Path]) -> None:
