@@ -15,11 +15,14 @@ import enum
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from longtake.engine import history
 from longtake.engine.config import HistoryPolicy, Loop, ShotConfig, Switch, WriteBack
 from longtake.engine.history import Plan
 from longtake.kernels.errors import ConfigError
+
+_KEPT_PLANS = 32
 
 
 class Kind(enum.Enum):
@@ -74,6 +77,7 @@ class Timeline:
         self._rolling = shot.sampler.loop is Loop.ROLLING
         self._rebuild = shot.sampler.write_back is WriteBack.REBUILD
         _check(shot)
+        self._made = lru_cache(maxsize=_KEPT_PLANS)(self._make_plan)
         self._beat_steps = tuple(
             bisect_left(range(shot.num_blocks), beat, key=shot.beat_of_block) for beat in range(len(shot.beats))
         )
@@ -205,6 +209,10 @@ class Timeline:
         return cuts[-1] if cuts else None
 
     def _plan(self, entry: Entry, versions: int, *, own_blocks: int = 1, first: int = 0) -> Plan:
+        """As :meth:`_make_plan`; the last few are kept, as each is asked for several times around its entry."""
+        return self._made(entry, versions, own_blocks, first)
+
+    def _make_plan(self, entry: Entry, versions: int, own_blocks: int, first: int) -> Plan:
         """Plan over the entries that are the newest of their blocks once those of step ``versions`` are committed."""
         config, time = self._history, entry.time
         wanted = history.attended(config, time)
@@ -215,7 +223,7 @@ class Timeline:
             wanted = tuple(other for other in wanted if other < sinks or other >= floor)
         cut = self._cut(entry.step)
         start, starts = history.place(config, time, wanted, self._frames, own_blocks=own_blocks, cut=cut)
-        blocks = tuple(self._newest(other, versions) for other in wanted)
+        blocks = tuple(self._newest(other, versions) for other in wanted) if self._replays else wanted
         return Plan(block=entry.index, start=start, blocks=blocks, starts=starts, own_blocks=own_blocks)
 
     def _newest(self, time: int, step: int) -> int:
