@@ -23,7 +23,7 @@ from longtake.jobs.render import BlockProgress, Join, RenderJob, RenderShot
 from longtake.jobs.resolve import resolve
 from longtake.jobs.shotlog import ShotLog
 from longtake.jobs.source import one_line
-from longtake.jobs.states import Failure, FailureKind, Progress, TaskKind
+from longtake.jobs.states import Failure, FailureKind, Lease, Progress, TaskKind
 from longtake.jobs.status import FILM_NAME
 from longtake.kernels.errors import LongtakeError, WorkerError
 from longtake.offload.errors import LockedError
@@ -99,7 +99,9 @@ class Worker:
             asked: by time.monotonic, when the order was asked for.
         """
         lease = order.lease
-        failure, error, video, is_finished = None, None, None, False
+        failure: Failure | None = None
+        error: Exception | None = None
+        video, is_finished = None, False
         with Hold(self._client, lease, self._lease_s, since=asked) as hold:
             try:
                 video, is_finished = self._carry_out(order, hold)
@@ -117,16 +119,15 @@ class Worker:
                 error, failure = unknown, explain(unknown)
                 ShotLog(Path(lease.film) / lease.task).write(traceback.format_exc())
             lost = hold.lost
-        if lost:
-            return
-        if failure is not None:
-            self._tell(lambda: self._client.fail(lease, failure))
-        elif is_finished:
-            self._tell(lambda: self._client.finish(lease, video))
-        else:
-            self._tell(lambda: self._client.stopped(lease))
+        if not lost:
+            self._tell(lambda: self._end(lease, failure, is_finished, video))
         if error is not None:
             raise error
+
+    def _end(self, lease: Lease, failure: Failure | None, is_finished: bool, video: str | None) -> bool:
+        if failure is not None:
+            return self._client.fail(lease, failure)
+        return self._client.finish(lease, video) if is_finished else self._client.stopped(lease)
 
     def _tell(self, say: Callable[[], bool]) -> None:
         """Say how a task ended; a director that cannot be reached for a whole lease has given it away anyway."""
