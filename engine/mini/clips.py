@@ -35,10 +35,15 @@ _MAX_GAP_LATENTS = 240
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Some sequences: latents, where their blocks stand in time, prompts and which block is under which."""
+    """Some sequences: latents, where their blocks stand in time, prompts and which block is under which.
+
+    ``askable_BN`` marks the blocks that can be asked for: those with a past, and the first ones of clips. (A first
+    latent holds one frame, any other four: a model that learns to begin a film anywhere begins some of them wrongly.)
+    """
 
     latents_BCFYX: Tensor
     starts_BN: Tensor
+    askable_BN: Tensor
     tokens_BNK: Tensor
     text_mask: Tensor
 
@@ -110,6 +115,7 @@ class ClipBuffer:
         return Batch(
             latents_BCFYX=latents,
             starts_BN=starts_BN,
+            askable_BN=(block_BN == 0) | (torch.arange(layout.num_blocks, device=self._device) > 0),
             tokens_BNK=self._tokens[clip_B],
             text_mask=text_mask(prompt_BN, layout, NUM_PROMPTS, TEXT_LEN),
         )

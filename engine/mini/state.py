@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from longtake.engine.mini.distil import Distiller
+    from longtake.engine.mini.distiller import Distiller
     from longtake.engine.mini.train_dit import Trainer
 
 FILE_BYTES = 14_000_000

@@ -125,6 +125,12 @@ def sample_sigmas(count: tuple[int, int], shift: float, device: torch.device) ->
     return shift * uniform / (1 + (shift - 1) * uniform)
 
 
+def mean_over(values_BCFYX: Tensor, chosen_BN: Tensor) -> Tensor:
+    """Mean over the chosen blocks; 0 where none is."""
+    by_block_BN = values_BCFYX.unflatten(2, (chosen_BN.shape[1], -1)).mean(dim=(1, 3, 4, 5))
+    return (by_block_BN * chosen_BN).sum() / chosen_BN.sum().clamp_min(1)
+
+
 class Trainer:
     """One training run on one device."""
 
@@ -203,7 +209,8 @@ class Trainer:
         sigma_BF = sigma_BN.repeat_interleave(LAYOUT.block_frames, dim=1)
         noisy = torch.lerp(clean, noise, sigma_BF[:, None, :, None, None])
         flow = self.flow(self.history(clean, batch), noisy, sigma_BF, batch)
-        loss = (flow.float() - (noise - clean)).square().mean()
+        error = (flow.float() - (noise - clean)).square()
+        loss = mean_over(error, batch.askable_BN)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for group in self.adam.param_groups + self.muon.param_groups:

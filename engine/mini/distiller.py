@@ -1,0 +1,324 @@
+"""The distillation of mini's few-step sampler: a student and two scores over whole sequences; see distil.py.
+
+Shape legend: B batch, N blocks, C latent channels, F latent frames, Y, X latent rows and columns, E text width, K text
+tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from longtake.engine.config import SamplerConfig
+from longtake.engine.mini.clips import NUM_PROMPTS, TEXT_LEN, ClipBuffer, text_mask
+from longtake.engine.mini.film_pool import FilmPool, PoolPlan
+from longtake.engine.mini.teacher_forcing import Layout, Rotations, block_mask, make_attend
+from longtake.engine.mini.train_dit import Trainee, make_optimisers, mean_over, sample_sigmas
+from longtake.engine.model import CausalWan
+from longtake.engine.sampler import shifted_sigmas
+
+_LEAST_ERROR = 0.05  # of a latent of unit variance: below it the normaliser would only enlarge rounding
+_REPORT_STEPS = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistilConfig:
+    """Everything that decides a distillation besides the world and the teacher."""
+
+    seconds: float = 650.0
+    horizon_s: float = 650.0
+    batch: int = 16
+    student_rate: float = 1e-4
+    fake_rate: float = 3e-4
+    fake_updates: int = 3  # a student update (DMD2's two time scales)
+    fake_first: int = 40  # iterations before the student moves
+    warmup_steps: int = 20
+    weight_decay: float = 0.0
+    ema: float = 0.99
+    timesteps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
+    shift: float = 3.0
+    history_noise: float = 0.1
+    own_history_share: float = 0.5
+    refresh_steps: int = 6  # iterations between two advances of the student's films
+    truth_share: float = 0.25  # of the blocks under a true history, denoised from the truth
+    truth_weight: float = 1.0
+    seed: int = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sequence:
+    """What one iteration works on: a history, the truth where it is known, and what conditions each block."""
+
+    history_BCFYX: Tensor
+    clean_BCFYX: Tensor | None
+    starts_BN: Tensor
+    askable_BN: Tensor
+    embeds_BKE: Tensor
+    text_mask: Tensor
+
+
+def matching_gradient(own: Tensor, real: Tensor, fake: Tensor, num_blocks: int) -> Tensor:
+    """The direction in which the student's blocks are to move less, DMD's equations 7 and 8.
+
+    Args:
+        own: the student's blocks, [B, C, N * F, Y, X].
+        real, fake: what the two scores make of them, noised; alike.
+        num_blocks: N.
+
+    Returns:
+        ``fake - real`` over the mean distance of ``own`` from ``real`` in the block; like ``own``.
+    """
+    distance = (own - real).abs().unflatten(2, (num_blocks, -1)).mean(dim=(1, 3, 4, 5)).clamp_min(_LEAST_ERROR)
+    return (fake - real) / spread(distance, own)
+
+
+def spread(values_BN: Tensor, like_BCFYX: Tensor) -> Tensor:
+    """One number a block -> [B, 1, N * F, 1, 1]."""
+    frames = like_BCFYX.shape[2] // values_BN.shape[1]
+    return values_BN.repeat_interleave(frames, dim=1)[:, None, :, None, None]
+
+
+class Distiller:
+    """One distillation on one device.
+
+    Args:
+        config: of the run.
+        model: the trained model; becomes the student. Its text encoder stays as it is.
+        clips: true sequences, prompts.
+        layout: of a sequence.
+        device: of the model and the clips.
+    """
+
+    def __init__(
+        self,
+        config: DistilConfig,
+        model: Trainee,
+        clips: ClipBuffer,
+        layout: Layout,
+        device: torch.device,
+        pool: PoolPlan | None = None,
+    ) -> None:
+        torch.manual_seed(config.seed)
+        random.seed(config.seed)
+        self.config, self.clips, self.layout, self.device = config, clips, layout, device
+        self.model = model
+        model.text_encoder.requires_grad_(False)
+        self.teacher = copy.deepcopy(model.transformer)  # never stepped; all three alike, so that graphs are shared
+        self.fake = copy.deepcopy(model.transformer)
+        self.average = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.sigmas = shifted_sigmas(SamplerConfig(timesteps=config.timesteps, shift=config.shift))
+        self.levels = torch.tensor(self.sigmas, device=device)
+        betas = (0.5, 0.95)
+        self.student_optimisers = make_optimisers(model.transformer, config.weight_decay, betas)
+        self.fake_optimisers = make_optimisers(self.fake, config.weight_decay, betas)
+        self.rotations = Rotations(layout, model.transformer.config.head_dim, device)
+        self.mask = block_mask(layout, device)
+        self.pool = FilmPool(clips, model, layout, self.sigmas, pool or PoolPlan(batch=config.batch), device)
+        self.step = self.steps_here = 0
+        self.elapsed_s = 0.0
+        self.forward: Callable[..., Tensor] = self._forward
+        if device.type == "cuda":
+            self.forward = torch.compile(self._forward, dynamic=False)
+
+    def _forward(
+        self,
+        transformer: CausalWan,
+        doubled: Tensor,
+        times_BF: Tensor,
+        embeds: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor,
+    ) -> Tensor:
+        """Flow of the noisy half [B, C, F, Y, X]."""
+        context = transformer.text_context(embeds)
+        flow: Tensor = transformer(doubled, times_BF, context, make_attend(cos, sin, self.mask), mask)
+        return flow[:, :, doubled.shape[2] // 2 :]
+
+    def denoised(self, transformer: CausalWan, noisy: Tensor, sigma_BN: Tensor, sequence: Sequence) -> Tensor:
+        """What a model makes of noisy blocks: x0, float32 [B, C, F, Y, X]."""
+        sigma_BF = sigma_BN.repeat_interleave(self.layout.block_frames, dim=1)
+        times = torch.cat((torch.zeros_like(sigma_BF), 1000 * sigma_BF), dim=1)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            doubled = torch.cat((sequence.history_BCFYX, noisy), dim=2)
+            rotations = self.rotations(sequence.starts_BN)
+            flow = self.forward(transformer, doubled, times, sequence.embeds_BKE, *rotations, sequence.text_mask)
+        return noisy - sigma_BF[:, None, :, None, None] * flow.float()
+
+    @torch.no_grad()
+    def true_sequence(self) -> Sequence:
+        """A sequence of a clip."""
+        batch = self.clips.sample(self.config.batch, self.layout)
+        clean = batch.latents_BCFYX.float()
+        return Sequence(
+            history_BCFYX=self._light_noise(clean),
+            clean_BCFYX=clean,
+            starts_BN=batch.starts_BN,
+            askable_BN=batch.askable_BN,
+            embeds_BKE=self.model.encode_text(batch.tokens_BNK),
+            text_mask=batch.text_mask,
+        )
+
+    @torch.no_grad()
+    def own_sequence(self) -> Sequence:
+        """A sequence of a film of the student's own."""
+        own = self.pool.sample()
+        return Sequence(
+            history_BCFYX=self._light_noise(own.latents_BCFYX),
+            clean_BCFYX=None,
+            starts_BN=own.starts_BN,
+            askable_BN=torch.ones_like(own.starts_BN, dtype=torch.bool),
+            embeds_BKE=own.embeds_BKE,
+            text_mask=text_mask(own.prompt_BN, self.layout, NUM_PROMPTS, TEXT_LEN),
+        )
+
+    def _light_noise(self, clean: Tensor) -> Tensor:
+        shape = (clean.shape[0], self.layout.num_blocks)
+        level = self.config.history_noise * torch.rand(shape, device=self.device).square()
+        return torch.lerp(clean, torch.randn_like(clean), spread(level, clean))
+
+    @torch.no_grad()
+    def step_inputs(self, sequence: Sequence) -> list[Tensor]:
+        """What each of the sampler's steps is given, all blocks at once: as many [B, C, F, Y, X] as there are steps."""
+        shape = sequence.starts_BN.shape
+        inputs = [torch.randn_like(sequence.history_BCFYX)]
+        for sigma, following in zip(self.sigmas[:-1], self.sigmas[1:], strict=True):
+            level = torch.full(shape, sigma, device=self.device)
+            guess = self.denoised(self.model.transformer, inputs[-1], level, sequence)
+            inputs.append(torch.lerp(guess, torch.randn_like(guess), following))
+        return inputs
+
+    @torch.no_grad()
+    def student_input(self, sequence: Sequence) -> tuple[Tensor, Tensor, Tensor]:
+        """The noisy half of the pass that has gradients.
+
+        Returns:
+            Latents [B, C, F, Y, X], their noise levels [B, N], and which blocks [B, N] come from the truth.
+        """
+        shape, last = sequence.starts_BN.shape, len(self.sigmas) - 1
+        exits_BN = torch.randint(0, last + 1, shape, device=self.device)
+        noisy = torch.zeros_like(sequence.history_BCFYX)
+        for step, latents in enumerate(self.step_inputs(sequence)):
+            noisy = torch.where(spread(exits_BN == step, noisy), latents, noisy)
+        truth_BN = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        if sequence.clean_BCFYX is not None:
+            truth_BN = torch.rand(shape, device=self.device) < self.config.truth_share
+            exits_BN = torch.where(truth_BN, exits_BN.clamp_min(max(last - 1, 0)), exits_BN)
+            clean = sequence.clean_BCFYX
+            noised = torch.lerp(clean, torch.randn_like(clean), spread(self.levels[exits_BN], clean))
+            noisy = torch.where(spread(truth_BN, noisy), noised, noisy)
+        return noisy, self.levels[exits_BN], truth_BN
+
+    def _noised(self, clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Blocks noised for a score: latents, levels [B, N], the noise."""
+        count = (clean.shape[0], self.layout.num_blocks)
+        sigma_BN = sample_sigmas(count, self.config.shift, self.device).clamp(0.02, 0.98)
+        noise = torch.randn_like(clean)
+        return torch.lerp(clean, noise, spread(sigma_BN, clean)), sigma_BN, noise
+
+    @torch.no_grad()
+    def score_gradient(self, own: Tensor, sequence: Sequence) -> Tensor:
+        """The matching gradient of the student's blocks, like them."""
+        noisy, sigma_BN, _ = self._noised(own)
+        real = self.denoised(self.teacher, noisy, sigma_BN, sequence)
+        fake = self.denoised(self.fake, noisy, sigma_BN, sequence)
+        return matching_gradient(own, real, fake, self.layout.num_blocks)
+
+    def student_loss(self, own: Tensor, truth_BN: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss of the student's blocks; the size of the matching gradient and the error against the truth, to print."""
+        gradient = self.score_gradient(own.detach(), sequence)
+        scored_BN = sequence.askable_BN & ~truth_BN
+        loss = mean_over(own * gradient, scored_BN)  # whose gradient is that one
+        size = mean_over(gradient.abs(), scored_BN)
+        error = torch.zeros((), device=self.device)
+        if sequence.clean_BCFYX is not None:
+            error = mean_over((own - sequence.clean_BCFYX).square(), truth_BN & sequence.askable_BN)
+            share = truth_BN.float().mean()
+            loss = (1 - share) * loss + share * self.config.truth_weight * error
+        return loss, size, error.detach()
+
+    def fake_loss(self, own: Tensor, scored_BN: Tensor, sequence: Sequence) -> Tensor:
+        """Flow matching on the student's blocks."""
+        noisy, sigma_BN, noise = self._noised(own)
+        sigma = spread(sigma_BN, own)
+        flow = (noisy - self.denoised(self.fake, noisy, sigma_BN, sequence)) / sigma
+        return mean_over((flow - (noise - own)).square(), scored_BN)
+
+    def iterate(self) -> Tensor:
+        """One iteration; figures to print, [4]: gradient size, error against the truth, fake loss, gradient norm."""
+        if self.steps_here % self.config.refresh_steps == 0:
+            self.pool.refresh(self.model)
+        is_own = random.random() < self.config.own_history_share
+        sequence = self.own_sequence() if is_own else self.true_sequence()
+        noisy, sigma_BN, truth_BN = self.student_input(sequence)
+        size = error = norm = torch.zeros((), device=self.device)
+        learns = self.step >= self.config.fake_first
+        with torch.set_grad_enabled(learns):
+            own = self.denoised(self.model.transformer, noisy, sigma_BN, sequence)
+        if learns:
+            loss, size, error = self.student_loss(own, truth_BN, sequence)
+            loss.backward()
+            norm = self._apply(self.model.transformer, self.student_optimisers, self.config.student_rate)
+            named = [(name, p.detach()) for name, p in self.model.named_parameters() if p.requires_grad]
+            averages = [self.average[name] for name, _ in named]
+            torch._foreach_lerp_(averages, [p for _, p in named], 1 - self.config.ema)
+        scored_BN = sequence.askable_BN & ~truth_BN
+        fake = torch.zeros((), device=self.device)
+        for _ in range(self.config.fake_updates):
+            fake = self.fake_loss(own.detach(), scored_BN, sequence)
+            fake.backward()
+            self._apply(self.fake, self.fake_optimisers, self.config.fake_rate)
+        self.step += 1
+        self.steps_here += 1
+        return torch.stack((size, error, fake.detach(), norm.detach()))
+
+    def learning_rate(self, rate: float) -> float:
+        """Warm-up, then constant, then down to a tenth over the last third of the horizon."""
+        left = max(0.0, 1.0 - self.elapsed_s / self.config.horizon_s)
+        return rate * min(1.0, (self.steps_here + 1) / self.config.warmup_steps) * min(1.0, 0.1 + 2.7 * left)
+
+    def _apply(self, model: nn.Module, optimisers: tuple[torch.optim.Optimizer, ...], rate: float) -> Tensor:
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimiser in optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = self.learning_rate(rate)
+            optimiser.step()
+        model.zero_grad(set_to_none=True)
+        return norm
+
+    def run(self, seconds: float, every_s: float, save: Callable[[], None], look: Callable[[], None]) -> None:
+        """Train until ``seconds`` have passed, saving and looking every ``every_s`` and at the end."""
+        started = last = saved = time.monotonic()
+        figures: list[Tensor] = []
+        while True:
+            self.clips.refresh()
+            figures.append(self.iterate())
+            if len(figures) < _REPORT_STEPS:
+                continue
+            size, error, fake, norm = torch.stack(figures).mean(0).tolist()  # waits for the device
+            if not all(math.isfinite(value) for value in (size, error, fake, norm)):
+                raise RuntimeError(f"not a number at step {self.step}: resume with lower rates")
+            now = time.monotonic()
+            self.elapsed_s += now - last
+            print(
+                f"step {self.step} gradient {size:.3f} truth {error:.4f} fake {fake:.4f} norm {norm:.3f} "
+                f"{1000 * (now - last) / len(figures):.0f} ms a step, {now - started:.0f} s of {seconds:.0f}",
+                flush=True,
+            )
+            last = now
+            figures.clear()
+            if now - started > seconds:
+                break
+            if now - saved > every_s:
+                save()
+                look()
+                saved = last = time.monotonic()
+        save()
+        look()
