@@ -108,10 +108,8 @@ class Worker:
             except LockedError as locked:
                 failure = Failure(kind=FailureKind.BUSY, signature="locked", message=one_line(str(locked)))
             except WorkerError as broken:  # another rank is gone, and this one is of no use without it
-                error, failure = (
-                    broken,
-                    Failure(kind=FailureKind.CRASH, signature="rank", message=one_line(str(broken))),
-                )
+                error = broken
+                failure = Failure(kind=FailureKind.CRASH, signature="rank", message=one_line(str(broken)))
             except LongtakeError as known:
                 failure = explain(known)
                 ShotLog(Path(lease.film) / lease.task).write(f"failed: {failure.message}")
@@ -193,7 +191,7 @@ class Worker:
         """The film of an order, resolved once."""
         key = (order.lease.film, order.content_hash)
         if key not in self._jobs:
-            record = self._film(order.lease.film)
+            record = self._record(order.lease.film)
             film = parse_film(record.toml, record.source)
             job = RenderJob(
                 film=film,
@@ -203,6 +201,17 @@ class Worker:
             )
             self._jobs[key] = job
         return self._jobs[key]
+
+    def _record(self, directory: str) -> FilmRecord:
+        """The film's record, from a director that may be restarting."""
+        until = time.monotonic() + self._lease_s
+        while True:
+            try:
+                return self._film(directory)
+            except ConnectionError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(RETRY_S)
 
 
 def explain(error: Exception) -> Failure:
