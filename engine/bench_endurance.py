@@ -5,7 +5,7 @@ video) under a host budget of a part of its history, 1/20 by default. After ever
 the device allocator's, and the seconds since the block before are noted, of the clock and of the processor (which other
 work on the machine hardly lengthens). Slopes are least squares over the blocks after
 the first tenth, when windows, pools and queues have filled; beside them medians by tenth of the shot. Without a model:
-random weights, 32x48 pixels, 5 s a minute of film on one core.
+random weights, 32x48 pixels, some 8 s a minute of film on one core.
 """
 
 from __future__ import annotations
