@@ -152,7 +152,8 @@ class DirectorActor:
     def _stuck(self, alive: set[str]) -> list[str]:
         """Gangs that said nothing for long: shots of theirs went to others, but they may still hold the folders."""
         now = time.monotonic()
-        self._heard = {name: self._heard.get(name, now) for name in alive}
+        begun = now + self._options.gang_start_s - self._options.gang_stuck_s
+        self._heard = {name: self._heard.get(name, begun) for name in alive}
         return [name for name, heard in self._heard.items() if now - heard > self._options.gang_stuck_s]
 
     def _fulfil(self, directory: str, *, but: Action | None = None) -> None:

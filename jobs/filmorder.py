@@ -22,7 +22,8 @@ class FarmOptions:
     Args:
         lease_s: silence after which a gang has lost its shot.
         gang_idle_s: a gang without work for so long lets its devices go.
-        gang_stuck_s: a gang that said nothing for so long is killed; workers that are started anew take a while.
+        gang_stuck_s: a gang that says nothing any more for so long is killed; workers started anew take a while.
+        gang_start_s: the same for one that never said anything; it may wait for hosts that are being rented.
         watch_s: between two looks at gangs and wishes.
         max_gangs: no more than so many; None: as many as there are devices.
         relaunch_s: pause before a gang is started in place of one that died young; doubles each time.
@@ -31,6 +32,7 @@ class FarmOptions:
     lease_s: float = LEASE_S
     gang_idle_s: float = 60.0
     gang_stuck_s: float = 300.0
+    gang_start_s: float = 1800.0
     watch_s: float = 1.0
     max_gangs: int | None = None
     relaunch_s: float = 2.0

@@ -30,7 +30,7 @@ def order(film_path: str, directory: str) -> FilmOrder:
         max_tries=50,
         backoff_s=0.2,
     )
-    options = FarmOptions(lease_s=8.0, watch_s=0.5, relaunch_s=0.5, gang_stuck_s=60.0, max_gangs=2)
+    options = FarmOptions(lease_s=8.0, watch_s=0.5, relaunch_s=0.5, max_gangs=2)
     return FilmOrder(directory=directory, record=record, options=options)
 
 

@@ -119,7 +119,7 @@ def survive(film: Path, out: Path, victims: list[str], *, seed: int, pause_s: fl
                 break
             while not run.kill(what) and run.process.poll() is None:
                 time.sleep(0.1)
-        code = run.process.wait(patience_s * 3)
+        code = run.process.wait(patience_s * 2)
         assert code == 0, run.output.read_text()[-3000:]
     finally:
         run.end()
@@ -129,18 +129,18 @@ def survive(film: Path, out: Path, victims: list[str], *, seed: int, pause_s: fl
 def test_worker_gang_and_director_killed(film_of: Callable[..., Path], tmp_path: Path) -> None:
     film = film_of(scale=8)
     expected = render_undisturbed(film, tmp_path / "undisturbed")
-    run = survive(film, tmp_path / "out", ["director", "gang"], seed=1, pause_s=1, patience_s=100)
+    run = survive(film, tmp_path / "out", ["director", "gang"], seed=1, pause_s=1, patience_s=200)
     assert digest(run.out / "film.mp4") == expected
     assert sum(run.killed.values()) == 2
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3000)
+@pytest.mark.timeout(7200)
 def test_twenty_kills_of_everything(film_of: Callable[..., Path], tmp_path: Path) -> None:
-    film = film_of(scale=50)
+    film = film_of(scale=30)
     expected = render_undisturbed(film, tmp_path / "undisturbed")
     victims = ["worker", "director", "gang", "raylet", "everything"] * 4
-    run = survive(film, tmp_path / "out", victims, seed=7, pause_s=3, patience_s=150)
+    run = survive(film, tmp_path / "out", victims, seed=7, pause_s=3, patience_s=400)
     print(dict(run.killed), run.rendered_twice(), run.output.read_text()[-2000:])
     assert digest(run.out / "film.mp4") == expected
     assert sum(run.killed.values()) == 20
