@@ -88,6 +88,7 @@ class Film:
         self._sink: list[Tensor] = [torch.empty(0)] * config.num_layers  # keys of the first block, not rotated
         self._count = 0  # blocks held
         self.num_blocks = 0
+        self._now = self._tables(0)  # of the block in work
 
     @torch.no_grad()
     def step(self, prompt_B: Tensor) -> Tensor:
@@ -104,8 +105,7 @@ class Film:
     @torch.no_grad()
     def flow(self, noisy_BCFYX: Tensor, sigma: float, prompt_B: Tensor) -> Tensor:
         """One pass of the block in work: its flow, float32 [B, C, F, Y, X]."""
-        tables = self._tables(self.num_blocks * self._layout.block_frames)
-        tokens = self._layout.block_tokens
+        tables, tokens = self._now, self._layout.block_tokens
         end = (self._count + 1) * tokens
 
         def attend(layer: int, q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor:
@@ -128,6 +128,7 @@ class Film:
         self.flow(clean_BCFYX, 0.0, prompt_B)
         self._count += 1
         self.num_blocks += 1
+        self._now = self._tables(self.num_blocks * self._layout.block_frames)
         if self._count > self._window:
             self._slide()
 
