@@ -14,6 +14,7 @@ from pathlib import Path
 
 from longtake.jobs.ledger import LEDGER_NAME, FilmRecord, Ledger
 from longtake.jobs.orders import Action, FilmView, Gang, Leave, Order, Publish, Verdict, outcome
+from longtake.jobs.resubmission import check_submission, taken_over
 from longtake.jobs.source import nearest, quote
 from longtake.jobs.states import (
     Failure,
@@ -105,10 +106,10 @@ class Director:
         """
         ledger = self._films[directory].ledger if directory in self._films else _open(directory)
         try:
-            self._check_recipes(directory, ledger, tasks)
+            check_submission(directory, ledger.tasks, tasks)
             old = ledger.film
             record = dataclasses.replace(record, submitted_s=old.submitted_s if old else self._wall())
-            kept = [self._taken_over(task, ledger.tasks.get(task.name)) for task in tasks]
+            kept = [taken_over(task, ledger.tasks.get(task.name)) for task in tasks]
             ledger.save(kept, at_s=self._wall(), event="submitted")
             ledger.set_film(record)  # last: a ledger without a film has none
             ledger.remove([name for name in ledger.tasks if name not in {task.name for task in tasks}])
@@ -122,34 +123,6 @@ class Director:
         self._save(film, [], "")
         self._preempt()
         return film.view()
-
-    @staticmethod
-    def _check_recipes(directory: str, ledger: Ledger, tasks: Sequence[Task]) -> None:
-        named = {task.name for task in tasks}
-        for name, old in ledger.tasks.items():
-            if name not in named and old.leased:
-                raise ConfigError(f"{directory}: the new film has no shot {quote(name)}, which is rendered; cancel it")
-        for task in tasks:
-            old_task = ledger.tasks.get(task.name)
-            if old_task is None or task.kind is TaskKind.JOIN or old_task.recipe == task.recipe:
-                continue
-            if old_task.num_starts:
-                raise ConfigError(
-                    f"{directory}: shot {quote(task.name)} was rendered from something else; undo the change, name "
-                    f"another --out, or remove {directory}/{task.name} and {LEDGER_NAME}"
-                )
-
-    @staticmethod
-    def _taken_over(task: Task, old: Task | None) -> Task:
-        """A task of a film submitted (again), with what an earlier submission reached."""
-        if old is None:
-            return task
-        if old.recipe != task.recipe and not old.leased:
-            return dataclasses.replace(task, epoch=old.epoch)
-        kept = dataclasses.replace(old, position=task.position, after=task.after)
-        if old.state is State.DEAD and old.reason != "cancelled":
-            return retried(kept)
-        return resumed(kept) if old.state is State.PAUSED else kept
 
     def open(self, directory: str) -> None:
         """Read a film's ledger again after a restart; nothing if it is open.

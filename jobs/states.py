@@ -44,6 +44,7 @@ class FailureKind(enum.StrEnum):
     ERROR = "error"  # the renderer said why
     CRASH = "crash"  # the worker or its gang was gone
     BUSY = "busy"  # an earlier process still holds the shot's folder: nothing was tried
+    FULL = "full"  # the disk has no room: nothing is wrong with the shot, and trying again would cost for nothing
 
 
 class TransitionError(Exception):
@@ -216,6 +217,8 @@ def failed(task: Task, failure: Failure, policy: RetryPolicy, now_s: float) -> T
     if failure.kind is FailureKind.BUSY:
         released = _after_lease(task)
         return dataclasses.replace(released, not_before_s=now_s + policy.backoff_s, reason=failure.message)
+    if failure.kind is FailureKind.FULL:
+        return dataclasses.replace(_after_lease(task), state=State.PAUSED, reason=failure.message)
     same = failure.kind is FailureKind.ERROR and task.signature == failure.signature
     num_same = (task.num_same + 1 if same else 1) if failure.kind is FailureKind.ERROR else 0
     counted = dataclasses.replace(

@@ -26,7 +26,7 @@ from longtake.jobs.source import one_line
 from longtake.jobs.states import Failure, FailureKind, Lease, Progress, TaskKind
 from longtake.jobs.status import FILM_NAME
 from longtake.kernels.errors import LongtakeError, WorkerError
-from longtake.offload.errors import LockedError
+from longtake.offload.errors import LockedError, is_disk_full
 from longtake.offload.lock import FolderLock
 
 RETRY_S = 0.5
@@ -217,4 +217,5 @@ class Worker:
 def explain(error: Exception) -> Failure:
     """A failure with a signature that leaves out what differs from try to try: numbers."""
     message = one_line(f"{type(error).__name__}: {error}")[:_MAX_MESSAGE]
-    return Failure(kind=FailureKind.ERROR, signature=re.sub(r"\d+", "#", message), message=message)
+    kind = FailureKind.FULL if is_disk_full(error) else FailureKind.ERROR
+    return Failure(kind=kind, signature=re.sub(r"\d+", "#", message), message=message)

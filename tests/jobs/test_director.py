@@ -318,7 +318,7 @@ class Farm(RuleBasedStateMachine):
         lease = data.draw(st.sampled_from(self.leases))
         task = next(task for task in self.mind.view(lease.film).tasks if task.name == lease.task)
         holds = task.leased and task.epoch == lease.epoch
-        what = data.draw(st.sampled_from(["beat", "beat", "finish", "stopped", "error", "busy"]))
+        what = data.draw(st.sampled_from(["beat", "beat", "finish", "stopped", "error", "busy", "full"]))
         if what == "beat":
             verdict = self.mind.heartbeat(lease, Progress(blocks_done=blocks))
             assert (verdict is not Verdict.LOST) == holds
@@ -331,7 +331,7 @@ class Farm(RuleBasedStateMachine):
         elif what == "stopped":
             said = self.mind.stopped(lease)
         else:
-            kind = FailureKind.ERROR if what == "error" else FailureKind.BUSY
+            kind = FailureKind(what)
             said = self.mind.fail(lease, Failure(kind=kind, signature=str(blocks), message="x"))
         assert said == holds
 

@@ -15,11 +15,12 @@ from longtake.jobs.director import Director
 from longtake.jobs.fleet import Crewing, missing_gangs, parse_name
 from longtake.jobs.hold import Hold
 from longtake.jobs.ledger import FilmRecord
-from longtake.jobs.orders import Gang, Leave, Order, Outcome, Verdict
+from longtake.jobs.orders import Action, Gang, Leave, Order, Outcome, Verdict
 from longtake.jobs.states import JOIN_NAME, Failure, Lease, Progress, Task, TaskKind
 from longtake.jobs.status import State
 from longtake.jobs.work import Worker, explain
 from longtake.kernels.errors import CapacityError, WorkerError
+from longtake.offload.errors import DiskFullError
 from longtake.offload.lock import FolderLock
 
 LEASE = Lease(film="f", task="a", epoch=1, gang="g")
@@ -207,6 +208,18 @@ def test_an_unknown_error_is_told_and_ends_the_worker(farm: Farm) -> None:
         farm.worker.run()
     assert farm.task("a").num_failures == 1
     assert "Traceback" in (farm.directory / "a.log").read_text()
+
+
+def test_a_full_disk_pauses_the_shot(farm: Farm) -> None:
+    farm.error = DiskFullError("the disk is full while writing the journal")
+    farm.worker.run()
+    task = farm.task("a")
+    assert (task.state, task.num_failures) == (State.PAUSED, 0)
+    assert task.reason is not None and "the disk is full" in task.reason
+    farm.error = None
+    farm.mind.control(str(farm.directory), Action.RESUME)
+    farm.worker.run()
+    assert farm.mind.view(str(farm.directory)).outcome is Outcome.DONE
 
 
 def test_a_rank_that_died_is_a_crash_and_ends_the_worker(farm: Farm) -> None:
