@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,14 @@ from longtake.engine.emitter import Emitter, Start
 from longtake.engine.gang import Gang
 from longtake.engine.gang_shot import RankFolder, ReadWindows, follow
 from longtake.engine.metrics import MetricsLog
-from longtake.engine.model import CausalWan, TextContext
+from longtake.engine.model import CausalWan
+from longtake.engine.prompts import Prompts, make_prompts
 from longtake.engine.rolling import WindowStore
 from longtake.engine.rollout import Prefix, Rollout, open_cache
 from longtake.engine.shotfolder import METRICS_NAME, WINDOW_NAME, ShotFolder, shot_latents
+from longtake.engine.start import clip_latents, picture_latents, write_guide
 from longtake.engine.text import TextEncoder
-from longtake.engine.vae import StreamingDecoder, load_vae, receptive_latents
+from longtake.engine.vae import StreamingDecoder, StreamingEncoder, load_vae, receptive_latents
 from longtake.engine.vae_stripes import StripedDecoder, StripeWorker
 from longtake.engine.weights import load_transformer
 from longtake.kernels.errors import ConfigError, StorageError
@@ -82,7 +84,7 @@ class ShotRenderer:
 
     def __init__(self, gang: Gang | None = None) -> None:
         self._gang = gang or Gang()
-        self._key: tuple[Path, str] | None = None
+        self._key: tuple[ModelSpec, str] | None = None
         self._model: CausalWan | None = None
         self._decoder: StreamingDecoder | None = None
         self._worker: StripeWorker | None = None
@@ -116,14 +118,14 @@ class ShotRenderer:
             if gang.lead(lambda: files.finished):
                 return ShotResult(finished=True, segments=files.paths)
             try:
-                prefix = gang.lead(lambda: read_prefix(shot, folder))
                 model, decoder = self._load(shot.model, device)
-                contexts = encode_beats(shot, folder, model, device, gang)
+                prefix = gang.lead(lambda: read_start(shot, folder, decoder))
+                prompts = encode_beats(shot, folder, model, gang)
                 with contextlib.closing(open_cache(shot, device, files.num_prefix, files.run, heads)) as cache:
                     rollout = Rollout(
                         shot,
                         model,
-                        contexts,
+                        prompts,
                         cache,
                         prefix,
                         read_latents=lambda block: files.latents.read(block, block + 1),
@@ -144,7 +146,7 @@ class ShotRenderer:
 
     def _load(self, spec: ModelSpec, device: torch.device) -> tuple[CausalWan, StreamingDecoder | None]:
         """The model, and on rank 0 the decoder."""
-        key = (spec.path, str(device))
+        key = (spec, str(device))
         if self._key != key or self._model is None:
             if isinstance(self._decoder, StripedDecoder):
                 self._decoder.close()
@@ -241,19 +243,32 @@ class _Run:
         }
 
 
-def encode_beats(
-    shot: ShotConfig, folder: Path, model: CausalWan, device: torch.device, gang: Gang
-) -> Sequence[TextContext]:
-    """Cross-attention context of each beat; the text encoder, on rank 0, is gone from memory when this returns."""
+def encode_beats(shot: ShotConfig, folder: Path, model: CausalWan, gang: Gang) -> Prompts:
+    """The prompts of each block; the text encoder, on rank 0, is gone from memory when this returns."""
 
     def encode() -> dict[str, Tensor]:
         encoder = TextEncoder(shot.model.path, text_len=shot.model.text_len, cache_dir=folder.parent / PROMPTS_NAME)
         return encoder.encode_all(beat.prompt for beat in shot.beats)
 
     embeds = gang.lead(encode)
-    with torch.inference_mode():
-        contexts = {prompt: model.text_context(embed[None].to(device)) for prompt, embed in embeds.items()}
-    return [contexts[beat.prompt] for beat in shot.beats]
+    return make_prompts(shot, model, [embeds[beat.prompt] for beat in shot.beats])
+
+
+def read_start(shot: ShotConfig, folder: Path, decoder: StreamingDecoder | None) -> Prefix:
+    """What the shot starts from; runs on rank 0, which has the VAE.
+
+    Raises:
+        ConfigError, StorageError: it is not there, too short or damaged.
+    """
+    assert decoder is not None, "rank 0 has the VAE"
+    encoder = StreamingEncoder(decoder.vae)
+    if shot.image is not None:
+        return Prefix(fixed=picture_latents(shot, encoder).cpu())
+    if shot.clip is not None:
+        return Prefix(latents=tuple(latents.cpu() for latents in clip_latents(shot, encoder)))
+    if shot.guide is not None:
+        return Prefix(guide=write_guide(shot, folder, encoder))
+    return read_prefix(shot, folder)
 
 
 def read_prefix(shot: ShotConfig, folder: Path) -> Prefix:
