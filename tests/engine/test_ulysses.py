@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from longtake.engine.gang import join
@@ -75,28 +71,3 @@ def exchange(rank: int, text: str, frame_tokens: int) -> list[bool]:
 def test_heads_for_tokens_and_back(num_ranks: int, text: str) -> None:
     for found in run_ranks(exchange, num_ranks, text, 15):
         assert found == [True] * 4
-
-
-def against_deepspeed(rank: int) -> bool:
-    distributed_attention = importlib.import_module("deepspeed.sequence.layer").DistributedAttention
-    with join() as gang:
-        mesh = open_mesh(MeshShape(sp=2))
-        layout = TokenLayout.of(mesh.shape, 1, 12)
-        whole = whole_qkv(12, 4)
-        mine = [layout.take(x.flatten(2), rank).unflatten(2, (4, -1)) for x in whole]
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
-
-        theirs = distributed_attention(attend, dist.group.WORLD, scatter_idx=2, gather_idx=1)(*mine, 0)
-        ours = HeadExchange(mesh, layout).around(lambda _, q, k, v: attend(q, k, v))(0, *mine)
-        gang.any(False)
-        return torch.equal(ours, theirs)
-
-
-@pytest.mark.slow
-def test_equals_deepspeed() -> None:
-    """The exchange of DeepSpeed's DistributedAttention, bit for bit, where it is installed."""
-    pytest.importorskip("deepspeed")
-    assert run_ranks(against_deepspeed, 2) == [True, True]
