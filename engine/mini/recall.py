@@ -50,5 +50,5 @@ class Recall:
 
     def _error(self, made: Tensor) -> Tensor:
         """Mean square error of each block of the later half, flat."""
-        error = (made - self._clean).square().unflatten(2, (self._num_blocks, -1)).mean(dim=(1, 3, 4, 5))
+        error: Tensor = (made - self._clean).square().unflatten(2, (self._num_blocks, -1)).mean(dim=(1, 3, 4, 5))
         return error[:, self._num_blocks // 2 :].flatten()

@@ -127,7 +127,7 @@ def sample_sigmas(count: tuple[int, int], shift: float, device: torch.device) ->
 
 def mean_over(values_BCFYX: Tensor, chosen_BN: Tensor) -> Tensor:
     """Mean over the chosen blocks; 0 where none is."""
-    by_block_BN = values_BCFYX.unflatten(2, (chosen_BN.shape[1], -1)).mean(dim=(1, 3, 4, 5))
+    by_block_BN: Tensor = values_BCFYX.unflatten(2, (chosen_BN.shape[1], -1)).mean(dim=(1, 3, 4, 5))
     return (by_block_BN * chosen_BN).sum() / chosen_BN.sum().clamp_min(1)
 
 

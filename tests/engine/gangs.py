@@ -70,10 +70,8 @@ def run_ranks(
 def _result(process: ForkServerProcess, ours: Connection, deadline: float) -> Any:
     result: Any = None
     try:
-        if ours.poll(max(0.0, deadline - time.monotonic())):
-            result = ours.recv()
-        else:
-            result = RankError("hung")
+        arrived = ours.poll(max(0.0, deadline - time.monotonic()))
+        result = ours.recv() if arrived else RankError("hung")
     except EOFError:
         process.join(5)
         result = RankError(f"died with {process.exitcode}")

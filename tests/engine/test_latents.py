@@ -30,13 +30,13 @@ def test_reads_what_was_written(tmp_path: Path) -> None:
 def test_names_what_is_missing_or_damaged(tmp_path: Path) -> None:
     log = LatentLog(tmp_path / "latents.zarr", 6, SHAPE)
     log.write(0, torch.randn(SHAPE))
-    with pytest.raises(StorageError, match="latents of a block are missing.*block 1, path"):
+    with pytest.raises(StorageError, match=r"latents of a block are missing.*block 1, path"):
         log.read(0, 2)
     chunk = LatentLog.existing(tmp_path / "latents.zarr").chunk(0)
     data = bytearray(chunk.read_bytes())
     data[100] ^= 1
     chunk.write_bytes(data)
-    with pytest.raises(StorageError, match="latents of a block are damaged.*block 0, path"):
+    with pytest.raises(StorageError, match=r"latents of a block are damaged.*block 0, path"):
         log.read(0, 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from longtake.engine.config import (
 from longtake.engine.model import CausalWan, TextContext
 from longtake.engine.noise import block_noise
 from longtake.engine.rollout import Prefix, Rollout, open_cache
-from longtake.kernels.rotary import apply_rotary, rotary_table
+from longtake.kernels.rotary import Rotary, apply_rotary, rotary_table
 
 # float32 rounding, carried through a few blocks of feedback.
 TOLERANCE = 5e-4
@@ -93,7 +94,7 @@ def uncached(shot: ShotConfig, model: CausalWan, contexts: list[TextContext]) ->
     frames = shot.model.block_frames
     sigmas = [5 * s / (1 + 4 * s) for s in (1.0, 0.5)]
 
-    def rotary(starts: list[int]):  # type: ignore[no-untyped-def]
+    def rotary(starts: Sequence[float]) -> Rotary:
         return rotary_table([s + f for s in starts for f in range(frames)], *shot.grid, GEOMETRY.head_dim)
 
     def flow(block: int, latents: Tensor, timestep: float) -> Tensor:

@@ -64,7 +64,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "transformer" / "config.json").write_text(json.dumps(geometry.to_hub()))
     weights = {name: tensor.contiguous() for name, tensor in CausalWan(geometry).state_dict().items()}
     save_file(weights, folder / "transformer" / "diffusion_pytorch_model.safetensors")
-    vae: Any = AutoencoderKLWan(  # type: ignore[no-untyped-call]
+    vae: Any = AutoencoderKLWan(
         base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
     )
     vae.save_pretrained(folder / "vae")
