@@ -94,29 +94,36 @@ def test_wishes_and_preemption(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    long = (("a", 60, None), ("b", 60, None), ("c", 4, "a"))
-    low = following(film_of("low", shots=long, title="Low"))
+    long = (("a", 150, None), ("b", 150, None), ("c", 4, "a"))
+    film = film_of("low", shots=long, title="Low")
+    low = following(film)
     low.wait_blocks("a", 3)
-    assert cli.run(["pause", str(low.out), "--shot", "b"]) == 0
-    wait_for(lambda: low.shot("b")["state"] == "PAUSED")
-    assert cli.run(["cancel", str(low.out), "--shot", "b"]) == 0
-    assert low.shot("b")["reason"] == "cancelled"
-    assert cli.run(["pause", str(low.out), "--shot", "zz"]) == 2
-
+    low.wait_blocks("b", 3)
     high = following(film_of("high", shots=(("x", 4, None), ("y", 4, None)), title="High"), priority=9)
-    wait_for(lambda: high.shot("x").get("state") == "SUCCEEDED")
+    wait_for(lambda: "SUCCEEDED" in {high.shot(name).get("state") for name in "xy"})
+    assert low.shot("c")["state"] == "DEPEND"
     high.join(60)
     assert high.code == 0
-    assert cli.run(["retry", str(low.out)]) == 0
+
+    wait_for(lambda: low.shot("a")["state"] == low.shot("b")["state"] == "RUNNING")
+    assert cli.run(["cancel", str(low.out), "--shot", "a"]) == 0  # in the middle of a block, or of its commit
+    assert cli.run(["pause", str(low.out), "--shot", "b"]) == 0
+    wait_for(lambda: low.shot("a")["state"] == "DEAD" and low.shot("b")["state"] == "PAUSED")
+    assert low.shot("a")["reason"] == "cancelled"
+    assert low.shot("a")["blocks_done"] < low.shot("a")["num_blocks"]
+    assert cli.run(["pause", str(low.out), "--shot", "zz"]) == 2
+    assert cli.run(["retry", str(low.out), "--shot", "a"]) == 0
+    assert cli.run(["resume", str(low.out)]) == 0
     assert cli.run(["status", str(low.out)]) == 0
     assert "Low: " in capsys.readouterr().out
-    low.join(150)
+    low.join(200)
     assert low.code == 0, low.lines
-    film = tmp_path / "low.toml"
     assert digest(low.out / "film.mp4") == render_undisturbed(film, tmp_path / "undisturbed")
     assert cli.run(["logs", str(low.out)]) == 0
     log = capsys.readouterr().out
-    assert "a: CHECKPOINT" in log or "b: CHECKPOINT" in log
+    assert "a: CHECKPOINT -> DEAD" in log
+    assert "b: CHECKPOINT -> PAUSED" in log
+    assert "CHECKPOINT -> WAITING" in log, "nothing was preempted"
 
 
 def test_a_gang_of_two_shards_its_shots(following: Callable[..., Following], film_of: Callable[..., Path]) -> None:
