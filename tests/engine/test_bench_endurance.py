@@ -17,7 +17,8 @@ def test_a_short_shot(tmp_path: Path) -> None:
     results = record["results"]
     assert results["blocks"] == 21
     assert results["host_budget_bytes"] == int(0.3 * results["history_bytes"])
-    assert results["cache"]["num_written"] == 21
+    # counted when the last block is committed: as many as the host tier holds may still be on their way to the disk
+    assert 21 - 0.3 * 21 <= results["cache"]["num_written"] <= 21
     assert len(results["rss_bytes"]["medians_by_tenth"]) == 10
 
 
