@@ -166,9 +166,9 @@ class Gang:
         return self.agree(flag, any)
 
     def check(self) -> None:
-        """Raise what another rank failed of, if one did."""
+        """Raise what ended the gang: another rank's failure, or one in another thread of this rank."""
         with self._news:
-            if self._failure is not None and self._failure.rank != self.rank:
+            if self._failure is not None:
                 self._noticed |= threading.get_ident() == self._thread
                 raise self._failure.error
 
