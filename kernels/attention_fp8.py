@@ -34,7 +34,8 @@ class Fp8Scratch:
 
     Args:
         k_HXD: e4m3 [H, X, D].
-        v_HXD: as rows, whatever lies behind: e4m3 with tokens contiguous, or bfloat16 with channels contiguous.
+        v_HXD: as rows, whatever lies behind: e4m3 with tokens contiguous (with channels contiguous for
+            FlashAttention-3), or bfloat16 with channels contiguous.
     """
 
     k_HXD: Tensor
@@ -52,12 +53,20 @@ class Fp8Scratch:
 
 
 def fp8_scratch(
-    num_heads: int, num_rows: int, head_dim: int, device: torch.device, *, values_fp8: bool = True
+    num_heads: int,
+    num_rows: int,
+    head_dim: int,
+    device: torch.device,
+    *,
+    values_fp8: bool = True,
+    turned: bool = True,
 ) -> Fp8Scratch:
-    """Allocate a scratch of at least num_rows rows (a multiple of 16)."""
+    """Allocate a scratch of at least num_rows rows (a multiple of 16); FP8 values stand turned, tokens contiguous."""
     rows = align(num_rows)
     k_HXD = torch.empty((num_heads, rows, head_dim), dtype=FP8, device=device)
-    if values_fp8:
+    if values_fp8 and not turned:
+        v_HXD = torch.empty_like(k_HXD)
+    elif values_fp8:
         v_HXD = torch.empty((num_heads, head_dim, rows), dtype=FP8, device=device).transpose(1, 2)
     else:
         v_HXD = torch.empty((num_heads, rows, head_dim), dtype=torch.bfloat16, device=device)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from longtake.kernels import flash3
 from longtake.kernels.attention import attend
 from longtake.kernels.attention_fp8 import attend_fp8, fp8_scratch
 from longtake.kernels.codec import Codec
@@ -93,12 +94,23 @@ class DensePath(AttentionPath):
         codec, num_heads, num_rows: as above.
         dtype: of the model.
         device: of the model.
+        use_flash3: attend by FlashAttention-3 instead.
     """
 
     name = "dense"
 
-    def __init__(self, codec: Codec, num_heads: int, num_rows: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        codec: Codec,
+        num_heads: int,
+        num_rows: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        use_flash3: bool = False,
+    ) -> None:
         super().__init__(codec, num_heads, num_rows)
+        self._attend = flash3.attend if use_flash3 else attend
         self.k_HXD, self.v_HXD = (
             torch.empty((num_heads, num_rows, codec.geometry.head_dim), dtype=dtype, device=device) for _ in range(2)
         )
@@ -116,7 +128,7 @@ class DensePath(AttentionPath):
         self.v_HXD[:, row : row + v_THD.shape[0]] = v_THD.transpose(0, 1)
 
     def attend(self, num_rows: int) -> tuple[Tensor, Tensor]:
-        return attend(self._begun()[0], self.k_HXD[:, :num_rows], self.v_HXD[:, :num_rows])
+        return self._attend(self._begun()[0], self.k_HXD[:, :num_rows], self.v_HXD[:, :num_rows])
 
 
 class Fp8Path(AttentionPath):
@@ -129,6 +141,7 @@ class Fp8Path(AttentionPath):
         values_fp8: e4m3 values, or bfloat16.
         centred: take each channel's mean away before rounding.
         launch: variant of the attention kernel; None for the fastest known.
+        turned: whether FP8 values stand with tokens contiguous.
     """
 
     def __init__(
@@ -142,13 +155,15 @@ class Fp8Path(AttentionPath):
         values_fp8: bool = True,
         centred: bool = True,
         launch: AttendLaunch | None = None,
+        turned: bool = True,
     ) -> None:
         super().__init__(codec, num_heads, num_rows)
         self.name = "fp8" if values_fp8 else "fp8-bf16v"
         self.dtype = dtype
         self.centred = centred
         self.launch = launch
-        self.scratch = fp8_scratch(num_heads, num_rows, codec.geometry.head_dim, device, values_fp8=values_fp8)
+        dim = codec.geometry.head_dim
+        self.scratch = fp8_scratch(num_heads, num_rows, dim, device, values_fp8=values_fp8, turned=turned)
         self._part: Tensor | None = None
         if device.type == "cuda" and launch is not None and launch.programs_per_sm:
             from longtake.kernels import attention_fp8_triton
@@ -199,6 +214,30 @@ class Fp8Path(AttentionPath):
         return self._scaling
 
 
+class Flash3Fp8Path(Fp8Path):
+    """As Fp8Path with values in e4m3, attended by FlashAttention-3.
+
+    Args:
+        codec, num_heads, num_rows, dtype, device: as above; the device is a Hopper GPU.
+    """
+
+    def __init__(self, codec: Codec, num_heads: int, num_rows: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(codec, num_heads, num_rows, dtype, device, turned=False)
+        self._queries: flash3.Queries | None = None
+
+    def begin(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, rotary: Rotary) -> None:
+        super().begin(q_THD, k_THD, v_THD, rotary)
+        q_HTD, k_scaling = self._begun()[0], self._scalings()[0]
+        q_scaling = calibrate(q_HTD.transpose(0, 1), centred=False)
+        self._queries = flash3.quantise(q_HTD, q_scaling, k_scaling)
+
+    def attend(self, num_rows: int) -> tuple[Tensor, Tensor]:
+        assert self._queries is not None, "begin() comes first"
+        k_HXD, v_HXD = self.scratch.k_HXD[:, :num_rows], self.scratch.v_HXD[:, :num_rows]
+        out_HTD, lse_HT = flash3.attend_fp8(self._queries, k_HXD, v_HXD, *self._scalings())
+        return out_HTD.to(self.dtype), lse_HT
+
+
 def store(x_THD: Tensor, scaling: Scaling, out_HXD: Tensor, row: int) -> None:
     """Write a block's own rows into an FP8 scratch.
 
@@ -222,7 +261,14 @@ def path_names() -> list[str]:
 
 
 def make_path(
-    name: str, codec: Codec, num_heads: int, num_rows: int, dtype: torch.dtype, device: torch.device
+    name: str,
+    codec: Codec,
+    num_heads: int,
+    num_rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    use_flash3: bool | None = None,
 ) -> AttentionPath:
     """Make an attention path by name.
 
@@ -233,12 +279,18 @@ def make_path(
         num_rows: of the scratch.
         dtype: of the model.
         device: of the model.
+        use_flash3: FlashAttention-3 for "dense" and "fp8"; None: for "fp8" where it is there.
 
     Raises:
-        ConfigError: no such path.
+        ConfigError: no such path, or FlashAttention-3 is asked for where it is not.
     """
+    has_flash3 = flash3.available(device, codec.geometry.head_dim)
+    if use_flash3 and not has_flash3:
+        raise ConfigError("FlashAttention-3 needs a Hopper GPU, head dims of 64 or 128, and one of its packages.")
     if name == "dense":
-        return DensePath(codec, num_heads, num_rows, dtype, device)
+        return DensePath(codec, num_heads, num_rows, dtype, device, use_flash3=bool(use_flash3))
+    if name == "fp8" and (has_flash3 if use_flash3 is None else use_flash3):
+        return Flash3Fp8Path(codec, num_heads, num_rows, dtype, device)
     if name in ("fp8", "fp8-bf16v"):
         return Fp8Path(codec, num_heads, num_rows, dtype, device, values_fp8=name == "fp8")
     nearest = difflib.get_close_matches(name, path_names(), n=1, cutoff=0.0)

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtake.kernels import bench_sweep, synthetic
+from longtake.kernels import bench_sweep, flash3, synthetic
 from longtake.kernels.attention import attend, merge
 from longtake.kernels.attention_path import make_path
 from longtake.kernels.clock import Clock, relative_error, setting
@@ -34,7 +34,7 @@ from longtake.kernels.codec import BlockGeometry, Codec, make_codec
 from longtake.kernels.rotary import Rotary, apply_rotary, rotary_table
 
 DEFAULT_CODECS = "bf16,int8,int4,rtn2,lt2"
-FP8_PATHS = ("fp8", "fp8-bf16v")
+FP8_PATHS = ("fp8", "fp8-bf16v", "fp8/flash3")  # the last where FlashAttention-3 is installed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +105,7 @@ def measure_codec(case: Case, dense_ms: float, want: Tensor, clock: Clock, chunk
     encode, unpack = clock(lambda: case.encode(arena, 0)), clock(lambda: case.materialise(arena, slots))
     both, chunks = clock(lambda: case.read(arena, slots)), clock(lambda: case.read_chunks(arena, slots, chunk))
     written = 2 * case.k_HXD.numel() * case.k_HXD.element_size()
-    paths = {name: measure_fp8(case, name, (arena, slots), dense_ms, (got, want), clock) for name in FP8_PATHS}
+    paths = {name: measure_fp8(case, name, (arena, slots), dense_ms, (got, want), clock) for name in fp8_paths(case)}
     return {
         "bits_per_element": case.codec.bits_per_element,
         "encode_block": asdict(encode),
@@ -122,6 +122,12 @@ def measure_codec(case: Case, dense_ms: float, want: Tensor, clock: Clock, chunk
     }
 
 
+def fp8_paths(case: Case) -> list[str]:
+    """What can be measured here."""
+    has_flash3 = flash3.available(case.q_HTD.device, case.q_HTD.shape[-1])
+    return [name for name in FP8_PATHS if has_flash3 or "/" not in name]
+
+
 def measure_fp8(
     case: Case,
     name: str,
@@ -134,7 +140,7 @@ def measure_fp8(
 
     Args:
         case: what is attended.
-        name: of the path.
+        name: of the path; FP8 attention is our own kernel's, or, as PATH/flash3, FlashAttention-3's.
         history: the arena and its slots.
         dense_ms: of dense attention.
         outputs: the codec's output through bfloat16, and the exact one.
@@ -142,7 +148,8 @@ def measure_fp8(
     """
     got, want = outputs
     rows, tokens = case.k_HXD.shape[1], case.codec.geometry.num_tokens
-    path = make_path(name, case.codec, want.shape[0], rows + tokens, want.dtype, want.device)
+    kind, _, flash = name.partition("/")
+    path = make_path(kind, case.codec, want.shape[0], rows + tokens, want.dtype, want.device, use_flash3=bool(flash))
 
     def begin() -> None:
         path.begin(case.q_THD, case.k_NTHD[-1], case.v_NTHD[-1], case.own)
@@ -156,7 +163,7 @@ def measure_fp8(
     unpack, attention = clock(lambda: path.write_history(*history, case.rotary)), clock(lambda: path.attend(rows))
     both = clock(read)
     # scratch bytes of the rows written: one for a key, one or two for a value
-    written = rows * want.shape[0] * want.shape[2] * (2 if name == "fp8" else 3)
+    written = rows * want.shape[0] * want.shape[2] * (2 if kind == "fp8" else 3)
     flop = 4 * want.shape[0] * want.shape[1] * rows * want.shape[2]
     own_error, added = relative_error(got, want), relative_error(fp8, got)
     return {
@@ -192,6 +199,9 @@ def measure(args: argparse.Namespace, kind: str, blocks: int, clock: Clock) -> d
     q_HTD = apply_rotary(q_THD, own).transpose(0, 1)
     want, lse = attend(q_HTD, k_dense, v_dense)
     dense = clock(lambda: attend(q_HTD, k_dense, v_dense))
+    flash = None
+    if flash3.available(device, args.dim):
+        flash = asdict(clock(lambda: flash3.attend(q_HTD, k_dense, v_dense)))
     flop = 4 * args.heads * q_HTD.shape[1] * rows * args.dim
     result: dict[str, Any] = {
         "kind": kind,
@@ -199,6 +209,7 @@ def measure(args: argparse.Namespace, kind: str, blocks: int, clock: Clock) -> d
         "kv_tokens": rows,
         "dense_attend": asdict(dense),
         "dense_TFLOP_per_s": flop / dense.median_ms / 1e9,
+        "dense_flash3_attend": flash,
         "rotate_queries": asdict(clock(lambda: apply_rotary(q_THD, own))),
         "merge": asdict(clock(lambda: merge(want, lse, want, lse))),
         "codecs": {},

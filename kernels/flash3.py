@@ -1,0 +1,124 @@
+"""FlashAttention-3, where its package is installed: the fastest attention on Hopper, in BF16 and in FP8.
+
+Any build that registers FlashAttention-3's forward with PyTorch serves: `flash_attn_3` (built from its source) or
+`fa3_fwd` (wheels). It runs its FP8 products with a scale a head for queries, keys and values, turns values inside, and
+returns bfloat16. Keys and values are centred as in attention_fp8.py; queries have one scale a head here. Source: Shah
+et al., FlashAttention-3 (arXiv 2407.08608).
+
+Shape legend: H heads, T query tokens, X key tokens, D head dim, B batch (1).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longtake.kernels.grid import to_fp8
+from longtake.kernels.scaling import Scaling
+
+_PACKAGES = ("flash_attn_3", "fa3_fwd")
+_HOPPER = (9, 0)
+_HEAD_DIMS = (64, 128)
+
+
+@functools.cache
+def _operator() -> Callable[..., tuple[Tensor, ...]] | None:
+    for name in _PACKAGES:
+        try:
+            importlib.import_module(f"{name}._C")
+        except (ImportError, OSError):
+            continue
+        found: Callable[..., tuple[Tensor, ...]] = getattr(torch.ops, name).fwd
+        return found
+    return None
+
+
+def available(device: torch.device, head_dim: int) -> bool:
+    """Whether FlashAttention-3 is installed and runs on a device."""
+    if device.type != "cuda" or head_dim not in _HEAD_DIMS:
+        return False
+    return torch.cuda.get_device_capability(device) == _HOPPER and _operator() is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Queries:
+    """A block's queries in FP8.
+
+    Args:
+        q_HTD: e4m3 [H, T, D], channels contiguous.
+        scale_H: float32 [H].
+        shift_HT: float32 [H, T]: what the centre taken from the keys takes from a query's scores.
+    """
+
+    q_HTD: Tensor
+    scale_H: Tensor
+    shift_HT: Tensor
+
+
+def quantise(q_HTD: Tensor, q_scaling: Scaling, k_scaling: Scaling) -> Queries:
+    """Round queries to e4m3.
+
+    Args:
+        q_HTD: [H, T, D] any float type, channels contiguous.
+        q_scaling: of the queries; its centre is not used, softmax would mind.
+        k_scaling: of the keys they will meet.
+    """
+    if q_HTD.is_cuda:
+        from longtake.kernels import flash3_triton
+
+        q8_HTD, shift_HT = flash3_triton.quantise(q_HTD, q_scaling.scale_H, k_scaling.centre_HD)
+        return Queries(q_HTD=q8_HTD, scale_H=q_scaling.scale_H, shift_HT=shift_HT)
+    return quantise_reference(q_HTD, q_scaling, k_scaling)
+
+
+def quantise_reference(q_HTD: Tensor, q_scaling: Scaling, k_scaling: Scaling) -> Queries:
+    """The plain twin of `quantise`."""
+    q = q_HTD.float()
+    shift_HT = (q * k_scaling.centre_HD.unsqueeze(1)).sum(-1) * q.shape[-1] ** -0.5
+    return Queries(q_HTD=to_fp8(q / q_scaling.scale_H[:, None, None]), scale_H=q_scaling.scale_H, shift_HT=shift_HT)
+
+
+def attend(q_HTD: Tensor, k_HXD: Tensor, v_HXD: Tensor) -> tuple[Tensor, Tensor]:
+    """As attention.attend, for bfloat16 on Hopper; arguments and results are the same."""
+    out_BTHD, lse_BHT = _forward(q_HTD, k_HXD, v_HXD)
+    return out_BTHD[0].transpose(0, 1), lse_BHT[0]
+
+
+def attend_fp8(
+    queries: Queries, k_HXD: Tensor, v_HXD: Tensor, k_scaling: Scaling, v_scaling: Scaling
+) -> tuple[Tensor, Tensor]:
+    """Non-causal attention in FP8, scale 1/sqrt(D), on the current stream, without synchronising.
+
+    Args:
+        queries: of the block.
+        k_HXD: e4m3 [H, X, D], channels contiguous, as k_scaling stores them.
+        v_HXD: likewise.
+        k_scaling, v_scaling: what they were stored with.
+
+    Returns:
+        out_HTD bfloat16 and lse_HT float32, of the scores as they are without centring.
+    """
+    out_BTHD, lse_BHT = _forward(
+        queries.q_HTD,
+        k_HXD,
+        v_HXD,
+        q_descale=queries.scale_H[None],
+        k_descale=k_scaling.scale_H[None],
+        v_descale=v_scaling.scale_H[None],
+    )
+    out_BTHD.add_(v_scaling.centre_HD)
+    return out_BTHD[0].transpose(0, 1), lse_BHT[0] + queries.shift_HT
+
+
+def _forward(q_HTD: Tensor, k_HXD: Tensor, v_HXD: Tensor, **scales: Tensor) -> tuple[Tensor, Tensor]:
+    operator = _operator()
+    assert operator is not None, "available() comes first"
+    tokens_first = (x.transpose(0, 1).unsqueeze(0) for x in (q_HTD, k_HXD, v_HXD))
+    # one split: the same sums in the same order whatever the number of keys
+    out_BTHD, lse_BHT = operator(*tokens_first, softmax_scale=q_HTD.shape[-1] ** -0.5, num_splits=1, **scales)[:2]
+    return out_BTHD, lse_BHT
