@@ -255,9 +255,9 @@ class ShotConfig:
     """Everything that decides what one shot looks like, resolved: no defaults left to fill in.
 
     ``attention`` is how history is attended: dense (the model's dtype), fp8, fp8-bf16v (FP8 keys, bfloat16 values).
-    ``beats[0].at_s`` is 0. ``after`` names the shot whose last ``after_blocks`` blocks start this one; ``clip`` is a
-    video whose last blocks, as many, do so instead. ``image`` is the first frame. ``guide`` is a video that every block
-    starts from, noised to ``strength``.
+    ``beats[0].at_s`` is 0. ``after`` names the shot whose last ``after_blocks`` blocks start this one; if that is 0,
+    its last frame is this one's first. ``clip`` is a video whose last blocks, as many, do so instead. ``image`` is the
+    first frame. ``guide`` is a video that every block starts from, noised to ``strength``.
     """
 
     name: str
@@ -283,7 +283,12 @@ class ShotConfig:
     @property
     def continues(self) -> bool:
         """Whether latents come before the shot's own."""
-        return self.after is not None or self.clip is not None
+        return self.after_blocks > 0
+
+    @property
+    def begins_with_picture(self) -> bool:
+        """Whether the first frame is given: a picture, or another shot's last frame."""
+        return self.image is not None or (self.after is not None and self.after_blocks == 0)
 
     def frames_of_latents(self, num_latents: int) -> int:
         """Video frames that the first ``num_latents`` latent frames of the shot decode to."""

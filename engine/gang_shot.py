@@ -57,7 +57,7 @@ class RankFolder:
 
     def __init__(self, shot: ShotConfig, path: Path, gang: Gang, heads: range) -> None:
         self._path = path
-        self.num_prefix = shot.after_blocks if shot.continues else 0
+        self.num_prefix = shot.after_blocks
         self.run = RunDirectory(
             path,
             shape=kv_shape(shot, heads),

@@ -252,7 +252,7 @@ class Rollout:
 def _check_start(shot: ShotConfig, prefix: Prefix, prompts: Prompts) -> None:
     """That what the shot asks for was given: a caller that does not know of it must not render without it."""
     given = {
-        "image": shot.image is None or prefix.fixed is not None,
+        "image": not shot.begins_with_picture or prefix.fixed is not None,
         "video": shot.guide is None or prefix.guide is not None,
         "clip": shot.clip is None or len(prefix.latents) == shot.after_blocks,
         "transition": prompts.blends or not any(beat.transition_s for beat in shot.beats),

@@ -24,7 +24,7 @@ from longtake.engine.prompts import Prompts, make_prompts
 from longtake.engine.rolling import WindowStore
 from longtake.engine.rollout import Prefix, Rollout, open_cache
 from longtake.engine.shotfolder import METRICS_NAME, WINDOW_NAME, ShotFolder, shot_latents
-from longtake.engine.start import clip_latents, picture_latents, write_guide
+from longtake.engine.start import clip_latents, last_frame_latents, picture_latents, write_guide
 from longtake.engine.text import TextEncoder
 from longtake.engine.vae import StreamingDecoder, StreamingEncoder, load_vae, receptive_latents
 from longtake.engine.vae_stripes import StripedDecoder, StripeWorker
@@ -268,11 +268,11 @@ def read_start(shot: ShotConfig, folder: Path, decoder: StreamingDecoder | None)
         return Prefix(latents=tuple(latents.cpu() for latents in clip_latents(shot, encoder)))
     if shot.guide is not None:
         return Prefix(guide=write_guide(shot, folder, encoder))
-    return read_prefix(shot, folder)
+    return read_prefix(shot, folder, decoder)
 
 
-def read_prefix(shot: ShotConfig, folder: Path) -> Prefix:
-    """The last blocks of the shot that this one starts from.
+def read_prefix(shot: ShotConfig, folder: Path, decoder: StreamingDecoder) -> Prefix:
+    """The last blocks, or the last frame, of the shot that this one starts from.
 
     Raises:
         StorageError: that shot is not there or not finished, or its latents are damaged.
@@ -283,6 +283,8 @@ def read_prefix(shot: ShotConfig, folder: Path) -> Prefix:
     log = shot_latents(before, shot.after, shot.name)
     blocks = range(len(log) - shot.after_blocks, len(log))
     try:
+        if not blocks:
+            return Prefix(fixed=last_frame_latents(shot, log, decoder).cpu())
         return Prefix(latents=tuple(log.read(block, block + 1) for block in blocks))
     except StorageError as error:
         mend = f"delete that file and the video of shot {shot.after!r} and run again to go on from its block"

@@ -45,7 +45,7 @@ class ShotFolder:
 
     def __init__(self, shot: ShotConfig, path: Path, gang: Gang | None = None, heads: range | None = None) -> None:
         self.path, self._shot, self._gang = path, shot, gang or Gang()
-        self.num_prefix = shot.after_blocks if shot.continues else 0
+        self.num_prefix = shot.after_blocks
         self.timeline = Timeline(shot, self.num_prefix)
         self.latents: LatentLog
         self.run = RunDirectory(

@@ -1,4 +1,4 @@
-"""What a shot starts from, as latents: another shot's last blocks, a clip's, a picture, or a video to follow.
+"""What a shot starts from, as latents: another shot's last blocks or frame, a clip's, a picture, a video to follow.
 
 A video to follow is encoded once, before the first block, into a log of latents in the shot's folder: it is small,
 every rank reads it, and a shot that goes on reads the same bytes. Shapes: C latent channels, F latent frames of a
@@ -20,7 +20,7 @@ from torch import Tensor
 from longtake.engine.config import ShotConfig
 from longtake.engine.footage import Frames, open_video, storage_errors
 from longtake.engine.latents import LatentLog
-from longtake.engine.vae import StreamingEncoder
+from longtake.engine.vae import StreamingDecoder, StreamingEncoder, receptive_latents
 from longtake.engine.video_codec import EXACT_SCALING
 from longtake.kernels.errors import ConfigError
 
@@ -52,6 +52,30 @@ def picture_latents(shot: ShotConfig, encoder: StreamingEncoder) -> Tensor:
     frame = next(fitted(shot.image.path, shot.height, shot.width))
     encoder.reset()
     return encoder.encode(torch.from_numpy(frame)[None])
+
+
+def last_frame_latents(shot: ShotConfig, before: LatentLog, decoder: StreamingDecoder) -> Tensor:
+    """The last frame of another shot, as the picture that this one begins with: float32 [C, 1, Y, X].
+
+    It is decoded from that shot's latents, not from its video, which has lost detail.
+
+    Args:
+        shot: that begins with it.
+        before: latents of the other, finished.
+        decoder: of the model's VAE; it is reset.
+
+    Raises:
+        StorageError: the latents are damaged.
+    """
+    num_blocks = min(len(before), 1 + -(-receptive_latents(decoder.vae) // shot.model.block_frames))
+    blocks = range(len(before) - num_blocks, len(before))
+    latents = torch.cat([before.read(block, block + 1) for block in blocks], dim=1)
+    decoder.reset()
+    decoder.warm_up(latents[:, :-1])
+    frame = decoder.decode(latents[:, -1:])[-1:]
+    decoder.reset()
+    encoder = StreamingEncoder(decoder.vae)
+    return encoder.encode(frame)
 
 
 def clip_latents(shot: ShotConfig, encoder: StreamingEncoder) -> tuple[Tensor, ...]:

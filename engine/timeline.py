@@ -248,7 +248,7 @@ def _check(shot: ShotConfig) -> None:
         raise ConfigError(f"shot {shot.name!r}: a rolling window cannot rebuild its history; choose one")
     if rolling and not window:
         raise ConfigError(f'shot {shot.name!r}: a rolling window needs policy = "window"')
-    if rolling and (shot.image is not None or shot.guide is not None):
+    if rolling and (shot.begins_with_picture or shot.guide is not None):
         raise ConfigError(f"shot {shot.name!r}: a rolling window starts from noise, not from a picture or a video")
     for beat in shot.beats[1:]:
         if beat.switch is Switch.RECACHE and (rolling or rebuild):

@@ -215,10 +215,12 @@ def _read_shot(table: Table, defaults: Settings) -> Shot:
     prompt = table.text("prompt", '"pan right slowly"')
     assert prompt is not None
     after = table.value("after", str, '"arrival"')
-    after_blocks = table.integer("after_blocks", minimum=1, maximum=10**6, example="3")
+    after_blocks = table.integer("after_blocks", minimum=0, maximum=10**6, example="3")
     starts = {key: table.text(key, f'"{key}.mp4"') for key in _START_KEYS}
     if after_blocks is not None and after is None and starts["clip"] is None:
         raise table.error("after_blocks", 'has no meaning without after or clip; add after = "..." or remove it')
+    if after_blocks == 0 and starts["clip"] is not None:
+        raise table.error("after_blocks", "0 leaves nothing of the clip; write at least 1, or image for a picture")
     given = [key for key in ("after", *_START_KEYS) if key in table]
     if len(given) > 1:
         raise table.error(given[1], f"a shot starts from one thing, and there is {given[0]} already; remove one")

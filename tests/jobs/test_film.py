@@ -155,7 +155,8 @@ BAD: list[tuple[str, int, str]] = [
         "the shots wait for each other (a -> b -> c -> a)",
     ),
     (SHOT + "after_blocks = 2", 5, "shot.after_blocks: has no meaning without after"),
-    (SHOT + "after_blocks = 0", 5, "0 is not between 1 and"),
+    (SHOT + "after_blocks = -1", 5, "-1 is not between 0 and"),
+    (SHOT + 'clip = "c.mp4"\nafter_blocks = 0', 6, "0 leaves nothing of the clip"),
     # settings
     ("[film]\nseed = -1\n" + SHOT, 2, "film.seed: -1 is not between 0 and"),
     ("[film]\nseed = true\n" + SHOT, 2, "film.seed: must be an integer, not a boolean; write seed = 7"),

@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from longtake.engine.config import ShotConfig
 from longtake.engine.footage import probe, read_frames
-from longtake.engine.shot import ShotRenderer
+from longtake.engine.latents import LatentLog
+from longtake.engine.shot import ShotRenderer, ShotResult
+from longtake.engine.vae import StreamingDecoder, StreamingEncoder
+from longtake.engine.vae_model import load_vae
 from longtake.engine.video import SegmentWriter
 from longtake.engine.weights import read_spec
 from longtake.jobs.film import parse_film
@@ -82,3 +86,27 @@ def test_a_rolling_window_goes_on(rolling_model: Path, home: Path) -> None:
     render(SHOT, rolling_model, home, "parts", stop_at=2)
     parts = render(SHOT, rolling_model, home, "parts")
     assert [segment.read_bytes() for segment in parts] == [segment.read_bytes() for segment in whole]
+
+
+def test_the_last_frame_of_another_shot(tiny_model: Path, home: Path) -> None:
+    text = SHOT + '[[shot]]\nname = "b"\nduration = "3s"\nprompt = "q"\nafter = "a"\nafter_blocks = 0\n'
+    before, shot = resolve(parse_film(text, str(home / "film.toml")), lambda name: read_spec(str(tiny_model))).values()
+    renderer = ShotRenderer()
+
+    def rendered(config: ShotConfig, folder: Path, num_blocks: int) -> ShotResult:
+        left = iter(range(num_blocks))
+        stop = lambda: next(left, None) is None  # noqa: E731
+        return renderer(config, folder, "cpu", stop=stop, progress=lambda report: None)
+
+    for out, parts in (("whole", [99]), ("parts", [1, 99])):
+        rendered(before, home / out / "a", 99)
+        results = [rendered(shot, home / out / "b", num_blocks) for num_blocks in parts]
+        assert results[-1].finished
+    whole, parts_of = (list((home / out / "b" / "segments").iterdir()) for out in ("whole", "parts"))
+    assert [file.read_bytes() for file in whole] == [file.read_bytes() for file in parts_of]
+    assert sum(probe(segment).frames for segment in whole) == 24
+    vae = load_vae(tiny_model / "vae", dtype=torch.float32, device=torch.device("cpu"))
+    latents = LatentLog.existing(home / "whole" / "a" / "latents.zarr")
+    last = StreamingDecoder(vae).decode(latents.read(0, len(latents)))[-1:]  # all of it, from the start
+    first = LatentLog.existing(home / "whole" / "b" / "latents.zarr").read(0, 1)[:, :1]
+    assert torch.equal(first, StreamingEncoder(vae).encode(last))
