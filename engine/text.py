@@ -33,6 +33,7 @@ from longtake.offload.files import FileOps, as_bytes, crc32c, fsync_dir, write_f
 _LOG = logging.getLogger(__name__)
 _FORMAT = "longtake text 1"
 _DTYPES = (torch.float32, torch.bfloat16)
+_LARGE_BYTES = 2 << 30
 _WHOLE_BYTES = 64 << 20
 _SAMPLE_BYTES = 64 << 10
 _NUM_SAMPLES = 256
@@ -50,7 +51,8 @@ class TextEncoder:
         folder: model folder in the hub's layout, with text_encoder/ and tokenizer/. Without tokenizer/ it is a
             ByT5Tokenizer, which needs no files, if model_index.json says so.
         text_len: rows of an embedding; longer prompts are refused.
-        dtype: float32 or bfloat16, of the weights and of the embeddings.
+        dtype: float32 or bfloat16, of the weights and of the embeddings; None: float32, but bfloat16 for files of 2 GiB
+            and more that are (umT5-xxl then takes 11 GB of memory, not 23).
         device: where the encoder runs and where embeddings are given.
         cache_dir: where embeddings are kept; None: nowhere. A run that keeps its own has the same bits wherever it
             resumes, as encoders round differently from one kind of device to another.
@@ -64,17 +66,17 @@ class TextEncoder:
         folder: str | Path,
         *,
         text_len: int,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         cache_dir: str | Path | None = None,
     ) -> None:
         if text_len < 1:
             raise ConfigError(f"text_len must be at least 1, not {text_len}")
-        if dtype not in _DTYPES:
+        if dtype not in (None, *_DTYPES):
             raise ConfigError(f"text embeddings are float32 or bfloat16, not {dtype}")
         self.folder = Path(folder)
         self.text_len = text_len
-        self.dtype = dtype
+        self.dtype = dtype or _fitting_dtype(self.folder / "text_encoder")
         self.device = torch.device(device)
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.dim = _read_width(self.folder / "text_encoder")
@@ -233,6 +235,18 @@ def _read_width(folder: Path) -> int:
     if kind != "umt5" or not isinstance(width, int):
         raise ConfigError(f"the text encoder is {kind!r}: only 'umt5', which Wan uses, is supported", path=path)
     return width
+
+
+def _fitting_dtype(folder: Path) -> torch.dtype:
+    """bfloat16 for a large encoder whose weights all are; what is damaged shows when it is loaded."""
+    files = sorted(folder.glob("*.safetensors"))
+    if sum(path.stat().st_size for path in files) < _LARGE_BYTES:
+        return torch.float32
+    kinds: set[str] = set()
+    for path in files:
+        with suppress(SafetensorError, OSError), safe_open(path, "pt") as file:
+            kinds |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    return torch.bfloat16 if kinds == {"BF16"} else torch.float32
 
 
 def _load_tokenizer(folder: Path) -> Any:

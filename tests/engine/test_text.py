@@ -70,6 +70,20 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
     yield seen
 
 
+def test_a_large_encoder_keeps_its_bfloat16(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(model, half)
+    encoder = transformers.UMT5EncoderModel.from_pretrained(model / "text_encoder", dtype=torch.bfloat16)
+    encoder.save_pretrained(half / "text_encoder")
+    assert TextEncoder(half, text_len=TEXT_LEN).dtype == torch.float32
+    monkeypatch.setattr(text_module, "_LARGE_BYTES", 1000)
+    assert TextEncoder(model, text_len=TEXT_LEN).dtype == torch.float32
+    embeds = TextEncoder(half, text_len=TEXT_LEN).encode(PROMPT)
+    assert embeds.dtype == torch.bfloat16
+    whole = TextEncoder(half, text_len=TEXT_LEN, dtype=torch.float32).encode(PROMPT)
+    torch.testing.assert_close(embeds.float(), whole, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equals_the_padded_reference(model: Path, dtype: torch.dtype) -> None:
     """As diffusers' WanPipeline encodes: padded to the end, masked, then zeroed after the true length."""
