@@ -23,6 +23,7 @@ from torch import Tensor
 from longtake.engine.config import ShotConfig
 from longtake.engine.latents import LatentLog
 from longtake.engine.segments import Segments, segment_blocks
+from longtake.engine.timing import NO_TIMER, StageTimer
 from longtake.engine.vae import StreamingDecoder
 from longtake.engine.video import SegmentWriter
 
@@ -58,11 +59,19 @@ class Emitter:
         latents: where blocks are kept.
         segments: where they are written.
         start: where to begin.
+        stages: told of the time that decoding and writing take, for metrics.
     """
 
     def __init__(
-        self, shot: ShotConfig, decoder: StreamingDecoder, latents: LatentLog, segments: Segments, start: Start
+        self,
+        shot: ShotConfig,
+        decoder: StreamingDecoder,
+        latents: LatentLog,
+        segments: Segments,
+        start: Start,
+        stages: StageTimer = NO_TIMER,
     ) -> None:
+        self._stages = stages
         self._shot, self._decoder, self._latents, self._segments = shot, decoder, latents, segments
         self._warm_up, self._block, self._num_kept = start.warm_up, start.first_block, start.num_kept
         self._size = segment_blocks(shot)
@@ -208,8 +217,10 @@ class Emitter:
                 codec=shot.video_codec,
             )
             self._segment_frames = 0
-        frames = self._decoder.decode(latents_CFYX)[: shot.num_frames - self.num_frames]
-        self._writer.write(frames.cpu())
+        with self._stages("decode"):
+            frames = self._decoder.decode(latents_CFYX)[: shot.num_frames - self.num_frames].cpu()
+        with self._stages("write"):
+            self._writer.write(frames)
         self.num_frames += len(frames)
         self._segment_frames += len(frames)
         self._block += 1

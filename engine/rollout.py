@@ -67,6 +67,7 @@ class Rollout:
         cache: holds the committed history; blocks already in it are not computed again.
         prefix: what the shot starts from.
         timer: for benchmarks.
+        stages: told of the time that a block prepares, is denoised and committed, for metrics.
         read_latents: block of the shot -> its clean latents as an earlier run left them; needed to go on behind a
             prompt that has history committed anew.
         windows: keeps a rolling window between blocks, so that a shot can go on.
@@ -83,6 +84,7 @@ class Rollout:
         *,
         read_latents: Callable[[int], Tensor] | None = None,
         windows: WindowStore | None = None,
+        stages: StageTimer = NO_TIMER,
     ) -> None:
         weight = model.proj_out.weight
         self.device, self.dtype = weight.device, weight.dtype
@@ -92,7 +94,7 @@ class Rollout:
         _check_start(shot, prefix, self.prompts)
         if is_fp8(model) != (shot.model.weights.precision is Precision.FP8):
             raise ConfigError(f"shot {shot.name!r}: its model was loaded with weights of another precision")
-        self._timer = timer
+        self._timer, self._stages = timer, stages
         self._read_latents = read_latents
         self._recent: OrderedDict[int, Tensor] = OrderedDict()
         self._fixed = None if prefix.fixed is None else prefix.fixed.to(self.device, torch.float32)
@@ -158,7 +160,9 @@ class Rollout:
     @contextmanager
     def _reading(self, entry: Entry, plan: Plan) -> Iterator[HistoryAttention]:
         """Attention over a plan's history, as long as it is readable."""
-        with self.cache.prepare(plan.blocks) as reading:
+        with self._stages("prepare"):
+            prepared = self.cache.prepare(plan.blocks)
+        with prepared as reading:
             self.cache.schedule(self.timeline.coming(entry.index + 1, _PLANS_AHEAD))
             yield HistoryAttention(
                 plan,
@@ -179,7 +183,8 @@ class Rollout:
             commit = self.cache.begin_commit(entry.index)
             try:
                 context = self.prompts.context(entry.step)
-                self._run(latents, self.shot.sampler.context_timestep, context, attention.committing(commit))
+                with self._stages("commit"):
+                    self._run(latents, self.shot.sampler.context_timestep, context, attention.committing(commit))
             except BaseException:
                 commit.abort()
                 raise
@@ -197,14 +202,16 @@ class Rollout:
             return self._run(noisy, 1000.0 * sigma, context, attention, 0 if fixed is None else fixed.shape[1])
 
         sigmas = shifted_sigmas(sampler, first=entry.time == 0, strength=1.0 if guide is None else self.shot.strength)
-        return denoise(predict_flow, partial(self._noise, block), sigmas, guide=guide, fixed=fixed)
+        with self._stages("denoise"):
+            return denoise(predict_flow, partial(self._noise, block), sigmas, guide=guide, fixed=fixed)
 
     def _window_flow(self, first: int, noisy: Tensor, sigmas: tuple[float, ...]) -> Tensor:
         """The flow of several blocks at once, each at its own noise level, from ``first`` on."""
         entry = self.timeline.entry(self.timeline.index_of(first))
         frames = noisy.shape[1] // self.model.config.patch_size[0] // len(sigmas)
         timesteps = [1000.0 * sigma for sigma in sigmas for _ in range(frames)]
-        with self._reading(entry, self.timeline.window_plan(entry, len(sigmas))) as attention:
+        plan = self.timeline.window_plan(entry, len(sigmas))
+        with self._reading(entry, plan) as attention, self._stages("denoise"):
             return self._run(noisy, timesteps, self.prompts.context(first), attention)
 
     def _clean(self, time: int) -> Tensor:

@@ -26,6 +26,7 @@ from longtake.engine.rollout import Prefix, Rollout, open_cache
 from longtake.engine.shotfolder import METRICS_NAME, WINDOW_NAME, ShotFolder, shot_latents
 from longtake.engine.start import clip_latents, last_frame_latents, picture_latents, write_guide
 from longtake.engine.text import TextEncoder
+from longtake.engine.timing import NO_TIMER, StageClock
 from longtake.engine.vae import StreamingDecoder, StreamingEncoder, load_vae, receptive_latents
 from longtake.engine.vae_stripes import StripedDecoder, StripeWorker
 from longtake.engine.weights import load_transformer
@@ -121,6 +122,7 @@ class ShotRenderer:
                 model, decoder = self._load(shot.model, device)
                 prefix = gang.lead(lambda: read_start(shot, folder, decoder))
                 prompts = encode_beats(shot, folder, model, gang)
+                clock = StageClock(device)
                 with contextlib.closing(open_cache(shot, device, files.num_prefix, files.run, heads)) as cache:
                     rollout = Rollout(
                         shot,
@@ -130,13 +132,14 @@ class ShotRenderer:
                         prefix,
                         read_latents=lambda block: files.latents.read(block, block + 1),
                         windows=(WindowStore if gang.leads else ReadWindows)(folder / WINDOW_NAME),
+                        stages=clock if gang.leads else NO_TIMER,
                     )
                     with gang.guard():
                         if isinstance(files, RankFolder):
                             follow(gang, shot, rollout, stop)
                         else:
                             assert decoder is not None
-                            _Run(shot, files, rollout, decoder, gang).until(stop, progress)
+                            _Run(shot, files, rollout, decoder, gang, clock).until(stop, progress)
                         gang.any(False)  # every rank's history is on the disk
             except StorageError as error:
                 if (mend := files.mend(error)) is None:
@@ -178,9 +181,15 @@ class _Run:
     """The loop over one shot's blocks, with what surrounds it."""
 
     def __init__(
-        self, shot: ShotConfig, files: ShotFolder, rollout: Rollout, decoder: StreamingDecoder, gang: Gang
+        self,
+        shot: ShotConfig,
+        files: ShotFolder,
+        rollout: Rollout,
+        decoder: StreamingDecoder,
+        gang: Gang,
+        clock: StageClock,
     ) -> None:
-        self._gang = gang
+        self._gang, self._clock = gang, clock
         self._shot, self._files, self._rollout, self._decoder = shot, files, rollout, decoder
         self._frames_done = 0
 
@@ -210,7 +219,7 @@ class _Run:
     def _emitter(self) -> Emitter:
         first, done = self._files.segments.first_block, self._files.num_done
         start = Start(first_block=first, num_kept=done, warm_up=self._before(first))
-        return Emitter(self._shot, self._decoder, self._files.latents, self._files.segments, start)
+        return Emitter(self._shot, self._decoder, self._files.latents, self._files.segments, start, self._clock)
 
     def _before(self, first: int) -> Iterator[Tensor]:
         """The latents on which the decoder's state before block ``first`` depends, oldest first."""
@@ -237,10 +246,25 @@ class _Run:
             "block": report.block,
             "seconds": round(report.seconds_block, 4),
             "frames": report.frames_done,
-            "memory": self._rollout.memory(),
+            "num_ranks": self._gang.size,
+            "stages_s": {stage: round(seconds, 4) for stage, seconds in self._clock.seconds().items()},
+            "memory": self._memory(),
+            "tiers": {name: dataclasses.asdict(tier) for name, tier in self._rollout.cache.tiers().items()},
             "durable_blocks": self._rollout.cache.durable_blocks,
             **dataclasses.asdict(self._rollout.cache.stats()),
         }
+
+    def _memory(self) -> dict[str, int]:
+        """Bytes by name; on CUDA with what the allocator holds beside: activations, above all."""
+        named = {
+            **self._rollout.memory(),
+            "vae": sum(p.numel() * p.element_size() for p in self._decoder.vae.parameters()),
+            "decoder_state": self._decoder.state_bytes,
+        }
+        if self._rollout.device.type == "cuda":
+            on_device = sum(size for name, size in named.items() if not name.startswith("host"))
+            named["activations"] = max(0, torch.cuda.max_memory_allocated(self._rollout.device) - on_device)
+        return named
 
 
 def encode_beats(shot: ShotConfig, folder: Path, model: CausalWan, gang: Gang) -> Prompts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -52,3 +53,45 @@ class EventTimer:
         self._events.clear()
         self._seconds.clear()
         return totals
+
+
+class StageClock:
+    """Seconds by stage of a running shot, for its metrics: never waits for the device. Any thread may time a stage.
+
+    On CUDA a stage counts once the device has passed its end, which a later look finds, on whatever stream it runs.
+
+    Args:
+        device: what the work is issued to.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._lock = threading.Lock()
+        self._pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._seconds: dict[str, float] = defaultdict(float)
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        if self._cuda:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            yield
+            end.record()
+            with self._lock:
+                self._pending.append((stage, begin, end))
+        else:
+            started = time.perf_counter()
+            yield
+            with self._lock:
+                self._seconds[stage] += time.perf_counter() - started
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by stage so far."""
+        with self._lock:
+            pending, self._pending = self._pending, []
+            for stage, begin, end in pending:
+                if end.query():
+                    self._seconds[stage] += begin.elapsed_time(end) / 1000
+                else:
+                    self._pending.append((stage, begin, end))
+            return dict(self._seconds)

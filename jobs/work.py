@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from longtake.engine.config import ModelSpec
+from longtake.jobs.blockrecord import last_record
 from longtake.jobs.film import parse_film
 from longtake.jobs.hold import DirectorClient, Hold
 from longtake.jobs.ledger import FilmRecord
@@ -167,13 +168,7 @@ class Worker:
 
         def progress(block: BlockProgress) -> None:
             rate = block_frames * meter.mark(block.block, block.seconds_block)
-            told = Progress(
-                blocks_done=block.block,
-                frames_done=block.frames_done,
-                frames_per_s=rate if block.seconds_block else None,
-                device_bytes=block.device_cache_bytes,
-            )
-            hold.report(told)
+            hold.report(_told(block, rate, job.shot_directory(name)))
             what = f"in {block.seconds_block:.3f} s" if block.seconds_block else "goes on from here"
             log.write(f"block {block.block}/{block.num_blocks} {what}")
             self._observe(job.film.title, name, job.shot_directory(name), block)
@@ -212,6 +207,21 @@ class Worker:
                 if time.monotonic() > until:
                     raise
                 time.sleep(RETRY_S)
+
+
+def _told(block: BlockProgress, rate: float, folder: Path) -> Progress:
+    """What the director hears of a block: with its tiers, once the shot has rendered one in this start."""
+    record = last_record(folder) if block.seconds_block else None
+    used = {} if record is None else {name: tier.used_bytes for name, tier in record.tiers.items()}
+    return Progress(
+        blocks_done=block.block,
+        frames_done=block.frames_done,
+        frames_per_s=rate if block.seconds_block else None,
+        device_bytes=used.get("device", block.device_cache_bytes),
+        host_bytes=used.get("host"),
+        disk_bytes=used.get("disk"),
+        stalled_s=None if record is None else record.stalled_s,
+    )
 
 
 def explain(error: Exception) -> Failure:

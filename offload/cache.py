@@ -37,7 +37,7 @@ from longtake.offload.run import RunDirectory
 from longtake.offload.shape import ModelKVShape
 from longtake.offload.spill import Step
 
-__all__ = ["CacheBudget", "CacheStats", "Commit", "KVCache", "Reading"]
+__all__ = ["CacheBudget", "CacheStats", "Commit", "KVCache", "Reading", "TierUse"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +49,9 @@ class CacheStats:
         stalled_disk_s: seconds that `prepare` waited for reads from the disk.
         up_bytes, down_bytes: copied host -> device, device -> host.
         num_written, num_read: blocks made durable; blocks read from the disk whole.
+        written_bytes, read_bytes: payloads written to the disk, and read from it whole or page by page.
+        num_hits, num_misses: blocks that `prepare` found on the device or the host; that it, or what it handed out,
+            had to wait for the disk for.
         last_lag_s, max_lag_s: from the end of a commit until the block was durable.
     """
 
@@ -58,8 +61,25 @@ class CacheStats:
     down_bytes: int = 0
     num_written: int = 0
     num_read: int = 0
+    written_bytes: int = 0
+    read_bytes: int = 0
+    num_hits: int = 0
+    num_misses: int = 0
     last_lag_s: float = 0.0
     max_lag_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierUse:
+    """How full one tier of this rank's cache is.
+
+    Args:
+        used_bytes: of blocks that it holds.
+        budget_bytes: the most it may hold; None: as much as there is room for.
+    """
+
+    used_bytes: int
+    budget_bytes: int | None
 
 
 class KVCache:
@@ -138,11 +158,16 @@ class KVCache:
 
     def stats(self) -> CacheStats:
         """Counters so far."""
-        if self._host is None:
-            return CacheStats()
         with self._lock:
+            hits, misses = self._mover.num_hits, self._mover.num_misses
+            if self._host is None:
+                return CacheStats(num_hits=hits, num_misses=misses)
             counted = self._host.counters
             return CacheStats(
+                num_hits=hits,
+                num_misses=misses,
+                written_bytes=counted.num_written * self.shape.block_bytes,
+                read_bytes=counted.read_bytes,
                 stalled_host_s=counted.stalled_write_s,
                 stalled_disk_s=counted.stalled_read_s,
                 up_bytes=self._device.lane.num_bytes,
@@ -152,6 +177,19 @@ class KVCache:
                 last_lag_s=counted.last_lag_s,
                 max_lag_s=counted.max_lag_s,
             )
+
+    def tiers(self) -> dict[str, TierUse]:
+        """How full each tier is, by name."""
+        size = self.shape.block_bytes
+        with self._lock:
+            held = sum(block >= 0 for block in self._device.table)
+            found = {"device": TierUse(used_bytes=held * size, budget_bytes=self.arena.nbytes)}
+            if self._host is not None:
+                held = sum(block >= 0 for block in self._host.table)
+                found["host"] = TierUse(used_bytes=held * size, budget_bytes=self._host.table.num_frames * size)
+            if self._run is not None:
+                found["disk"] = TierUse(used_bytes=self._run.num_blocks * size, budget_bytes=self.budget.disk_bytes)
+            return found
 
     # -- reading
 

@@ -40,6 +40,7 @@ class HostCounters:
     stalled_read_s: float = 0.0
     num_written: int = 0
     num_read: int = 0
+    read_bytes: int = 0
     last_lag_s: float = 0.0
     max_lag_s: float = 0.0
 
@@ -246,6 +247,7 @@ class HostTier:
         with self._lock:
             self._arriving.discard(block)
             self.counters.num_read += error is None
+            self.counters.read_bytes += self.pool.shape.block_bytes if error is None else 0
             self.table.unpin(block)
             if error is not None:
                 self._unreadable[block] = error
@@ -286,9 +288,11 @@ class HostTier:
         self._lock.wait()
 
     def read_page(self, block: int, layer: int, out_HP: Payloads) -> None:
-        """Read one layer of a durable block from the disk, in the calling thread; the lock is not needed."""
+        """Read one layer of a durable block from the disk, in the calling thread; takes the lock when it is read."""
         assert self.run is not None
         self.run.store.read_page(block, layer, out_HP, self.run.checksums_LH(block)[layer])
+        with self._lock:
+            self.counters.read_bytes += out_HP.nbytes
 
     def await_durable(self, block: int) -> None:
         """Wait until the disk has a block.

@@ -43,6 +43,7 @@ class Mover:
         self._device, self._host, self._uses = device, host, uses
         self._shape = device.arena.shape
         self._next_name = -1
+        self.num_hits = self.num_misses = 0
 
     def place(self, blocks: tuple[int, ...], *, reserve: int) -> Placed:
         """Make a plan's blocks readable and pin them.
@@ -57,6 +58,7 @@ class Mover:
         """
         wanted = tuple(dict.fromkeys(blocks))
         chosen = self._split(wanted, reserve)
+        self._count(wanted)
         pins: list[tuple[Tier, int]] = []
         try:
             self._make_resident(chosen.resident, pins)
@@ -102,6 +104,13 @@ class Mover:
                         return
                 elif fits and device.num_available(float(when)) > reserve and device.make_room((), float(when)):
                     device.lift(block)
+
+    def _count(self, wanted: Sequence[int]) -> None:
+        """Note which of a plan's blocks need no disk any more."""
+        device, host = self._device.table, self._host
+        hits = sum(block in device or (host is not None and host.holds(block)) for block in wanted)
+        self.num_hits += hits
+        self.num_misses += len(wanted) - hits
 
     def _split(self, wanted: tuple[int, ...], reserve: int) -> Split:
         """Resident and streamed part of a plan, in what other readings leave."""

@@ -198,3 +198,33 @@ def test_streamed_part_is_only_what_does_not_fit() -> None:
                 check_pages(reading, layer, range(10))
         pages = (cache.stats().up_bytes - before) / SHAPE.page_bytes
     assert pages <= 4 * SHAPE.num_layers * 4  # of 10 blocks, 4 through the ring and 4 resident
+
+
+def test_what_is_counted_of_tiers_and_disk(tmp_path: Path) -> None:
+    run = open_run(tmp_path)
+    budget = CacheBudget(device_bytes=5 * B, host_bytes=4 * B, disk_bytes=40 * B)
+    cache = KVCache(shape=SHAPE, device="cpu", budget=budget, run=run)
+    for block in range(10):
+        commit(cache, block)
+    cache.flush()
+    uses = cache.tiers()
+    assert (uses["disk"].used_bytes, uses["disk"].budget_bytes) == (10 * B, 40 * B)
+    assert (uses["device"].budget_bytes, uses["host"].budget_bytes) == (5 * B, 4 * B)
+    assert 0 < uses["device"].used_bytes <= 5 * B
+    assert 0 < uses["host"].used_bytes <= 4 * B
+    before = cache.stats()
+    assert (before.written_bytes, before.read_bytes, before.num_misses) == (10 * B, 0, 0)
+    on_memory = [
+        block for block in range(10) if block in cache._device.table or (cache._host and cache._host.holds(block))
+    ]
+    with cache.prepare([0, 1, 2]) as reading:
+        check_pages(reading, 0, [0, 1, 2])
+    after = cache.stats()
+    misses = sum(block not in on_memory for block in (0, 1, 2))
+    assert misses, "the oldest blocks left memory"
+    assert (after.num_misses, after.num_hits - before.num_hits) == (misses, 3 - misses)
+    assert after.read_bytes >= misses * B
+    with cache.prepare([0, 1, 2]):
+        assert cache.stats().num_misses == misses
+    cache.close()
+    run.close()

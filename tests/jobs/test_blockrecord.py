@@ -1,0 +1,39 @@
+"""What is read from a shot's metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from longtake.jobs.blockrecord import TierUse, last_record, read_records
+
+
+def line(block: int, **values: Any) -> str:
+    return json.dumps({"time": 5.0, "block": block, "seconds": 0.25, "frames": 9, **values}) + "\n"
+
+
+def test_the_last_whole_line(tmp_path: Path) -> None:
+    assert last_record(tmp_path) is None
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(line(1) + line(2) + '{"blo')
+    assert (record := last_record(tmp_path)) is not None
+    assert (record.block, record.seconds, record.frames, record.num_ranks) == (2, 0.25, 9, 1)
+    path.write_text("x" * 200_000 + "\n" + line(3))
+    assert (record := last_record(tmp_path)) is not None and record.block == 3
+    for text in ("", "[1]\n", "nonsense\n", '{"block": 1}\n'):
+        path.write_text(text)
+        assert last_record(tmp_path) is None
+
+
+def test_tiers_are_of_all_ranks(tmp_path: Path) -> None:
+    tiers = {"device": {"used_bytes": 3, "budget_bytes": 8}, "disk": {"used_bytes": 5, "budget_bytes": None}}
+    text = line(1, num_ranks=2, tiers=tiers, stalled_host_s=0.5, stalled_disk_s=0.25, stages_s={"denoise": 0.2})
+    (tmp_path / "metrics.jsonl").write_text(text + "torn\n" + line(2))
+    first, second = read_records(tmp_path)
+    assert first.tiers == {
+        "device": TierUse(used_bytes=6, budget_bytes=16),
+        "disk": TierUse(used_bytes=10, budget_bytes=None),
+    }
+    assert (first.stalled_s, first.stages_s, first.total("up_bytes")) == (0.75, {"denoise": 0.2}, 0.0)
+    assert (second.block, second.tiers) == (2, {})
