@@ -57,7 +57,7 @@ def submit(
             raise ConfigError(f"--device {device}: unknown device; write cpu or cuda")
         if gpus_per_shot is not None and not 1 <= gpus_per_shot <= 64:
             raise ConfigError(f"--gpus-per-shot {gpus_per_shot}: write a number from 1 to 64")
-        order = _order(film, out, device or "cuda", gpus_per_shot, priority)
+        order = _order(film, out, device or "cuda", gpus_per_shot, priority, rents=address is not None)
         return _submit(order, address, wait, signals)
 
 
@@ -69,8 +69,10 @@ def _check(film: Film) -> None:
     resolve(film, read_spec)
 
 
-def _order(film: Film, out: Path, device: str, gpus_per_shot: int | None, priority: int | None) -> FilmOrder:
-    from longtake.jobs.filmorder import FilmOrder
+def _order(
+    film: Film, out: Path, device: str, gpus_per_shot: int | None, priority: int | None, *, rents: bool
+) -> FilmOrder:
+    from longtake.jobs.filmorder import FarmOptions, FilmOrder
     from longtake.jobs.ledger import FilmRecord
 
     _need_ray()
@@ -84,7 +86,7 @@ def _order(film: Film, out: Path, device: str, gpus_per_shot: int | None, priori
         priority=film.cluster.priority if priority is None else priority,
         max_tries=film.cluster.max_failures,
     )
-    return FilmOrder(directory=str(out.absolute()), record=record)
+    return FilmOrder(directory=str(out.absolute()), record=record, options=FarmOptions(rents=rents))
 
 
 def _need_ray() -> None:

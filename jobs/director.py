@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from longtake.jobs.ledger import LEDGER_NAME, FilmRecord, Ledger
@@ -63,10 +63,7 @@ class _OpenFilm:
         return FilmView(directory=self.directory, film=self.record, tasks=tasks, outcome=outcome(tasks))
 
     def fits(self, gang: Gang) -> bool:
-        return self.record.device == gang.device and gang.num_devices >= self.record.gang_sizes[0]
-
-    def num_ranks(self, gang: Gang) -> int:
-        return max(size for size in self.record.gang_sizes if size <= gang.num_devices)
+        return self.record.device == gang.device and gang.num_devices in self.record.gang_sizes
 
 
 class Director:
@@ -94,6 +91,8 @@ class Director:
         self._wall, self._clock, self._publish = wall, clock, publish
         self._films: dict[str, _OpenFilm] = {}
         self._idle: dict[str, tuple[Gang, float]] = {}
+        self.hosts: Mapping[str, Sequence[int]] | None = None
+        """Devices of each host, by kind; None: not known yet."""
 
     # Films
 
@@ -187,13 +186,12 @@ class Director:
         misfit = False
         for film, task in self._ready():
             if not film.fits(gang):
-                misfit = True
+                misfit |= self._can_be_held(film)
                 continue
             if misfit and not self._others_fit(gang):
                 return Leave()
-            num_ranks = film.num_ranks(gang)
             granted = grant(
-                task, gang=gang.name, incarnation=gang.incarnation, num_devices=num_ranks, now_s=self._wall()
+                task, gang=gang.name, incarnation=gang.incarnation, num_devices=gang.num_devices, now_s=self._wall()
             )
             self._save(film, [granted], "granted")
             film.heard_s[task.name] = film.counted_s[task.name] = film.saved_s[task.name] = self._clock()
@@ -268,6 +266,7 @@ class Director:
                     self._fail(film, task, Failure(kind=FailureKind.CRASH, signature="silent", message=message))
         self._idle = {name: (gang, at) for name, (gang, at) in self._idle.items() if now - at <= self.lease_s}
         self._preempt()
+        self._explain_waiting()
         return silent
 
     def demand(self) -> list[FilmRecord]:
@@ -321,12 +320,23 @@ class Director:
 
     def _order(self, film: _OpenFilm, task: Task, gang: Gang) -> Order:
         lease = Lease(film=film.directory, task=task.name, epoch=task.epoch, gang=gang.name)
-        num_ranks = min(task.num_devices, gang.num_devices)
-        return Order(lease=lease, kind=task.kind, content_hash=film.record.content_hash, num_ranks=num_ranks)
+        return Order(lease=lease, kind=task.kind, content_hash=film.record.content_hash, num_ranks=gang.num_devices)
+
+    def _can_be_held(self, film: _OpenFilm) -> bool:
+        """Whether some host has enough devices for a gang of the film."""
+        return self.hosts is None or film.record.gang_sizes[0] <= max(self.hosts.get(film.record.device, ()), default=0)
+
+    def _explain_waiting(self) -> None:
+        """Say of tasks that no host can hold what they wait for."""
+        for film, task in self._ready():
+            kind = {"cuda": "GPUs", "cpu": "CPUs"}[film.record.device]
+            reason = None if self._can_be_held(film) else f"waits for a host with {film.record.gang_sizes[0]} {kind}"
+            if reason != task.reason and (reason is not None or str(task.reason).startswith("waits for a host")):
+                self._save(film, [dataclasses.replace(task, reason=reason)], "")
 
     def _others_fit(self, gang: Gang) -> bool:
         """Whether another idle gang could take the most urgent task, which this one cannot."""
-        film, _ = self._ready()[0]
+        film = next(film for film, _ in self._ready() if self._can_be_held(film) and not film.fits(gang))
         return any(film.fits(other) for name, (other, _) in self._idle.items() if name != gang.name)
 
     def _gpu_s(self, film: _OpenFilm, task: Task) -> float:
@@ -361,12 +371,15 @@ class Director:
         """Ask for as many gangs as urgent tasks lack, from the least urgent shots; those begun last go first."""
         tasks = [task for film in self._films.values() for task in film.ledger.tasks.values()]
         num_free = len(self._idle) + sum(task.state is State.CHECKPOINT for task in tasks)
-        for film, _ in self._ready()[num_free:]:
+        urgent = [film for film, _ in self._ready() if self._can_be_held(film)]
+        for film in urgent[num_free:]:
             running = [
                 (other, task)
                 for other in self._films.values()
                 for task in other.ledger.tasks.values()
-                if task.state is State.RUNNING and other.record.priority < film.record.priority
+                if task.state is State.RUNNING
+                and other.record.priority < film.record.priority
+                and other.record.device == film.record.device
             ]
             if not running:
                 return

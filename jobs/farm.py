@@ -17,12 +17,13 @@ import ray
 
 from longtake.jobs.director import Director
 from longtake.jobs.filmorder import FarmOptions
-from longtake.jobs.fleet import Crewing, missing_gangs, parse_name
+from longtake.jobs.fleet import Crewing, muster, parse_name
 from longtake.jobs.gang import DIRECTOR, HEAD, NAMESPACE, GangSpec, launch
 from longtake.jobs.ledger import FilmRecord
 from longtake.jobs.metrics import FarmMetrics
 from longtake.jobs.orders import Action, FilmView, Gang, Leave, Order, Verdict
 from longtake.jobs.publish import Publisher
+from longtake.jobs.rental import RESOURCES, Rental
 from longtake.jobs.states import Failure, Lease, Progress, Task
 from longtake.jobs.wishes import take_wishes
 from longtake.kernels.errors import ConfigError, StorageError
@@ -44,6 +45,7 @@ class DirectorActor:
         self._launched: dict[str, float] = {}
         self._heard: dict[str, float] = {}
         self._num_young_deaths, self._no_launch_before = 0, 0.0
+        self._rental = Rental()
         self._watch: asyncio.Task[None] | None = None
 
     async def submit(self, directory: str, record: FilmRecord, tasks: list[Task]) -> FilmView:
@@ -135,7 +137,8 @@ class DirectorActor:
 
     async def _look(self) -> None:
         loop = asyncio.get_running_loop()
-        names, capacity = await loop.run_in_executor(None, _cluster)
+        names, hosts = await loop.run_in_executor(None, _cluster)
+        self._mind.hosts = hosts
         gangs = {name: gang for name in names if (gang := parse_name(name)) is not None}
         self._mourn(set(gangs))
         self._mind.reconcile([*gangs, *self._launched])
@@ -147,7 +150,7 @@ class DirectorActor:
             await loop.run_in_executor(None, _kill, name)
         self._woken(None)
         known = [*gangs.values(), *(parse_name(name) for name in self._launched if name not in gangs)]
-        await self._launch([gang for gang in known if gang is not None], capacity)
+        await self._launch([gang for gang in known if gang is not None], hosts)
 
     def _stuck(self, alive: set[str]) -> list[str]:
         """Gangs that said nothing for long: shots of theirs went to others, but they may still hold the folders."""
@@ -176,33 +179,41 @@ class DirectorActor:
             if self._num_young_deaths:
                 self._no_launch_before = now + min(60.0, self._options.relaunch_s * 2.0 ** (self._num_young_deaths - 1))
 
-    async def _launch(self, gangs: list[Crewing], capacity: dict[str, int]) -> None:
+    async def _launch(self, gangs: list[Crewing], hosts: dict[str, list[int]]) -> None:
         if time.monotonic() < self._no_launch_before:
             return
-        started, _ = missing_gangs(self._mind.demand(), gangs, capacity, self._options.max_gangs)
+        loop = asyncio.get_running_loop()
+        wanted = muster(self._mind.demand(), gangs, hosts, self._options.max_gangs)
+        if self._options.rents:
+            lacking = () if self._at_limit(gangs) else wanted.lacking
+            await loop.run_in_executor(None, self._rental.ask, lacking)
         homes = {view.film: view.directory for view in self._mind.views()}
-        for crewing, film in started:
+        for crewing, film in wanted.started:
             spec = GangSpec(
                 crewing=crewing,
                 storage=f"{homes[film]}/.ray",
                 max_failures=film.max_tries,
                 lease_s=self._options.lease_s,
+                grow_s=self._options.grow_s,
             )
             self._launched[crewing.name] = time.monotonic()
             log.info("starting %s for %s", crewing.name, film.title)
-            await asyncio.get_running_loop().run_in_executor(None, launch, spec)
+            await loop.run_in_executor(None, launch, spec)
+
+    def _at_limit(self, gangs: list[Crewing]) -> bool:
+        return self._options.max_gangs is not None and len(gangs) >= self._options.max_gangs
 
 
-def _cluster() -> tuple[list[str], dict[str, int]]:
-    """Names of the actors of the namespace, and devices of the cluster by kind."""
+def _cluster() -> tuple[list[str], dict[str, list[int]]]:
+    """Names of the actors of the namespace, and devices of each host by kind."""
     list_nodes: Any = ray.nodes  # has no types
     alive = [node["Resources"] for node in list_nodes() if node["Alive"]]
-    capacity = {
-        device: sum(int(resources.get(kind, 0)) for resources in alive)
-        for device, kind in (("cuda", "GPU"), ("cpu", "CPU"))
+    hosts = {
+        device: [count for resources in alive if (count := int(resources.get(kind, 0)))]
+        for device, kind in RESOURCES.items()
     }
     actors = ray.util.list_named_actors(all_namespaces=True)  # without: those of this job's namespace
-    return [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE], capacity
+    return [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE], hosts
 
 
 def _kill(name: str) -> None:

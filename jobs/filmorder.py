@@ -27,6 +27,8 @@ class FarmOptions:
         watch_s: between two looks at gangs and wishes.
         max_gangs: no more than so many; None: as many as there are devices.
         relaunch_s: pause before a gang is started in place of one that died young; doubles each time.
+        rents: whether to ask the cluster's autoscaler for hosts that films lack.
+        grow_s: between two looks at whether a gang that has shrunk can grow again.
     """
 
     lease_s: float = LEASE_S
@@ -36,6 +38,8 @@ class FarmOptions:
     watch_s: float = 1.0
     max_gangs: int | None = None
     relaunch_s: float = 2.0
+    grow_s: float = 60.0
+    rents: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -50,12 +50,14 @@ class GangSpec:
         storage: a folder that all hosts see; Ray Train keeps its record of the run there.
         max_failures: restarts of its workers before the gang gives up; -1: no limit.
         lease_s: the director's.
+        grow_s: between two looks at whether a gang that has shrunk can grow again.
     """
 
     crewing: Crewing
     storage: str
     max_failures: int
     lease_s: float
+    grow_s: float = 60.0
 
 
 class RayDirector:
@@ -174,25 +176,25 @@ def fit(spec: GangSpec) -> None:
         ray.train.TrainingFailedError: its workers failed too often.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
-    crewing = spec.crewing
-    on_gpu = crewing.device == "cuda"
-    num_workers: Any = crewing.num_devices
-    if crewing.min_devices < crewing.num_devices:
-        num_workers = (crewing.min_devices, crewing.num_devices)  # elastic
-    TorchTrainer(
+    from longtake.jobs.elastic import GangTrainer
+
+    sizes, on_gpu = spec.crewing.sizes, spec.crewing.device == "cuda"
+    GangTrainer(
         gang_loop,
+        sizes=sizes,
         train_loop_config={"spec": spec},
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=_PROCESS_GROUP_TIMEOUT_S),
         scaling_config=ScalingConfig(
-            num_workers=num_workers,
+            num_workers=sizes[0] if len(sizes) == 1 else (sizes[0], sizes[-1]),
+            elastic_resize_monitor_interval_s=spec.grow_s,
             use_gpu=on_gpu,
             resources_per_worker={"GPU": 1} if on_gpu else {"CPU": 1},
             placement_strategy="STRICT_PACK",
         ),
         run_config=RunConfig(
-            name=crewing.name,
+            name=spec.crewing.name,
             storage_path=spec.storage,
             failure_config=FailureConfig(max_failures=spec.max_failures),
         ),

@@ -253,9 +253,25 @@ def test_gangs_of_the_wrong_size_leave(tmp_path: Path) -> None:
     mind, where = director(Clock()), film(tmp_path)
     mind.submit(where, record(sizes=(2, 4)), tasks_of(None, None))
     assert isinstance(mind.next_order(GANG), Leave)
-    pair = order(mind.next_order(Gang(name="pair", incarnation="1", num_devices=3)))
+    pair = order(mind.next_order(Gang(name="pair", incarnation="1", num_devices=2)))
     assert pair.num_ranks == 2
     assert isinstance(mind.next_order(Gang(name="cuda", incarnation="1", device="cuda", num_devices=4)), Leave)
+
+
+def test_a_film_that_no_host_can_hold_stops_nobody_and_says_so(tmp_path: Path) -> None:
+    mind, big, small = director(Clock()), film(tmp_path, "big"), film(tmp_path, "small")
+    mind.hosts = {"cpu": [2, 2]}
+    mind.submit(big, record("big", sizes=(4,), priority=9), tasks_of(None))
+    mind.submit(small, record("small"), tasks_of(None))
+    first = order(mind.next_order(GANG)).lease
+    assert first.film == small
+    mind.tick()
+    assert mind.heartbeat(first, Progress()) is Verdict.GO
+    assert mind.view(big).tasks[0].reason == "waits for a host with 4 CPUs"
+    mind.hosts = {"cpu": [2, 4]}
+    mind.tick()
+    assert mind.view(big).tasks[0].reason is None
+    assert mind.heartbeat(first, Progress()) is Verdict.STOP
 
 
 def test_a_directory_without_a_film(tmp_path: Path) -> None:

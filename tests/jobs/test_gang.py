@@ -12,7 +12,7 @@ import pytest
 from longtake.engine.config import ModelSpec, ShotConfig
 from longtake.engine.shot import BlockProgress, ShotResult
 from longtake.jobs.director import Director
-from longtake.jobs.fleet import Crewing, missing_gangs, parse_name
+from longtake.jobs.fleet import Crewing, Muster, muster, parse_name
 from longtake.jobs.hold import Hold
 from longtake.jobs.ledger import FilmRecord
 from longtake.jobs.orders import Action, Gang, Leave, Order, Outcome, Verdict
@@ -246,26 +246,46 @@ def test_signatures_leave_numbers_out() -> None:
     assert first.message != second.message
 
 
-def record(sizes: tuple[int, ...] = (1,), device: str = "cuda") -> FilmRecord:
-    return FilmRecord(title="t", content_hash="t", toml="", source="", device=device, gang_sizes=sizes)
+def record(sizes: tuple[int, ...] = (1,), device: str = "cuda", priority: int = 0) -> FilmRecord:
+    return FilmRecord(
+        title="t", content_hash="t", toml="", source="", device=device, gang_sizes=sizes, priority=priority
+    )
 
 
 def test_as_many_gangs_as_there_are_devices() -> None:
-    started, lacking = missing_gangs([record()] * 5, [], {"cuda": 3, "cpu": 8})
-    assert [gang.num_devices for gang, _ in started] == [1, 1, 1]
-    assert len(lacking) == 2
-    mine = [gang for gang, _ in started]
-    assert missing_gangs([record()] * 3, mine, {"cuda": 3, "cpu": 8}) == ([], [])
-    assert len(missing_gangs([record()] * 5, [], {"cuda": 8}, max_gangs=2)[0]) == 2
+    found = muster([record()] * 5, [], {"cuda": [2, 1], "cpu": [8]})
+    assert [gang.num_devices for gang, _ in found.started] == [1, 1, 1]
+    assert len(found.lacking) == 2
+    mine = [gang for gang, _ in found.started]
+    assert muster([record()] * 3, mine, {"cuda": [2, 1], "cpu": [8]}) == Muster(started=(), lacking=())
+    assert len(muster([record()] * 5, [], {"cuda": [8]}, max_gangs=2).started) == 2
 
 
-def test_the_largest_gang_that_fits() -> None:
-    started, _ = missing_gangs([record((1, 2, 4))] * 3, [], {"cuda": 7})
-    assert [(gang.min_devices, gang.num_devices) for gang, _ in started] == [(4, 4), (1, 2), (1, 1)]
+def test_the_largest_gang_that_a_host_has_room_for() -> None:
+    started = muster([record((1, 2, 4))] * 3, [], {"cuda": [4, 3]}).started
+    assert [gang.sizes for gang, _ in started] == [(1, 2, 4), (1, 2), (1,)]
+    assert muster([record((2,))], [], {"cuda": [1, 1]}).started == (), "a gang stands on one host"
+
+
+def test_a_gang_is_of_sizes_that_its_film_allows() -> None:
+    (pair, _) = muster([record((1, 2))], [], {"cuda": [2]}).started[0]
+    assert not pair.fits(record((1,))), "it would be rendered on two"
+    assert pair.fits(record((1, 2, 4)))
+    assert not pair.fits(record((1, 2), device="cpu"))
+
+
+def test_what_waits_for_devices_keeps_them_from_less_urgent_films() -> None:
+    single = Crewing(device="cuda", sizes=(1,), key="a")
+    urgent, other = record((2,), priority=5), record((1,))
+    found = muster([other, urgent, other], [single], {"cuda": [2]})
+    assert (found.started, found.lacking) == ((), (urgent, other))
+    found = muster([other, urgent, other], [single], {"cuda": [1, 1]})
+    assert [film for _, film in found.started] == [other], "no host could ever hold it"
 
 
 def test_gangs_are_known_by_their_names() -> None:
-    crewing = Crewing(device="cuda", min_devices=1, num_devices=2, key="ab12")
+    crewing = Crewing(device="cuda", sizes=(1, 2), key="ab12")
+    assert crewing.name == "gang-cuda-1_2-ab12"
     assert parse_name(crewing.name) == crewing
-    for name in ("director", "gang-cuda-1-2", "gang-cuda-x-2-ab"):
+    for name in ("director", "gang-cuda-1-2-ab", "gang-cuda-x-ab", "gang-cuda-1_0-ab"):
         assert parse_name(name) is None
