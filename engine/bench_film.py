@@ -30,7 +30,8 @@ from longtake.engine.bench_scaling import ScalingCase, default_meshes, fill_hist
 from longtake.engine.gang import Gang, join
 from longtake.engine.mesh import ALONE, open_mesh, parse_mesh
 from longtake.engine.rollout import Rollout, open_cache
-from longtake.engine.vae import StreamingDecoder, to_channels_last
+from longtake.engine.vae import StreamingDecoder
+from longtake.engine.vae_fast import make_fast
 from longtake.engine.vae_stripes import StripedDecoder, StripeWorker
 
 _QUEUE_BLOCKS = 2
@@ -85,14 +86,14 @@ class DecodeThread:
                 pass
 
 
-def make_decoder(gang: Gang, device: torch.device, channels_last: bool, tiny: bool) -> StreamingDecoder | StripeWorker:
+def make_decoder(gang: Gang, device: torch.device, fast: bool, tiny: bool) -> StreamingDecoder | StripeWorker:
     """A decoder of Wan2.1's size with random weights; a worker for its stripes on ranks other than 0."""
     torch.manual_seed(0)
     with torch.device(device):
         vae = AutoencoderKLWan(**(_TINY_VAE if tiny else {}))
     vae = vae.to(torch.bfloat16 if device.type == "cuda" else torch.float32).eval().requires_grad_(False)
-    if channels_last:
-        to_channels_last(vae)
+    if fast:
+        make_fast(vae)
     if gang.size == 1:
         return StreamingDecoder(vae)
     axis = gang.axis()
@@ -117,7 +118,7 @@ def run_blocks(rollout: Rollout, decoder: StreamingDecoder | None, gang: Gang, n
     return {"seconds": seconds, "frames": num_frames, "seconds_a_block": seconds / num_blocks}
 
 
-def run_film(case: ScalingCase, gang: Gang, num_blocks: int, channels_last: bool, rounds: int) -> dict[str, Any]:
+def run_film(case: ScalingCase, gang: Gang, num_blocks: int, fast_vae: bool, rounds: int) -> dict[str, Any]:
     """Frames a second of one configuration; every rank calls it."""
     device = torch.device(gang.device(case.device))
     shot, config = case.shot(), GEOMETRIES[case.geometry]
@@ -131,7 +132,7 @@ def run_film(case: ScalingCase, gang: Gang, num_blocks: int, channels_last: bool
     rollout = Rollout(shot, model, contexts, open_cache(shot, device, heads=model.heads))
     with torch.inference_mode():
         fill_history(rollout, shot.history.sink_blocks + shot.history.recent_blocks)
-    made = make_decoder(gang, device, channels_last, tiny=case.geometry == "tiny")
+    made = make_decoder(gang, device, fast_vae, tiny=case.geometry == "tiny")
     decoder = made if isinstance(made, StreamingDecoder) else None
     run_blocks(rollout, decoder, gang, 3)
     whole = [run_blocks(rollout, decoder, gang, num_blocks) for _ in range(rounds)]
@@ -184,7 +185,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--size", default="480x832")
     parser.add_argument("--blocks", type=int, default=10, help="blocks of a timed round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--channels-last", action="store_true", help="lay the VAE out channels-last")
+    parser.add_argument("--plain-vae", action="store_true", help="diffusers' own decoder")
     parser.add_argument("--no-compile", action="store_true")
     options = parser.parse_args(arguments)
     height, width = (int(side) for side in options.size.split("x"))
@@ -201,7 +202,7 @@ def main(arguments: list[str]) -> None:
             compile_layers=not options.no_compile,
             device=options.device,
         )
-        result = run_film(case, gang, options.blocks, options.channels_last, options.rounds)
+        result = run_film(case, gang, options.blocks, not options.plain_vae, options.rounds)
         if gang.leads:
             print(f"{case.geometry} {case.mesh}: {result['frames_a_second']['median']:.1f} frames a second", flush=True)
             config = {**dataclasses.asdict(case), "arguments": arguments}

@@ -36,6 +36,7 @@ from longtake.engine.presets import PRESETS, preset_spec
 from longtake.engine.rollout import Rollout, open_cache
 from longtake.engine.timing import EventTimer
 from longtake.engine.vae import StreamingDecoder
+from longtake.engine.vae_fast import make_fast
 from longtake.engine.weights import load_transformer, read_spec
 
 GEOMETRIES = {
@@ -190,18 +191,24 @@ def _stages(rollout: Rollout, device: torch.device) -> dict[str, float]:
 
 
 def _vae(clean: torch.Tensor, device: torch.device) -> dict[str, Any]:
-    """Decode blocks with the full-size Wan2.1 decoder (Wan2.2's for 48 channels), random weights, bfloat16 on a GPU."""
+    """Decode blocks with the full-size Wan2.1 decoder (Wan2.2's for 48 channels), random weights, bfloat16 on a GPU;
+    as the engine does, and with diffusers' own layers."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.device(device):
         vae = AutoencoderKLWan(**(WAN_2_2_VAE if clean.shape[0] == 48 else {})).to(dtype).eval().requires_grad_(False)
-    decoder = StreamingDecoder(vae)
-    latents = torch.randn_like(clean)
-    seconds = []
-    for index in range(5):
+    plain = _decode(StreamingDecoder(vae), clean)
+    if device.type != "cuda":
+        return plain
+    return {**_decode(StreamingDecoder(make_fast(vae)), clean), "plain": plain}
+
+
+def _decode(decoder: StreamingDecoder, like: torch.Tensor) -> dict[str, Any]:
+    latents, seconds = torch.randn_like(like), []
+    for index in range(6):
         started = time.perf_counter()
         frames = decoder.decode(latents)
-        _wait(device)
+        _wait(like.device)
         if index >= 2:
             seconds.append(time.perf_counter() - started)
     return {"seconds_a_block": record.summary(seconds), "frames": len(frames), "state_bytes": decoder.state_bytes}

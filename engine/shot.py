@@ -28,6 +28,7 @@ from longtake.engine.start import clip_latents, last_frame_latents, picture_late
 from longtake.engine.text import TextEncoder
 from longtake.engine.timing import NO_TIMER, StageClock
 from longtake.engine.vae import StreamingDecoder, StreamingEncoder, load_vae, receptive_latents
+from longtake.engine.vae_fast import make_fast
 from longtake.engine.vae_stripes import StripedDecoder, StripeWorker
 from longtake.engine.weights import load_transformer
 from longtake.kernels.errors import ConfigError, StorageError
@@ -158,7 +159,8 @@ class ShotRenderer:
             self._model = load_transformer(spec, device, dtype, self._gang.mesh(spec.transformer.num_heads))
             if device.type == "cuda":
                 self._model.compile_layers()
-            self._decoder = self._make_decoder(load_vae(spec.path / "vae", dtype=dtype, device=device))
+            vae = load_vae(spec.path / "vae", dtype=dtype, device=device)
+            self._decoder = self._make_decoder(make_fast(vae) if device.type == "cuda" else vae)
             self._key = key
         if self._decoder is not None:
             self._decoder.reset()

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -96,26 +95,19 @@ class Stripes:
 def stripe(decoder: nn.Module, stripes: Stripes) -> None:
     """Make a VAE's decoder compute stripes, in place: every layer that looks beyond its rows asks the neighbours."""
     for module in decoder.modules():
-        forward: Callable[..., Tensor] | None = None
         if isinstance(module, WanCausalConv3d):
             if module.kernel_size[1] > 1:
-                forward = partial(_causal_conv, module, stripes)
+                module._conv_forward = partial(_bordered_conv, stripes)  # type: ignore[method-assign]
         elif isinstance(module, WanAttentionBlock):
-            forward = partial(_attention, module, stripes)
+            module.forward = partial(_attention, module, stripes)
         elif isinstance(module, nn.Conv2d) and module.kernel_size[0] > 1:
-            forward = partial(_conv, module, stripes)
-        if forward is not None:
-            module.forward = forward
+            module.forward = partial(_conv, module, stripes)
 
 
-def _causal_conv(conv: WanCausalConv3d, stripes: Stripes, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
-    padding = list(conv._padding)
-    if cache_x is not None and padding[4] > 0:
-        x = torch.cat([cache_x.to(x.device), x], dim=2)
-        padding[4] -= cache_x.shape[2]
-    x = F.pad(x, padding)
+def _bordered_conv(stripes: Stripes, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The convolution itself, of a chunk that has its past before it and a border of zeros around each frame."""
     stripes.fill_halo(x)
-    return nn.Conv3d.forward(conv, x)
+    return F.conv3d(x, weight, bias)
 
 
 def _conv(conv: nn.Conv2d, stripes: Stripes, x: Tensor) -> Tensor:

@@ -28,7 +28,9 @@ from longtake.kernels import (
     attention_fp8_triton,
     attention_triton,
     dense_triton,
+    flash3_triton,
     lt2_triton,
+    norm_silu_triton,
     rotary_triton,
     rtn_triton,
     scaling_triton,
@@ -250,6 +252,29 @@ def fp8_cases() -> Iterator[Case]:
             )  # fmt: skip
 
 
+def other_cases() -> Iterator[Case]:
+    """Queries for FlashAttention-3, and the VAE's norms at Wan's widths."""
+    for dim in (64, 128):
+        yield Case(
+            name=f"queries by head {dim}",
+            kernel=flash3_triton.quantise_kernel,
+            types={"q": "*bf16", "scale": "*fp32", "k_centre": "*fp32", "q8": "*fp8e4nv", "shift": "*fp32",
+                   "stride_qh": "i32", "stride_qt": "i32", "stride_oh": "i32", "stride_ot": "i32",
+                   "num_queries": "i32", "softmax_scale": "fp32"},
+            constants={"D": dim, "ROWS": flash3_triton.QUERY_ROWS},
+        )  # fmt: skip
+    for channels in (96, 192, 384):
+        padded = triton.next_power_of_2(channels)
+        yield Case(
+            name=f"norm and SiLU {channels}",
+            kernel=norm_silu_triton.norm_silu_kernel,
+            types={"x_NC": "*bf16", "gamma_C": "*bf16", "out": "*bf16", "scale": "fp32", "floor": "fp32",
+                   "num_pixels": "i32", "height": "i32", "width": "i32"},
+            constants={"C": channels, "CP": padded, "ROWS": norm_silu_triton.TILE // padded, "SILU": True,
+                       "BORDER": True},
+        )  # fmt: skip
+
+
 def compile_case(case: Case) -> Any:
     """Compile one variant; pointers and strides count as multiples of 16, as the wrappers ensure."""
     signature, constants, attributes = {}, {}, {}
@@ -286,7 +311,7 @@ def main() -> int:
     print(
         f"{'kernel':<28}{'registers':>10}{'shared':>8}{'local':>7}{'16 B loads':>12}{'16 B stores':>13}{'smaller':>9}"
     )
-    for case in chain(cases(), fp8_cases()):
+    for case in chain(cases(), fp8_cases(), other_cases()):
         if only not in case.name:
             continue
         compiled = compile_case(case)

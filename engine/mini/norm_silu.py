@@ -26,19 +26,6 @@ if _HAS_TRITON:
     import triton.language as tl  # type: ignore[import-untyped]
 
     @triton.jit  # type: ignore[untyped-decorator]
-    def _forward_kernel(x_NC, gamma_C, out_NC, scale, floor, N, C: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-        rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-        columns = tl.arange(0, CP)
-        mask = (rows < N)[:, None] & (columns < C)[None, :]
-        at = rows[:, None] * C + columns[None, :]
-        x = tl.load(x_NC + at, mask=mask, other=0.0).to(tl.float32)
-        gamma = tl.load(gamma_C + columns, mask=columns < C, other=0.0).to(tl.float32) * scale
-        inverse = 1.0 / tl.sqrt(tl.maximum(tl.sum(x * x, 1), floor))
-        z = x * inverse[:, None] * gamma[None, :]
-        out = z / (1.0 + tl.exp(-z))
-        tl.store(out_NC + at, out.to(out_NC.dtype.element_ty), mask=mask)
-
-    @triton.jit  # type: ignore[untyped-decorator]
     def _backward_kernel(  # type: ignore[no-untyped-def]
         x_NC, gamma_C, grad_NC, dx_NC, dgamma_GC, scale, floor, N, C: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr
     ):
@@ -85,11 +72,10 @@ def norm_silu(x: Tensor, gamma: Tensor, scale: float) -> Tensor:
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NC: Tensor, gamma_C: Tensor, scale: float) -> Tensor:
-        pixels, channels = x_NC.shape
+        from longtake.kernels.norm_silu_triton import normalise
+
         out = torch.empty_like(x_NC)
-        padded = triton.next_power_of_2(channels)
-        grid = (triton.cdiv(pixels, _PIXELS),)
-        _forward_kernel[grid](x_NC, gamma_C, out, scale, NORM_FLOOR, pixels, C=channels, CP=padded, ROWS=_PIXELS)
+        normalise(x_NC, gamma_C, out, scale, NORM_FLOOR, silu=True)
         ctx.save_for_backward(x_NC, gamma_C)
         ctx.scale = scale
         return out

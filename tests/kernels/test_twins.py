@@ -239,6 +239,36 @@ def attend_launches(device: str) -> list[object]:
     return list(launches)
 
 
+def check_queries(tokens: int, dim: int, device: str, dtype: torch.dtype) -> None:
+    from longtake.kernels import flash3, flash3_triton
+
+    q_HTD = torch.randn(tokens, 3, dim, device=device, dtype=dtype).transpose(0, 1) * 5
+    q_scaling, k_scaling = calibrate_reference(q_HTD.transpose(0, 1)), calibrate_reference(q_HTD.transpose(0, 1) + 1)
+    want = flash3.quantise_reference(q_HTD, q_scaling, k_scaling)
+    q8_HTD, shift_HT = flash3_triton.quantise(q_HTD, q_scaling.scale_H, k_scaling.centre_HD)
+    close_fp8(q8_HTD, want.q_HTD)
+    torch.testing.assert_close(shift_HT, want.shift_HT, rtol=1e-4, atol=1e-4)
+
+
+def check_norm_silu(channels: int, device: str, dtype: torch.dtype) -> None:
+    from longtake.kernels.norm_silu_triton import normalise
+
+    x_NC = torch.randn(3 * 5 * 7, channels, device=device, dtype=dtype)
+    x_NC[4] = 0
+    gamma_C = torch.rand(channels, device=device, dtype=dtype)
+    unit = x_NC.float() / x_NC.float().norm(dim=1, keepdim=True).clamp_min(1e-12)
+    want_NC = unit * channels**0.5 * gamma_C.float()
+    rtol, atol = (1e-5, 1e-5) if dtype == torch.float32 else (8e-3, 1e-3)
+    plain_NC = torch.empty_like(x_NC)
+    normalise(x_NC, gamma_C, plain_NC, channels**0.5, 1e-24, silu=False)
+    torch.testing.assert_close(plain_NC.float(), want_NC, rtol=rtol, atol=atol)
+    out_THWC = torch.full((3, 7, 9, channels), 7.0, device=device, dtype=dtype)
+    normalise(x_NC, gamma_C, out_THWC, channels**0.5, 1e-24, silu=True, frame=(5, 7))
+    want_THWC = torch.full((3, 7, 9, channels), 7.0, device=device)
+    want_THWC[:, 1:-1, 1:-1] = torch.nn.functional.silu(want_NC).view(3, 5, 7, channels)
+    torch.testing.assert_close(out_THWC.float(), want_THWC, rtol=rtol, atol=atol)
+
+
 def check_rotate(tokens: int, dim: int, device: str, dtype: torch.dtype) -> None:
     from longtake.kernels import rotary_triton
 
@@ -313,6 +343,14 @@ def test_fp8_attention_kernel_equals_its_twin(queries: int, keys: int, dim: int)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_query_and_norm_kernels_equal_their_twins(dtype: torch.dtype) -> None:
+    check_queries(4680, 128, "cuda", dtype)
+    check_norm_silu(96, "cuda", dtype)
+    check_norm_silu(384, "cuda", dtype)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", CODECS)
 def test_wrapper_picks_kernels_and_gives_the_same_bytes_on_cpu_and_gpu(name: str) -> None:
     codec = make_codec(name, BlockGeometry(num_tokens=180, head_dim=64))
@@ -355,6 +393,8 @@ def main() -> None:
         check_fp8_rows(name, 36, 64, "cpu")
         print("ok fp8 rows", name)
     check_scaling(77, 64, "cpu", torch.float32)
+    check_queries(77, 64, "cpu", torch.float32)
+    check_norm_silu(24, "cpu", torch.float32)
     check_attend_fp8(77, 150, 64, "cpu", torch.float32, *attend_launches("cpu"))
 
 

@@ -1,0 +1,72 @@
+"""The decoder made for GPUs against diffusers' own."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from longtake.engine.vae import StreamingDecoder
+from longtake.engine.vae_fast import make_fast
+
+SPLITS = ([1, 1, 1, 1, 1, 1], [2, 3, 1], [6])
+
+
+def make_vae(name: str) -> AutoencoderKLWan:
+    common: dict[str, Any] = {"num_res_blocks": 1, "dim_mult": [1, 2, 2, 2]}
+    channels = 4 if name == "wan2.1" else 8
+    stats = {"z_dim": channels, "latents_mean": [0.0] * channels, "latents_std": [1.0] * channels}
+    if name == "wan2.2":
+        common |= {"is_residual": True, "decoder_base_dim": 16, "in_channels": 12, "out_channels": 12, "patch_size": 2}
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(base_dim=16, **common, **stats).eval().requires_grad_(False)
+    for parameter in vae.parameters():
+        parameter.data.add_(0.02 * torch.randn_like(parameter))
+    return vae
+
+
+def decoded(vae: AutoencoderKLWan, latents: Tensor, split: list[int]) -> tuple[Tensor, int]:
+    decoder = StreamingDecoder(vae)
+    frames = torch.cat([decoder.decode_float(part) for part in latents.split(split, dim=1)], dim=1)
+    return frames.float().cpu(), decoder.state_bytes
+
+
+@pytest.mark.parametrize("name", ["wan2.1", "wan2.2"])
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_the_same_frames(name: str, split: list[int]) -> None:
+    vae = make_vae(name)
+    latents = torch.randn(vae.config.z_dim, 6, 5, 7, generator=torch.Generator().manual_seed(1))
+    want, state_bytes = decoded(vae, latents, [6])
+    got, fast_bytes = decoded(make_fast(copy.deepcopy(vae)), latents, split)
+    assert (want.abs() < 1).float().mean() > 0.9  # not clamped: a difference would show
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
+    assert fast_bytes == state_bytes
+
+
+def test_a_decoder_goes_on_from_the_others_state() -> None:
+    vae = make_vae("wan2.1")
+    fast = make_fast(copy.deepcopy(vae))
+    latents = torch.randn(4, 6, 5, 7)
+    want, _ = decoded(vae, latents, [6])
+    first, second = StreamingDecoder(fast), StreamingDecoder(vae)
+    frames = first.decode_float(latents[:, :4])
+    second.load_state_dict(first.state_dict())
+    torch.testing.assert_close(torch.cat([frames, second.decode_float(latents[:, 4:])], 1), want, rtol=0, atol=2e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["wan2.1", "wan2.2"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-3), (torch.bfloat16, 0.05)])
+def test_the_same_frames_on_a_gpu(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    vae = make_vae(name)
+    latents = torch.randn(vae.config.z_dim, 6, 12, 20, generator=torch.Generator().manual_seed(1))
+    want, _ = decoded(vae, latents, [6])
+    fast = make_fast(copy.deepcopy(vae).to("cuda", dtype))
+    got, _ = decoded(fast, latents.cuda(), [2, 3, 1])
+    torch.testing.assert_close(got, want, rtol=0, atol=tolerance)
+    again, _ = decoded(fast, latents.cuda(), [2, 3, 1])
+    assert torch.equal(again, got)
