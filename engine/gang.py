@@ -19,11 +19,9 @@ import contextlib
 import datetime
 import faulthandler
 import os
-import pickle
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -33,10 +31,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from longtake.engine.gang_failure import Failed, GangError, abort_groups, exit_code, portable
 from longtake.engine.gang_link import HEARTBEAT_S, Door, Link, knock
 from longtake.engine.mesh import ALONE, TIMEOUT_S, Axis, Mesh, MeshShape, default_mesh, open_mesh, parse_mesh
 from longtake.engine.place import Place, place
-from longtake.kernels.errors import ConfigError, LongtakeError, WorkerError
+from longtake.kernels.errors import ConfigError, LongtakeError
 
 T = TypeVar("T")
 
@@ -46,11 +45,6 @@ GRACE_S = 5.0
 UNWIND_S = 60.0
 # An error that may be the echo of another rank's end waits this long for the news.
 _NEWS_S = 2.0
-EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 3
-
-
-class GangError(WorkerError):
-    """Another rank of the gang failed or died: start the gang again, it goes on from its last committed block."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,12 +74,6 @@ class _Dismissed:
     code: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Failed:
-    rank: int
-    error: BaseException
-
-
 class Gang:
     """One rank's side of the gang. Agreements come from one thread; as a context manager it ends with its body.
 
@@ -107,7 +95,7 @@ class Gang:
         self._tasks: list[_Task | _Dismissed] = []
         self._posts: list[Any] = []
         self._dismissed = self._closed = self._noticed = False
-        self._failure: _Failed | None = None
+        self._failure: Failed | None = None
         self._mesh: Mesh | None = None
         self.dismissed_with = 0
 
@@ -281,7 +269,7 @@ class Gang:
                 raise failure.error from error
             raise
 
-    def _failure_behind(self, error: BaseException) -> _Failed | None:
+    def _failure_behind(self, error: BaseException) -> Failed | None:
         """The other rank's failure that ``error`` follows from; if there is none, the others are told of this one."""
         if self._link is None:
             return None
@@ -292,7 +280,7 @@ class Gang:
                 self._news.wait_for(lambda: self._failure is not None, _NEWS_S)
             self._noticed |= threading.get_ident() == self._thread
             if self._failure is None:
-                self._end(_Failed(rank=self.rank, error=_portable(error, self.rank)))
+                self._end(Failed(rank=self.rank, error=portable(error, self.rank)))
             assert self._failure is not None
             return None if self._failure.rank == self.rank else self._failure
 
@@ -301,7 +289,7 @@ class Gang:
             if failed:
                 # teardown may hang as the collective did; this outlasts even the interpreter's own end
                 faulthandler.dump_traceback_later(2 * GRACE_S, exit=True)
-                _abort_groups()
+                abort_groups()
             elif dist.is_initialized():
                 if not self._dismissed:
                     self.dismiss()
@@ -328,17 +316,17 @@ class Gang:
                     self._tasks.append(message)
                 case _Post():
                     self._posts.append(message.value)
-                case _Failed():
+                case Failed():
                     self._end(message)
             self._news.notify_all()
 
     def _on_lost(self, rank: int, how: str) -> None:
         with self._news:
             if not self._dismissed:
-                self._end(_Failed(rank=rank, error=GangError(f"rank {rank} {how}", rank=rank)))
+                self._end(Failed(rank=rank, error=GangError(f"rank {rank} {how}", rank=rank)))
                 self._news.notify_all()
 
-    def _end(self, failure: _Failed) -> None:
+    def _end(self, failure: Failed) -> None:
         """The first failure counts: pass it on, free collectives that will never complete."""
         if self._failure is not None or self._closed:
             return
@@ -350,7 +338,7 @@ class Gang:
     def _end_hard(self) -> None:
         time.sleep(_NEWS_S / 4)  # a rank that works notices by itself
         if not self._closed:
-            _abort_groups()
+            abort_groups()
         time.sleep(GRACE_S)
         ends = time.monotonic() + UNWIND_S
         while self._noticed and not self._closed and time.monotonic() < ends:
@@ -384,35 +372,6 @@ class Gang:
                 self._noticed |= threading.get_ident() == self._thread
                 raise self._failure.error
             return arrived
-
-
-def exit_code(error: BaseException) -> int:
-    """The exit code that an error ends a process with."""
-    if isinstance(error, ConfigError):
-        return EXIT_BAD_INPUT
-    return EXIT_FAILED if isinstance(error, Exception) else EXIT_INTERRUPTED
-
-
-def _portable(error: BaseException, rank: int) -> BaseException:
-    """An error as another rank may raise it: its own type where that is ours, told in words where it is not."""
-    if not isinstance(error, Exception):
-        return KeyboardInterrupt(f"rank {rank} was stopped")
-    if isinstance(error, LongtakeError):
-        if error.rank is None:
-            error.rank = rank
-        with contextlib.suppress(pickle.PickleError, TypeError, AttributeError):
-            pickle.loads(pickle.dumps(error))
-            return error
-    where = traceback.extract_tb(error.__traceback__)
-    place = f" at {os.path.basename(where[-1].filename)}:{where[-1].lineno}" if where else ""
-    return GangError(f"rank {rank} failed{place}: {type(error).__name__}: {error}", rank=rank)
-
-
-def _abort_groups() -> None:
-    """Let go of collectives that will never complete; NCCL's are freed, gloo's are not."""
-    if dist.is_initialized():
-        with contextlib.suppress(RuntimeError, ValueError, AttributeError):
-            dist.distributed_c10d._abort_process_group()
 
 
 def join(timeout_s: float = TIMEOUT_S, heartbeat_s: float = HEARTBEAT_S) -> Gang:

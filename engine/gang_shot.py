@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from longtake.engine.config import ShotConfig, fingerprint
-from longtake.engine.gang import Gang, exit_code
+from longtake.engine.gang import Gang
+from longtake.engine.gang_failure import exit_code
 from longtake.engine.latents import LatentLog
 from longtake.engine.rolling import WindowStore
 from longtake.engine.rollout import Rollout, kv_shape

@@ -97,11 +97,11 @@ def stripe(decoder: nn.Module, stripes: Stripes) -> None:
     for module in decoder.modules():
         if isinstance(module, WanCausalConv3d):
             if module.kernel_size[1] > 1:
-                module._conv_forward = partial(_bordered_conv, stripes)  # type: ignore[method-assign]
+                module._conv_forward = partial(_bordered_conv, stripes)
         elif isinstance(module, WanAttentionBlock):
             module.forward = partial(_attention, module, stripes)
         elif isinstance(module, nn.Conv2d) and module.kernel_size[0] > 1:
-            module.forward = partial(_conv, module, stripes)
+            module.forward = partial(_conv, module, stripes)  # type: ignore[method-assign]
 
 
 def _bordered_conv(stripes: Stripes, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

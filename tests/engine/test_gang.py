@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from longtake.engine.gang import Gang, GangError, exit_code, join
+from longtake.engine.gang import Gang, join
+from longtake.engine.gang_failure import GangError, exit_code
 from longtake.engine.mesh import MeshShape
 from longtake.kernels.errors import ConfigError, StorageError
 from tests.engine.gangs import RankError, run_ranks

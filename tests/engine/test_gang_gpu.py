@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longtake.engine.config import ModelConfig
-from longtake.engine.gang import GangError, join
+from longtake.engine.gang import join
+from longtake.engine.gang_failure import GangError
 from longtake.engine.mesh import open_mesh, parse_mesh
 from longtake.engine.model import CausalWan
 from longtake.engine.random_model import write_random_model

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from longtake.engine.config import BeatConfig, ModelConfig, ShotConfig
-from longtake.engine.gang import GangError, join
+from longtake.engine.gang import join
+from longtake.engine.gang_failure import GangError
 from longtake.engine.gang_shot import GangRenderer, serve
 from longtake.engine.latents import LatentLog
 from longtake.engine.random_model import write_random_model
