@@ -27,6 +27,7 @@ from torch import Tensor
 from longtake.engine import record
 from longtake.engine.bench_rollout import GEOMETRIES
 from longtake.engine.bench_scaling import ScalingCase, default_meshes, fill_history, random_sharded
+from longtake.engine.config import Precision
 from longtake.engine.gang import Gang, join
 from longtake.engine.mesh import ALONE, open_mesh, parse_mesh
 from longtake.engine.rollout import Rollout, open_cache
@@ -123,7 +124,8 @@ def run_film(case: ScalingCase, gang: Gang, num_blocks: int, fast_vae: bool, rou
     device = torch.device(gang.device(case.device))
     shot, config = case.shot(), GEOMETRIES[case.geometry]
     mesh = ALONE if gang.size == 1 else open_mesh(parse_mesh(case.mesh))
-    model = random_sharded(config, mesh, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = random_sharded(config, mesh, device, dtype, shot.model.weights.precision)
     if device.type == "cuda" and case.compile_layers:
         model.compile_layers()
     text = torch.zeros(1, shot.model.text_len, config.text_dim, device=device)
@@ -182,6 +184,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--mesh", help="like sp=4 (default: all along sp)")
     parser.add_argument("--codec", default="lt2")
     parser.add_argument("--attention", default="fp8")
+    parser.add_argument("--weights", choices=[*Precision], default="model")
     parser.add_argument("--size", default="480x832")
     parser.add_argument("--blocks", type=int, default=10, help="blocks of a timed round")
     parser.add_argument("--rounds", type=int, default=3)
@@ -196,6 +199,7 @@ def main(arguments: list[str]) -> None:
             kv_tokens=options.kv,
             codec=options.codec,
             attention=options.attention,
+            weights=options.weights,
             height=height,
             width=width,
             blocks=options.blocks,

@@ -10,6 +10,7 @@ by them.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,9 +29,11 @@ from longtake.engine.config import (
     HistoryConfig,
     ModelConfig,
     ModelSpec,
+    Precision,
     SamplerConfig,
     ShotConfig,
 )
+from longtake.engine.fp8_linear import quantise_linears
 from longtake.engine.model import CausalWan
 from longtake.engine.presets import PRESETS, preset_spec
 from longtake.engine.rollout import Rollout, open_cache
@@ -72,6 +75,7 @@ class RolloutBench:
     model: str | None = None
     codec: str = "bf16"
     attention: str = "dense"
+    weights: str = "model"
     height: int = 0
     width: int = 0
     window_blocks: int = 6
@@ -83,6 +87,12 @@ class RolloutBench:
 
 def make_spec(bench: RolloutBench) -> ModelSpec:
     """The model of a benchmark."""
+    spec = _make_spec(bench)
+    weights = dataclasses.replace(spec.weights, precision=Precision(bench.weights))
+    return dataclasses.replace(spec, weights=weights)
+
+
+def _make_spec(bench: RolloutBench) -> ModelSpec:
     if bench.model is not None:
         return read_spec(bench.model)
     if bench.geometry in PRESETS:
@@ -145,6 +155,8 @@ def run_rollout(bench: RolloutBench) -> dict[str, Any]:
     dtype = torch.bfloat16 if cuda else torch.float32
     if bench.model is None:
         model = random_model(shot.model.transformer, device, dtype)
+        if shot.model.weights.precision is Precision.FP8:
+            quantise_linears(model)
     else:
         model = load_transformer(shot.model, device, dtype)
     if cuda and bench.compile_layers:
@@ -227,7 +239,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--geometry", choices=[*sorted(GEOMETRIES), *CAUSAL], default="1.3b", metavar="SIZE|PRESET")
     parser.add_argument("--model", help="a fetched model or a folder, with its weights, instead of random ones")
     parser.add_argument(
-        "--cases", default="bf16,int4,int4/fp8", help="CODEC or CODEC/ATTENTION (dense, fp8, fp8-bf16v), one run each"
+        "--cases",
+        default="bf16,int4,int4/fp8",
+        help="CODEC[/ATTENTION[/WEIGHTS]], one run each; attention: dense, fp8, fp8-bf16v; weights: model, fp8",
     )
     parser.add_argument("--window", type=int, default=6, help="blocks of history; presets and models have their own")
     parser.add_argument("--blocks", type=int, default=8, help="timed blocks")
@@ -237,12 +251,13 @@ def main(arguments: list[str]) -> None:
     height, width = (int(side) for side in options.size.split("x"))
     runs = []
     for index, case in enumerate(options.cases.split(",")):
-        codec, _, attention = case.partition("/")
+        codec, attention, weights = [*case.split("/"), "", ""][:3]
         bench = RolloutBench(
             geometry=options.geometry,
             model=options.model,
             codec=codec,
             attention=attention or "dense",
+            weights=weights or "model",
             height=height,
             width=width,
             window_blocks=options.window,

@@ -30,7 +30,8 @@ from torch import nn
 
 from longtake.engine import record
 from longtake.engine.bench_rollout import GEOMETRIES, RolloutBench, make_shot
-from longtake.engine.config import ModelConfig, ShotConfig
+from longtake.engine.config import ModelConfig, Precision, ShotConfig
+from longtake.engine.fp8_linear import quantise_linears
 from longtake.engine.gang import Gang, join
 from longtake.engine.mesh import ALONE, Mesh, open_mesh, parse_mesh
 from longtake.engine.rollout import Rollout, open_cache
@@ -59,6 +60,7 @@ class ScalingCase:
     kv_tokens: int
     codec: str
     attention: str
+    weights: str
     height: int
     width: int
     blocks: int
@@ -68,14 +70,21 @@ class ScalingCase:
     def shot(self) -> ShotConfig:
         """A shot with that window."""
         bench = RolloutBench(
-            geometry=self.geometry, codec=self.codec, attention=self.attention, height=self.height, width=self.width
+            geometry=self.geometry,
+            codec=self.codec,
+            attention=self.attention,
+            weights=self.weights,
+            height=self.height,
+            width=self.width,
         )
         tokens = make_shot(bench).tokens_per_block
         window = max(2, round(self.kv_tokens / tokens) - 1)
         return make_shot(dataclasses.replace(bench, window_blocks=window))
 
 
-def random_sharded(config: ModelConfig, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> ShardedWan:
+def random_sharded(
+    config: ModelConfig, mesh: Mesh, device: torch.device, dtype: torch.dtype, precision: Precision
+) -> ShardedWan:
     """This rank's part of a model with random weights of about the trained ones' size, made on the device."""
     with torch.device("meta"):
         model = ShardedWan(config, mesh)
@@ -89,6 +98,8 @@ def random_sharded(config: ModelConfig, mesh: Mesh, device: torch.device, dtype:
                 parameter.data.zero_()
             else:
                 parameter.data.normal_(std=parameter[0].numel() ** -0.5)
+    if precision is Precision.FP8:
+        quantise_linears(model)
     return model.eval().requires_grad_(False)
 
 
@@ -232,7 +243,10 @@ def run_all(cases: list[ScalingCase], gang: Gang, budget_s: float) -> tuple[list
                 torch.cuda.empty_cache()
             mesh = ALONE if gang.size == 1 else open_mesh(parse_mesh(case.mesh))
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-            model, made = random_sharded(config, mesh, device, dtype), (case.geometry, case.mesh)
+            model, made = (
+                random_sharded(config, mesh, device, dtype, Precision(case.weights)),
+                (case.geometry, case.mesh),
+            )
             if device.type == "cuda" and case.compile_layers:
                 model.compile_layers()
         result = run_case(case, gang, model, device)
@@ -249,7 +263,7 @@ def speedups(results: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> l
     found = []
     for one in results:
         for other in baseline:
-            keys = ("geometry", "kv_tokens", "codec", "attention", "height", "width")
+            keys = ("geometry", "kv_tokens", "codec", "attention", "weights", "height", "width")
             if all(one["config"][key] == other["config"][key] for key in keys):
                 medians = [each["result"]["seconds_a_block"]["median"] for each in (other, one)]
                 case = {key: one["config"][key] for key in ("geometry", "mesh", "kv_tokens")}
@@ -267,6 +281,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--meshes", help="separated by ; like sp=4;tp=4,norms (default: each axis alone)")
     parser.add_argument("--codec", default="lt2")
     parser.add_argument("--attention", default="fp8")
+    parser.add_argument("--weights", choices=[*Precision], default="model")
     parser.add_argument("--size", default="480x832")
     parser.add_argument("--blocks", type=int, default=4, help="timed blocks")
     parser.add_argument("--budget", type=float, default=120, help="seconds after which no further case begins")
@@ -283,6 +298,7 @@ def main(arguments: list[str]) -> None:
                 kv_tokens=int(kv_tokens),
                 codec=options.codec,
                 attention=options.attention,
+                weights=options.weights,
                 height=height,
                 width=width,
                 blocks=options.blocks,
