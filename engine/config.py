@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from longtake.kernels.errors import ConfigError
+from longtake.offload.chunkfiles import DiskIO
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,14 +175,26 @@ class HistoryConfig:
     jitter: float = 0.0
 
 
+class Keep(enum.StrEnum):
+    """What of the history stays on the disk. ALL: every block. NEEDED: those that a block to come may read."""
+
+    ALL = "all"
+    NEEDED = "needed"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheConfig:
-    """Codec of the history and budgets in bytes; ``None`` means as much as the plan needs."""
+    """Codec of the history, budgets in bytes (``None``: as much as the plan needs), and how the disk is used.
+
+    Of these, only the codec decides what a shot looks like.
+    """
 
     codec: str = "bf16"
     device_bytes: int | None = None
     host_bytes: int | None = None
     disk_bytes: int | None = None
+    keep: Keep = Keep.ALL
+    disk_io: DiskIO = DiskIO.AUTO
 
 
 class Precision(enum.StrEnum):
@@ -351,8 +364,7 @@ def essence(config: dict[str, Any]) -> dict[str, Any]:
         for name in ("model", "clip", "image", "guide")
         if config.get(name)
     }
-    cache = {key: value for key, value in config["cache"].items() if not key.endswith("_bytes")}
-    return {**config, **located, "cache": cache}
+    return {**config, **located, "cache": {"codec": config["cache"]["codec"]}}
 
 
 def fingerprint(shot: ShotConfig) -> str:

@@ -76,6 +76,7 @@ class Emitter:
         self._warm_up, self._block, self._num_kept = start.warm_up, start.first_block, start.num_kept
         self._size = segment_blocks(shot)
         self.num_frames = min(shot.num_frames, shot.frames_of_latents(start.first_block * shot.model.block_frames))
+        self._num_put = start.num_kept
         self._segment_frames = 0
         self._writer: SegmentWriter | None = None
         self._queue: queue.Queue[_Item | None] = queue.Queue(_QUEUE_BLOCKS)
@@ -93,12 +94,29 @@ class Emitter:
             BaseException: whatever stopped the worker.
         """
         item = (latents_CFYX, self._mark())
+        self._num_put += 1
         while True:
             self._check()
             try:
                 return self._queue.put(item, timeout=_POLL_S)
             except queue.Full:
                 continue
+
+    @property
+    def num_kept(self) -> int:
+        """Blocks whose latents are on the disk."""
+        return self._num_kept
+
+    def settle(self) -> None:
+        """Wait until the latents of all that was put are on the disk.
+
+        Raises:
+            BaseException: whatever stopped the worker.
+        """
+        while self._num_kept < self._num_put and self._thread.is_alive():
+            self._check()
+            self._thread.join(_POLL_S)
+        self._check()
 
     def finish(self, stop: Callable[[], bool], meanwhile: Callable[[], None]) -> bool:
         """Wait until all that was put is decoded and written, and end the worker.

@@ -23,6 +23,7 @@ from longtake.engine.config import ShotConfig, fingerprint
 from longtake.engine.gang import Gang
 from longtake.engine.gang_failure import exit_code
 from longtake.engine.latents import LatentLog
+from longtake.engine.retention import Retention
 from longtake.engine.rolling import WindowStore
 from longtake.engine.rollout import Rollout, kv_shape
 from longtake.engine.shotfolder import LATENTS_NAME
@@ -59,6 +60,7 @@ class RankFolder:
     def __init__(self, shot: ShotConfig, path: Path, gang: Gang, heads: range) -> None:
         self._path = path
         self.num_prefix = shot.after_blocks
+        timeline = Timeline(shot, self.num_prefix)
         self.run = RunDirectory(
             path,
             shape=kv_shape(shot, heads),
@@ -66,7 +68,9 @@ class RankFolder:
             rank=gang.rank,
             num_ranks=gang.size,
             agree=gang.minimum,
-            num_blocks=Timeline(shot, self.num_prefix).num_entries,
+            num_blocks=timeline.num_entries,
+            reads=timeline.needed_later,
+            disk_io=shot.cache.disk_io,
         )
 
     @property
@@ -105,9 +109,12 @@ class ReadWindows(WindowStore):
 
 def follow(gang: Gang, shot: ShotConfig, rollout: Rollout, stop: Callable[[], bool]) -> None:
     """The main loop of a rank other than 0: the blocks that rank 0 renders, until any rank is to stop."""
+    retention = Retention(shot.cache.keep, rollout.timeline, rollout.cache, gang, None)
     while rollout.next_block < shot.num_blocks and not gang.any(stop()):
         rollout.step()
+        retention(rollout.cache.flush)
     rollout.cache.flush()
+    retention(rollout.cache.flush)
 
 
 class GangRenderer:

@@ -20,6 +20,7 @@ from torch import Tensor
 from zarr.codecs import BytesCodec, Crc32cCodec
 
 from longtake.kernels.errors import StorageError
+from longtake.offload.chunkfiles import ChunkFiles
 from longtake.offload.durable import DurableStore
 from longtake.offload.errors import from_os_error
 from longtake.offload.files import PARTIAL_SUFFIX, FileOps, as_bytes, crc32c, fsync_dir, write_file
@@ -68,7 +69,7 @@ class LatentLog:
     def _create(self) -> None:
         try:
             zarr.create_array(
-                store=DurableStore(self.path, ops=self._ops),
+                store=DurableStore(self.path, files=ChunkFiles(self._ops)),
                 shape=(self._num_blocks, *self._block_shape),
                 chunks=(1, *self._block_shape),
                 dtype="float32",

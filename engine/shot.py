@@ -14,13 +14,14 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from longtake.engine.config import ModelSpec, ShotConfig
+from longtake.engine.config import Keep, ModelSpec, ShotConfig
 from longtake.engine.emitter import Emitter, Start
 from longtake.engine.gang import Gang
 from longtake.engine.gang_shot import RankFolder, ReadWindows, follow
 from longtake.engine.metrics import MetricsLog
 from longtake.engine.model import CausalWan
 from longtake.engine.prompts import Prompts, make_prompts
+from longtake.engine.retention import Retention
 from longtake.engine.rolling import WindowStore
 from longtake.engine.rollout import Prefix, Rollout, open_cache
 from longtake.engine.shotfolder import METRICS_NAME, WINDOW_NAME, ShotFolder, shot_latents
@@ -118,6 +119,8 @@ class ShotRenderer:
         heads = gang.mesh_shape(num_heads).heads(gang.rank, num_heads)
         with ShotFolder(shot, folder, gang, heads) if gang.leads else RankFolder(shot, folder, gang, heads) as files:
             if gang.lead(lambda: files.finished):
+                if shot.cache.keep is Keep.NEEDED:
+                    files.run.drop(range(files.run.num_blocks))
                 return ShotResult(finished=True, segments=files.paths)
             try:
                 model, decoder = self._load(shot.model, device)
@@ -201,6 +204,13 @@ class _Run:
         with MetricsLog(files.path / METRICS_NAME, files.num_done) as metrics, self._emitter() as emitter:
             if files.num_done:
                 progress(self._report(files.num_done, emitter.num_frames, 0.0))
+            keep = shot.cache.keep
+            retention = Retention(keep, rollout.timeline, rollout.cache, self._gang, lambda: emitter.num_kept)
+
+            def settle() -> None:
+                rollout.cache.flush()
+                emitter.settle()
+
             while rollout.next_block < shot.num_blocks and not self._gang.any(stop()):
                 started, block = time.perf_counter(), rollout.next_block
                 clean = rollout.step()
@@ -210,12 +220,14 @@ class _Run:
                     metrics.append(self._metric(report))
                     progress(report)
                 files.segments.journal()
+                retention(settle)
             if rollout.next_block == shot.num_blocks:
                 emitter.finish(stop, files.segments.journal)
             else:
                 emitter.stop()
-        rollout.cache.flush()
-        files.segments.journal()
+            rollout.cache.flush()
+            files.segments.journal()
+            retention(rollout.cache.flush)
         return files.finished
 
     def _emitter(self) -> Emitter:

@@ -56,6 +56,8 @@ class ShotFolder:
             num_ranks=self._gang.size,
             agree=self._whole_blocks,
             num_blocks=self.timeline.num_entries,
+            reads=self.timeline.needed_later,
+            disk_io=shot.cache.disk_io,
         )
         try:
             self.latents.cut(self.num_done)
@@ -102,10 +104,14 @@ class ShotFolder:
             return None
         entry = self.timeline.entry(error.block)
         block = entry.step - (entry.kind is Kind.REPLAY)
-        if block < 0:
+        if block < 0 or not self._can_go_on_from(self.timeline.index_of(block)):
             return anew
         latents = self.latents.chunk(block)
         return f"delete {latents} and run again to go on from that block, or {anew}"
+
+    def _can_go_on_from(self, entry: int) -> bool:
+        """Whether what an entry and the later ones read was not dropped."""
+        return all(self.run.keeps(other) for other in self.timeline.needed_later(entry))
 
     def __enter__(self) -> ShotFolder:
         return self

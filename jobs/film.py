@@ -35,7 +35,10 @@ _START_KEYS = ("image", "clip", "video")
 _SHOT_KEYS = ("name", "duration", "prompt", "beat", "after", "after_blocks", *_START_KEYS, "strength", *_SHARED_KEYS)
 _BEAT_KEYS = ("at", "prompt", "switch", "transition")
 _HISTORY_KEYS = ("policy", "sink_blocks", "recent_blocks", "top_k", "positions", "jitter")
-_CACHE_KEYS = ("device", "host", "disk")
+_BUDGETS = ("device", "host", "disk")
+KEEPS = ("all", "needed")
+DISK_IO = ("auto", "system", "deepnvme")
+_CACHE_KEYS = (*_BUDGETS, "keep", "disk_io")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
 
@@ -53,11 +56,13 @@ class History:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cache:
-    """Budgets of the tiers in bytes."""
+    """Budgets of the tiers in bytes, what stays on the disk, and how it is reached."""
 
     device_bytes: int | None = None
     host_bytes: int | None = None
     disk_bytes: int | None = None
+    keep: str | None = None
+    disk_io: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -338,8 +343,9 @@ def _read_history(parent: Table, defaults: History) -> History:
 
 def _read_cache(parent: Table, defaults: Cache) -> Cache:
     table = Table(parent.source, (*parent.path, "cache"), _CACHE_KEYS)
-    own: dict[str, int] = {}
-    for key in _CACHE_KEYS:
+    chosen = {"keep": table.choice("keep", KEEPS), "disk_io": table.choice("disk_io", DISK_IO)}
+    own: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
+    for key in _BUDGETS:
         text = table.value(key, str, '"6GiB"')
         if text is None:
             continue

@@ -15,6 +15,7 @@ from longtake.engine.config import (
     CacheConfig,
     HistoryConfig,
     HistoryPolicy,
+    Keep,
     MediaConfig,
     ModelSpec,
     Positions,
@@ -27,6 +28,7 @@ from longtake.engine.timeline import Timeline
 from longtake.jobs.film import Beat, Film, Settings, Shot
 from longtake.jobs.source import quote
 from longtake.kernels.errors import ConfigError, LongtakeError
+from longtake.offload.chunkfiles import DiskIO
 
 ReadModel: TypeAlias = Callable[[str], ModelSpec]
 
@@ -214,11 +216,15 @@ def _sampler(model: ModelSpec, steps: int | None) -> SamplerConfig:
 
 
 def _cache(settings: Settings) -> CacheConfig:
-    budgets = settings.cache
-    config = CacheConfig(
-        device_bytes=budgets.device_bytes, host_bytes=budgets.host_bytes, disk_bytes=budgets.disk_bytes
+    cache, default = settings.cache, CacheConfig()
+    return CacheConfig(
+        codec=settings.codec or default.codec,
+        device_bytes=cache.device_bytes,
+        host_bytes=cache.host_bytes,
+        disk_bytes=cache.disk_bytes,
+        keep=Keep(cache.keep or default.keep),
+        disk_io=DiskIO(cache.disk_io or default.disk_io),
     )
-    return config if settings.codec is None else dataclasses.replace(config, codec=settings.codec)
 
 
 def _check_codec(film: Film, shot: Shot, config: ShotConfig) -> None:

@@ -23,7 +23,7 @@ from longtake.jobs.status import FILM_NAME
 from longtake.kernels.errors import ConfigError, StorageError
 from longtake.offload.journal import replay
 from longtake.offload.records import history
-from longtake.offload.run import committed_blocks, journals
+from longtake.offload.run import journals, kept_blocks
 from longtake.offload.verify import KV_FOLDER
 from longtake.offload.verify import verify as verify_history
 
@@ -122,7 +122,7 @@ class _Shot:
         yield from verify_history(self.folder)
         num_shown = 0
         try:
-            self.num_blocks = committed_blocks(self.folder, self.config["model"]["transformer"]["num_heads"])
+            self.num_blocks = kept_blocks(self.folder, self.config["model"]["transformer"]["num_heads"])
             records = [history(replay(journal).records) for journal in journals(self.folder).values()]
             self.num_segments = sum(len(record.segments) for record in records)
             frames = sum(segment.num_frames for record in records for segment in record.segments)

@@ -16,16 +16,17 @@ Legend: G slots, L layers, H heads of this rank, P payload bytes, N blocks of a 
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 
-from longtake.kernels.errors import CapacityError, ConfigError
+from longtake.kernels.errors import CapacityError, ConfigError, StorageError
 from longtake.offload.arena import DeviceArena
 from longtake.offload.belady import Uses
 from longtake.offload.budget import CacheBudget
+from longtake.offload.cachestats import CacheStats, TierUse
 from longtake.offload.devicetier import DeviceTier
 from longtake.offload.errors import DiskFullError
 from longtake.offload.host import HostPool
@@ -38,48 +39,6 @@ from longtake.offload.shape import ModelKVShape
 from longtake.offload.spill import Step
 
 __all__ = ["CacheBudget", "CacheStats", "Commit", "KVCache", "Reading", "TierUse"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CacheStats:
-    """What a cache did so far.
-
-    Args:
-        stalled_host_s: seconds that commits waited for a host frame, that is, for the disk.
-        stalled_disk_s: seconds that `prepare` waited for reads from the disk.
-        up_bytes, down_bytes: copied host -> device, device -> host.
-        num_written, num_read: blocks made durable; blocks read from the disk whole.
-        written_bytes, read_bytes: payloads written to the disk, and read from it whole or page by page.
-        num_hits, num_misses: blocks that `prepare` found on the device or the host; that it, or what it handed out,
-            had to wait for the disk for.
-        last_lag_s, max_lag_s: from the end of a commit until the block was durable.
-    """
-
-    stalled_host_s: float = 0.0
-    stalled_disk_s: float = 0.0
-    up_bytes: int = 0
-    down_bytes: int = 0
-    num_written: int = 0
-    num_read: int = 0
-    written_bytes: int = 0
-    read_bytes: int = 0
-    num_hits: int = 0
-    num_misses: int = 0
-    last_lag_s: float = 0.0
-    max_lag_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TierUse:
-    """How full one tier of this rank's cache is.
-
-    Args:
-        used_bytes: of blocks that it holds.
-        budget_bytes: the most it may hold; None: as much as there is room for.
-    """
-
-    used_bytes: int
-    budget_bytes: int | None
 
 
 class KVCache:
@@ -154,6 +113,7 @@ class KVCache:
             held["host_pool"] = self._host.pool.nbytes
         if self._run is not None:
             held["host_checksums"] = self._run.checksum_bytes
+            held["host_disk_buffers"] = self._run.buffer_bytes
         return held
 
     def stats(self) -> CacheStats:
@@ -188,7 +148,7 @@ class KVCache:
                 held = sum(block >= 0 for block in self._host.table)
                 found["host"] = TierUse(used_bytes=held * size, budget_bytes=self._host.table.num_frames * size)
             if self._run is not None:
-                found["disk"] = TierUse(used_bytes=self._run.num_blocks * size, budget_bytes=self.budget.disk_bytes)
+                found["disk"] = TierUse(used_bytes=self._run.num_kept * size, budget_bytes=self.budget.disk_bytes)
             return found
 
     # -- reading
@@ -203,8 +163,9 @@ class KVCache:
 
         Raises:
             ConfigError: a block was never committed.
-            CapacityError: the tiers together are too small, or a block was dropped that no tier below keeps.
-            StorageError: a block cannot be read from the disk, or an earlier one could not be written.
+            CapacityError: the tiers together are too small, or a block left memory and no tier below keeps it.
+            StorageError: a block cannot be read from the disk or was dropped from it, or an earlier one could not be
+                written.
         """
         with self._lock:
             self._check(blocks)
@@ -241,6 +202,27 @@ class KVCache:
             self._uses.retain(blocks, self._num_committed)
             self._drop_unneeded()
             self._lock.notify_all()
+
+    def drop(self, blocks: Collection[int]) -> None:
+        """Delete durable blocks from the disk: no plan to come may read them, from wherever the shot goes on.
+
+        Args:
+            blocks: those that are dropped already do not matter.
+
+        Raises:
+            StorageError, DiskFullError: see `RunDirectory.drop`.
+        """
+        if self._run is not None:
+            self._run.drop(blocks)
+
+    @property
+    def disk_room_blocks(self) -> float:
+        """How many more blocks the disk's budget holds, without those that are dropped meanwhile."""
+        most = self.budget.disk_bytes
+        if self._run is None or most is None:
+            return math.inf
+        num_dropped = self._run.num_blocks - self._run.num_kept
+        return most // self.shape.block_bytes - (self._num_committed - num_dropped)
 
     # -- committing
 
@@ -317,6 +299,12 @@ class KVCache:
         for block in blocks:
             if not 0 <= block < self._num_committed:
                 raise ConfigError(f"block {block} is not committed; the history has {self._num_committed} blocks")
+            if self._run is not None and block < self._run.num_blocks and not self._run.keeps(block):
+                raise StorageError(
+                    "this block was deleted from the disk when none to come could read it; render the shot anew with "
+                    "--fresh",
+                    block=block,
+                )
             if block not in self._device.table and (self._host is None or not self._host.keeps(block)):
                 raise CapacityError(f"block {block} left the device and there is no host or disk tier that keeps it")
 
@@ -371,11 +359,12 @@ class KVCache:
                         tier.table.evict(block)
 
     def _check_disk_budget(self, block: int) -> None:
-        most = self.budget.disk_bytes
-        if self._run is not None and most is not None and (block + 1) * self.shape.block_bytes > most:
+        if self.disk_room_blocks < 1:
+            size, most = self.shape.block_bytes, self.budget.disk_bytes
+            num_held = 0 if self._run is None else self._run.num_kept
             raise DiskFullError(
-                f"the disk budget of {most:,} bytes is full: {block} blocks of {self.shape.block_bytes:,} bytes; raise "
-                f"the cache's disk budget and run again",
+                f"the disk budget of {most:,} bytes is full: {num_held} blocks of {size:,} bytes; raise the cache's "
+                f'disk budget, or let it keep only what is needed (keep = "needed"), and run again',
                 block=block,
             )
 

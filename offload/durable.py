@@ -9,7 +9,8 @@ import numpy as np
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
-from longtake.offload.files import FileOps, fsync_dir, write_file
+from longtake.offload.chunkfiles import ChunkFiles
+from longtake.offload.files import fsync_dir
 
 
 class DurableStore(LocalStore):
@@ -17,22 +18,27 @@ class DurableStore(LocalStore):
 
     zarr writes an array's metadata through it. The payloads' own path (`BlockStore`) writes the same files without
     zarr's copies, and fsyncs a directory once a block.
+
+    Args:
+        root: the folder.
+        read_only: refuse to write.
+        files: how whole files are moved, by the system's calls or by DeepNVMe; None: by the system's calls.
     """
 
-    def __init__(self, root: Path | str, *, read_only: bool = False, ops: FileOps | None = None) -> None:
+    def __init__(self, root: Path | str, *, read_only: bool = False, files: ChunkFiles | None = None) -> None:
         super().__init__(root, read_only=read_only)
-        self.ops = ops or FileOps()
+        self.files = files or ChunkFiles()
 
     def with_read_only(self, read_only: bool = False) -> DurableStore:
         """The same folder with another mode."""
-        return type(self)(self.root, read_only=read_only, ops=self.ops)
+        return type(self)(self.root, read_only=read_only, files=self.files)
 
     def _put(self, key: str, value: Buffer) -> None:
         path = self.root / key
         path.parent.mkdir(parents=True, exist_ok=True)
         data = np.ascontiguousarray(value.as_numpy_array()).view(np.uint8).reshape(-1)
-        write_file(self.ops, path, [data])
-        fsync_dir(self.ops, path.parent)
+        self.files.write(path, [data])
+        fsync_dir(self.files.ops, path.parent)
 
     async def set(self, key: str, value: Buffer) -> None:
         """Write a value durably."""

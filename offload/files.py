@@ -6,7 +6,7 @@ All of them go through a FileOps, so that tests can make any of them fail, fall 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import google_crc32c
@@ -47,6 +47,14 @@ class FileOps:
     def truncate(self, fd: int, num_bytes: int) -> None:
         """Cut a file."""
         os.ftruncate(fd, num_bytes)
+
+    def allocate(self, fd: int, num_bytes: int) -> None:
+        """Take room for a file before it is written."""
+        os.posix_fallocate(fd, 0, num_bytes)
+
+    def written_bytes(self, fd: int) -> int:
+        """How many bytes from the start of a file were written since they were allocated."""
+        return os.lseek(fd, 0, os.SEEK_HOLE)
 
     def replace(self, source: Path, target: Path) -> None:
         """Rename, replacing the target in one step."""
@@ -119,11 +127,16 @@ def write_file(ops: FileOps, path: Path, buffers: Iterable[Bytes]) -> int:
     Raises:
         OSError: as the system reports it.
     """
+    return make_file(ops, path, os.O_WRONLY, lambda fd: write_all(ops, fd, buffers))
+
+
+def make_file(ops: FileOps, path: Path, flags: int, fill: Callable[[int], int]) -> int:
+    """As `write_file`; `fill` writes the bytes to a descriptor opened with `flags` and returns how many there are."""
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     try:
-        fd = ops.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        fd = ops.open(partial, flags | os.O_CREAT | os.O_TRUNC)
         try:
-            total = write_all(ops, fd, buffers)
+            total = fill(fd)
             ops.fsync(fd)
         finally:
             ops.close(fd)

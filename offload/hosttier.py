@@ -114,7 +114,7 @@ class HostTier:
 
     def keeps(self, block: int) -> bool:
         """Whether the block would survive leaving the device."""
-        return self.holds(block) or block < self.durable_blocks
+        return self.holds(block) or (self.run is not None and self.run.keeps(block))
 
     def pages_LHP(self, block: int) -> Tensor:
         """A held block's pages."""

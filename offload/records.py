@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -96,6 +96,33 @@ class RolledBack:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Dropped:
+    """Blocks that nothing reads any more: from here on they count as committed, but their files may be gone.
+
+    Args:
+        blocks: [first, one past the last] of each run of them.
+    """
+
+    kind: ClassVar[str] = "drop"
+    blocks: list[list[int]]
+
+    @classmethod
+    def of(cls, blocks: Iterable[int]) -> Dropped:
+        """The record that lists these blocks."""
+        runs: list[list[int]] = []
+        for block in sorted(blocks):
+            if runs and runs[-1][1] == block:
+                runs[-1][1] += 1
+            else:
+                runs.append([block, block + 1])
+        return cls(blocks=runs)
+
+    def __iter__(self) -> Iterator[int]:
+        for first, last in self.blocks:
+            yield from range(first, last)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Closed:
     """The writer ended in order."""
 
@@ -103,11 +130,11 @@ class Closed:
     num_blocks: int
 
 
-Record = Opened | BlockCommitted | Checkpointed | SegmentWritten | RolledBack | Closed
+Record = Opened | BlockCommitted | Checkpointed | SegmentWritten | RolledBack | Dropped | Closed
 
 VERSION = 1
 _KINDS: dict[str, type[Record]] = {
-    cls.kind: cls for cls in (Opened, BlockCommitted, Checkpointed, SegmentWritten, RolledBack, Closed)
+    cls.kind: cls for cls in (Opened, BlockCommitted, Checkpointed, SegmentWritten, RolledBack, Dropped, Closed)
 }
 
 
@@ -150,6 +177,7 @@ class History:
         num_blocks: blocks of the history as this rank knows it; the next one has this number.
         checkpoints: those that still count, oldest first.
         segments: those that still count, in order.
+        dropped: blocks whose files may be gone.
         closed: whether the last writer ended in order.
     """
 
@@ -158,6 +186,7 @@ class History:
     num_blocks: int = 0
     checkpoints: tuple[Checkpointed, ...] = ()
     segments: tuple[SegmentWritten, ...] = ()
+    dropped: frozenset[int] = frozenset()
     closed: bool = False
 
 
@@ -171,6 +200,7 @@ def history(records: Iterable[Record]) -> History:
     blocks: dict[int, BlockCommitted] = {}
     checkpoints: list[Checkpointed] = []
     segments: list[SegmentWritten] = []
+    dropped: set[int] = set()
     for record in records:
         closed = isinstance(record, Closed)
         match record:
@@ -191,6 +221,9 @@ def history(records: Iterable[Record]) -> History:
                 blocks = {block: kept for block, kept in blocks.items() if block < record.num_blocks}
                 checkpoints = [kept for kept in checkpoints if kept.num_blocks <= record.num_blocks]
                 segments = [kept for kept in segments if kept.num_blocks <= record.num_blocks]
+                dropped = {block for block in dropped if block < record.num_blocks}
+            case Dropped():
+                dropped.update(record)
             case Closed():
                 pass
     return History(
@@ -199,5 +232,6 @@ def history(records: Iterable[Record]) -> History:
         num_blocks=num_blocks,
         checkpoints=tuple(checkpoints),
         segments=tuple(segments),
+        dropped=frozenset(dropped),
         closed=closed,
     )

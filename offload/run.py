@@ -4,6 +4,9 @@
 
 A block is committed when every head of it is listed in some rank's journal, so a gang of another size finds what the
 last one left. Opening agrees on the number of committed blocks, rolls the journals back to it, and deletes orphans.
+
+A block that nothing reads any more may be dropped: the journal says so first, then its files go. Its record stays, so
+that a committed block is never one that might exist.
 """
 
 from __future__ import annotations
@@ -11,13 +14,15 @@ from __future__ import annotations
 import re
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from longtake.kernels.errors import ConfigError, StorageError
+from longtake.offload.chunkfiles import ChunkFiles, DiskIO
+from longtake.offload.deepnvme import open_files
 from longtake.offload.errors import from_os_error
 from longtake.offload.files import FileOps
 from longtake.offload.journal import Journal, replay
@@ -27,6 +32,7 @@ from longtake.offload.records import (
     BlockCommitted,
     Checkpointed,
     Closed,
+    Dropped,
     History,
     RolledBack,
     SegmentWritten,
@@ -75,6 +81,22 @@ def committed_blocks(path: Path, model_heads: int) -> int:
     return covered_blocks([history(replay(file).records) for file in journals(path).values()], model_heads)
 
 
+def dropped_blocks(histories: Iterable[History]) -> frozenset[int]:
+    """The blocks that any rank has dropped: the files of the others may be there or not."""
+    return frozenset[int]().union(*(one.dropped for one in histories))
+
+
+def kept_blocks(path: Path, model_heads: int) -> int:
+    """How many committed blocks of a shot's folder are to be found on the disk.
+
+    Raises:
+        StorageError: a journal is damaged.
+    """
+    known = [history(replay(file).records) for file in journals(path).values()]
+    covered = covered_blocks(known, model_heads)
+    return covered - sum(block < covered for block in dropped_blocks(known))
+
+
 def whole_checksums(histories: Sequence[History], block: int, model_heads: int) -> Checksums:
     """Checksums uint32 [L, all heads] of a block that the journals cover."""
     parts = [one.blocks[block] for one in histories if block in one.blocks]
@@ -97,8 +119,10 @@ class RunDirectory:
         num_ranks: int = 1,
         agree: Callable[[int], int] = lambda num_blocks: num_blocks,
         num_blocks: int | None = None,
+        reads: Callable[[int], Iterable[int]] = lambda num_blocks: (),
         gang_sizes: Sequence[int] | None = None,
         fresh: bool = False,
+        disk_io: DiskIO = DiskIO.SYSTEM,
         ops: FileOps | None = None,
     ) -> None:
         """Lock, replay, agree, roll back, remove orphans.
@@ -110,14 +134,16 @@ class RunDirectory:
             rank, num_ranks: of this process in its gang.
             agree: the gang's minimum of the committed blocks; called once, by every rank.
             num_blocks: blocks of the whole shot, if known, for the array's shape.
+            reads: which of so many blocks those after them may read; a folder that has dropped one is refused.
             gang_sizes: numbers of ranks that may ever render this shot; None: every divisor of the heads.
             fresh: delete what is there.
+            disk_io: how payloads are to reach the disk.
             ops: the system calls to use.
 
         Raises:
             LockedError: another process has the folder.
             ConfigError: the folder is of another configuration.
-            StorageError, DiskFullError: it is damaged or cannot be written.
+            StorageError, DiskFullError: it is damaged, has dropped what is needed to go on, or cannot be written.
         """
         self.path, self.shape, self.rank = path, shape, rank
         self._ops = ops or FileOps()
@@ -125,6 +151,7 @@ class RunDirectory:
         self._mutex = threading.Lock()
         self._locks: list[FolderLock] = []
         self._journal: Journal | None = None
+        self._files: ChunkFiles | None = None
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -135,16 +162,24 @@ class RunDirectory:
                 self._erase(num_ranks)
             histories = {} if fresh else {r: history(replay(file).records) for r, file in journals(path).items()}
             committed = agree(covered_blocks(list(histories.values()), shape.model_heads))
+            if gone := dropped_blocks(histories.values()).intersection(reads(committed)):
+                raise StorageError(
+                    f"block {committed} is the next, and it or a later one reads block {min(gone)}, which was deleted "
+                    f"when the shot had come further than that; render the shot anew with --fresh",
+                    path=path,
+                )
             self._open(histories, committed, config_hash, num_ranks)
+            layout = chunk_layout(shape, gang_sizes)
+            self._files = open_files(disk_io, path, file_bytes=layout.file_bytes, ops=self._ops)
             self.store = BlockStore.create(
                 path / "kv.zarr",
                 array=shape.codec.name,
-                layout=chunk_layout(shape, gang_sizes),
+                layout=layout,
                 heads=range(shape.first_head, shape.first_head + shape.num_heads),
                 num_blocks=num_blocks,
-                ops=self._ops,
+                files=self._files,
             )
-            self.orphans = self.store.remove_orphans(committed)
+            self.orphans = self.store.remove_orphans(committed, self._dropped)
         except BaseException:
             self.close(orderly=False)
             raise
@@ -172,6 +207,7 @@ class RunDirectory:
             np.ascontiguousarray(whole_checksums(known, block, shape.model_heads)[:, heads])
             for block in range(committed)
         ]
+        self._dropped = {block for block in dropped_blocks(known) if block < committed}
         own = histories.get(self.rank)
         self.checkpoints: tuple[Checkpointed, ...] = ()
         self.segments: tuple[SegmentWritten, ...] = ()
@@ -205,6 +241,11 @@ class RunDirectory:
         """The journal's epoch that this process writes in."""
         return self._open_journal().epoch
 
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of memory held for transfers to and from the disk."""
+        return 0 if self._files is None else self._files.buffer_bytes
+
     def checksums_LH(self, block: int) -> Checksums:
         """The journal's checksums of this rank's payloads of a committed block."""
         return self._checksums[block]
@@ -213,6 +254,37 @@ class RunDirectory:
     def checksum_bytes(self) -> int:
         """Bytes of the checksums held in memory: four for each payload of the history."""
         return sum(checksums_LH.nbytes for checksums_LH in self._checksums[:1]) * self.num_blocks
+
+    def keeps(self, block: int) -> bool:
+        """Whether a block is committed and was not dropped."""
+        return block < self.num_blocks and block not in self._dropped
+
+    @property
+    def num_kept(self) -> int:
+        """Committed blocks that were not dropped."""
+        return self.num_blocks - len(self._dropped)
+
+    def drop(self, blocks: Iterable[int]) -> None:
+        """Delete committed blocks that nothing will read again, no matter from which block the shot goes on.
+
+        What a crash leaves of their files is removed by the next opening.
+
+        Raises:
+            StorageError: a block is not durable, or a file cannot be deleted.
+            FencedError, DiskFullError: see `Journal.append`.
+        """
+        doomed = sorted(block for block in set(blocks) if block not in self._dropped)
+        if doomed and doomed[-1] >= self.num_blocks:
+            raise StorageError(f"block {doomed[-1]} is to be dropped but not durable yet", path=self.path)
+        if doomed:
+            self.note_dropped(doomed)
+            for block in doomed:
+                self.store.remove(block)
+
+    def note_dropped(self, blocks: Sequence[int]) -> None:
+        """Journal that blocks are dropped; their files are still there."""
+        self._open_journal().append(Dropped.of(blocks))
+        self._dropped.update(blocks)
 
     def commit(self, block: int, checksums_LH: Checksums) -> None:
         """Journal a block whose chunks are durable; returns when the record is.
@@ -266,6 +338,8 @@ class RunDirectory:
         finally:
             for lock in locks:
                 lock.close()
+            if self._files is not None:
+                self._files.close()
 
     def _open_journal(self) -> Journal:
         if self._journal is None:

@@ -12,7 +12,8 @@ Legend: L layers, H heads of this rank, P payload bytes, l and h those of a chun
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 
 from longtake.kernels.errors import ConfigError, StorageError
 from longtake.offload.checksums import EqualParts
+from longtake.offload.chunkfiles import ChunkFiles, WrongSizeError
 from longtake.offload.durable import DurableStore
 from longtake.offload.errors import MissingChunkError, from_os_error
-from longtake.offload.files import PARTIAL_SUFFIX, Bytes, FileOps, as_bytes, crc32c, fsync_dir, read_all, write_file
+from longtake.offload.files import PARTIAL_SUFFIX, Bytes, as_bytes, crc32c, fsync_dir
 from longtake.offload.layout import CRC_BYTES, Chunk, ChunkLayout
 
 Checksums = npt.NDArray[np.uint32]
@@ -38,7 +40,13 @@ class BlockStore:
     """One codec's array, as one rank sees it. Any number of threads may write and read different chunks at once."""
 
     def __init__(
-        self, root: Path, *, array: str, layout: ChunkLayout, heads: range | None = None, ops: FileOps | None = None
+        self,
+        root: Path,
+        *,
+        array: str,
+        layout: ChunkLayout,
+        heads: range | None = None,
+        files: ChunkFiles | None = None,
     ) -> None:
         """Bind to an array that `create` made.
 
@@ -47,7 +55,7 @@ class BlockStore:
             array: the array's name.
             layout: its chunks.
             heads: of the model, that this rank keeps; None: all.
-            ops: the system calls to use.
+            files: how chunk files are moved; None: by the system's calls.
 
         Raises:
             ConfigError: the heads cut a chunk in two.
@@ -57,7 +65,8 @@ class BlockStore:
         self.layout = layout
         self.heads = range(layout.model_heads) if heads is None else heads
         self.chunks = tuple(layout.chunks(self.heads))
-        self._ops = ops or FileOps()
+        self.files = files or ChunkFiles()
+        self._ops = self.files.ops
         self._parts = EqualParts(layout.payload_bytes)
         self._room_blocks = 0
 
@@ -70,7 +79,7 @@ class BlockStore:
         layout: ChunkLayout,
         heads: range | None = None,
         num_blocks: int | None = None,
-        ops: FileOps | None = None,
+        files: ChunkFiles | None = None,
     ) -> BlockStore:
         """Make the array if it is not there, check it if it is.
 
@@ -83,7 +92,7 @@ class BlockStore:
             ConfigError: the array there is of another model, codec or chunking.
             StorageError, DiskFullError: the metadata cannot be written.
         """
-        store = cls(root, array=array, layout=layout, heads=heads, ops=ops)
+        store = cls(root, array=array, layout=layout, heads=heads, files=files)
         try:
             (root / array).mkdir(parents=True, exist_ok=True)
             if store.heads.start == 0:
@@ -95,8 +104,8 @@ class BlockStore:
         return store
 
     def _create_metadata(self, num_blocks: int) -> None:
-        files = DurableStore(self.root, ops=self._ops)
-        zarr.open_group(files, mode="a")
+        group = DurableStore(self.root, files=self.files)
+        zarr.open_group(group, mode="a")
         if (self.root / self.array / "zarr.json").exists():
             found = layout_of(self.root, self.array)
             if found != self.layout:
@@ -104,7 +113,7 @@ class BlockStore:
             self.grow(num_blocks)
             return
         zarr.create_array(
-            files,
+            group,
             name=self.array,
             shape=(num_blocks, self.layout.num_layers, self.layout.model_heads, self.layout.payload_bytes),
             chunks=(1, self.layout.chunk_layers, self.layout.chunk_heads, self.layout.payload_bytes),
@@ -126,7 +135,7 @@ class BlockStore:
         if self.heads.start or num_blocks <= self._room_blocks:
             return
         try:
-            array = _open_array(DurableStore(self.root, ops=self._ops), self.array)
+            array = _open_array(DurableStore(self.root, files=self.files), self.array)
             if array.shape[0] < num_blocks:
                 array.resize((-(-num_blocks // GROW_BLOCKS) * GROW_BLOCKS, *array.shape[1:]))
             self._room_blocks = array.shape[0]
@@ -157,7 +166,7 @@ class BlockStore:
         checksums_lh = self._checksums(chunk, pieces)
         trailer = self._parts.combine(checksums_lh.reshape(-1).tolist())
         try:
-            write_file(self._ops, path, [*pieces, as_bytes(trailer.to_bytes(CRC_BYTES, "little"))])
+            self.files.write(path, [*pieces, as_bytes(trailer.to_bytes(CRC_BYTES, "little"))])
         except OSError as error:
             raise from_os_error(error, "writing a chunk", path=path, block=block) from error
         return checksums_lh
@@ -181,17 +190,19 @@ class BlockStore:
         Raises:
             MissingChunkError, StorageError: naming block, layer, head and file.
         """
-        path = self.path(block, chunk)
         pieces = self._pieces(chunk, out_LHP)
         trailer = np.empty(CRC_BYTES, dtype=np.uint8)
-        self._read(block, chunk, [*pieces, trailer], 0, whole=True)
-        checksums_lh = self._checksums(chunk, pieces)
         expected_lh = checksums_LH[chunk.layers.start : chunk.layers.stop, self._own(chunk.heads)]
-        self._compare(block, chunk, chunk.layers, checksums_lh, expected_lh)
-        if self._parts.combine(checksums_lh.reshape(-1).tolist()) != int.from_bytes(trailer.tobytes(), "little"):
-            raise self._damage(
-                block, chunk, chunk.layers[0], chunk.heads[0], "the chunk's own checksum is damaged", path
-            )
+
+        def read(files: ChunkFiles) -> None:
+            self._read(files, block, chunk, [*pieces, trailer], 0)
+            checksums_lh = self._checksums(chunk, pieces)
+            self._compare(block, chunk, chunk.layers, checksums_lh, expected_lh)
+            if self._parts.combine(checksums_lh.reshape(-1).tolist()) != int.from_bytes(trailer.tobytes(), "little"):
+                what = "the chunk's own checksum is damaged"
+                raise self._damage(block, chunk.layers[0], chunk.heads[0], what, self.path(block, chunk))
+
+        self._reading(read)
 
     def read_page(self, block: int, layer: int, out_HP: Payloads, checksums_H: Checksums) -> None:
         """Read one layer of a block on this rank, checked against the journal's checksums.
@@ -205,12 +216,26 @@ class BlockStore:
         """
         for chunk in self.chunks:
             if layer in chunk.layers:
-                piece = out_HP[self._own(chunk.heads)].reshape(-1)
-                offset = (layer - chunk.layers.start) * piece.size
-                self._read(block, chunk, [piece], offset, whole=False)
-                layers = range(layer, layer + 1)
-                checksums_lh = self._checksums(chunk, [piece], layers)
-                self._compare(block, chunk, layers, checksums_lh, checksums_H[None, self._own(chunk.heads)])
+                self._reading(partial(self._read_piece, block, chunk, layer, out_HP, checksums_H))
+
+    def _read_piece(
+        self, block: int, chunk: Chunk, layer: int, out_HP: Payloads, checksums_H: Checksums, files: ChunkFiles
+    ) -> None:
+        """One layer of one chunk."""
+        piece = out_HP[self._own(chunk.heads)].reshape(-1)
+        self._read(files, block, chunk, [piece], (layer - chunk.layers.start) * piece.size)
+        layers = range(layer, layer + 1)
+        checksums_lh = self._checksums(chunk, [piece], layers)
+        self._compare(block, chunk, layers, checksums_lh, checksums_H[None, self._own(chunk.heads)])
+
+    def _reading(self, read: Callable[[ChunkFiles], None]) -> None:
+        """Read; where a disk's error shows as other bytes only, once more by a way that tells it."""
+        try:
+            read(self.files)
+        except StorageError:
+            if self.files.tells_errors:
+                raise
+            read(ChunkFiles(self._ops))
 
     def remove(self, block: int) -> None:
         """Delete this rank's chunks of a block; missing ones are fine."""
@@ -220,13 +245,20 @@ class BlockStore:
             except OSError as error:
                 raise from_os_error(error, "deleting a chunk", path=self.path(block, chunk), block=block) from error
 
-    def remove_orphans(self, num_blocks: int) -> list[Path]:
+    def remove_orphans(self, num_blocks: int, dropped: Collection[int] = ()) -> list[Path]:
         """Delete this rank's chunks that no journal lists: those of blocks from `num_blocks` on, and partial files.
+
+        Args:
+            dropped: blocks before those that were to be deleted, too.
 
         Returns:
             What was deleted.
         """
-        orphans = [path for block, path in self._own_files() if block >= num_blocks or path.suffix == PARTIAL_SUFFIX]
+        orphans = [
+            path
+            for block, path in self._own_files()
+            if block >= num_blocks or block in dropped or path.suffix == PARTIAL_SUFFIX
+        ]
         try:
             for path in orphans:
                 self._ops.unlink(path)
@@ -260,33 +292,19 @@ class BlockStore:
         values = [crc32c(piece[first : first + size]) for piece in pieces for first in range(0, piece.size, size)]
         return np.array(values, dtype=np.uint32).reshape(len(layers or chunk.layers), len(chunk.heads))
 
-    def _read(self, block: int, chunk: Chunk, buffers: list[Bytes], offset: int, *, whole: bool) -> None:
+    def _read(self, files: ChunkFiles, block: int, chunk: Chunk, buffers: list[Bytes], offset: int) -> None:
         path = self.path(block, chunk)
         where = f"block {block}, layers {chunk.layers[0]}-{chunk.layers[-1]}, heads {chunk.heads[0]}-{chunk.heads[-1]}"
         try:
-            fd = self._ops.open(path, os.O_RDONLY)
+            files.read(path, buffers, offset, self.layout.file_bytes)
+        except WrongSizeError as error:
+            raise StorageError(f"{where}: {error}", block=block, path=path) from error
         except FileNotFoundError as error:
             raise MissingChunkError(
                 f"{where}: the journal lists this chunk but its file is missing", block=block, path=path
             ) from error
         except OSError as error:
-            raise from_os_error(error, f"opening {where}", path=path, block=block) from error
-        try:
-            size = os.fstat(fd).st_size
-            if size != self.layout.file_bytes:
-                raise StorageError(
-                    f"{where}: the file has {size} bytes, not {self.layout.file_bytes}", block=block, path=path
-                )
-            for buffer in buffers:
-                if read_all(self._ops, fd, buffer, offset) != buffer.size:
-                    raise StorageError(f"{where}: the file ended early", block=block, path=path)
-                offset += buffer.size
-        except StorageError:
-            raise
-        except OSError as error:
             raise from_os_error(error, f"reading {where}", path=path, block=block) from error
-        finally:
-            self._ops.close(fd)
 
     def _compare(
         self, block: int, chunk: Chunk, layers: range, checksums_lh: Checksums, expected_lh: Checksums
@@ -294,14 +312,13 @@ class BlockStore:
         for layer, head in np.argwhere(checksums_lh != expected_lh).tolist():
             raise self._damage(
                 block,
-                chunk,
                 layers[layer],
                 chunk.heads[head],
                 f"checksum {checksums_lh[layer, head]:08x}, the journal says {expected_lh[layer, head]:08x}",
                 self.path(block, chunk),
             )
 
-    def _damage(self, block: int, chunk: Chunk, layer: int, head: int, what: str, path: Path) -> StorageError:
+    def _damage(self, block: int, layer: int, head: int, what: str, path: Path) -> StorageError:
         return StorageError(f"block {block}, layer {layer}, head {head}: {what}", block=block, path=path)
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from longtake.kernels.errors import StorageError
+from longtake.offload.chunkfiles import ChunkFiles
 from longtake.offload.errors import from_os_error
 from longtake.offload.files import FileOps, as_bytes, crc32c
 from longtake.offload.journal import replay
 from longtake.offload.records import History, history
-from longtake.offload.run import covered_blocks, journals, whole_checksums
+from longtake.offload.run import covered_blocks, dropped_blocks, journals, whole_checksums
 from longtake.offload.store import BlockStore, layout_of
 
 KV_FOLDER = "kv.zarr"
@@ -21,7 +22,8 @@ KV_FOLDER = "kv.zarr"
 def verify(path: Path, ops: FileOps | None = None) -> list[StorageError]:
     """Check every checksum of a shot's folder: journals, payloads, the newest checkpoint, segments.
 
-    A torn tail of a journal and files of blocks that were never committed are no damage: the next run cuts them.
+    A torn tail of a journal and files of blocks that were never committed are no damage: the next run cuts them. Blocks
+    that were dropped are not looked for.
 
     Args:
         path: the shot's folder.
@@ -58,9 +60,12 @@ def _bad_chunks(root: Path, array: str, histories: list[History], ops: FileOps) 
     except StorageError as error:
         yield error
         return
-    store = BlockStore(root, array=array, layout=layout, ops=ops)
+    store = BlockStore(root, array=array, layout=layout, files=ChunkFiles(ops))
     payloads_LHP = np.empty((layout.num_layers, layout.model_heads, layout.payload_bytes), dtype=np.uint8)
+    dropped = dropped_blocks(histories)
     for block in range(covered_blocks(histories, layout.model_heads)):
+        if block in dropped:
+            continue
         checksums_LH = whole_checksums(histories, block, layout.model_heads)
         for chunk in store.chunks:
             try:

@@ -56,6 +56,11 @@ class FaultyOps(FileOps):
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
         return super().read(fd, buffer[: self.short], offset)
 
+    def allocate(self, fd: int, num_bytes: int) -> None:
+        if self.free_bytes is not None and num_bytes > self.free_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().allocate(fd, num_bytes)
+
     def fsync(self, fd: int) -> None:
         if self.fail_fsync:
             raise OSError(errno.EIO, os.strerror(errno.EIO))

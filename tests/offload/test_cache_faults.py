@@ -14,14 +14,27 @@ import torch
 
 from longtake.kernels.errors import LongtakeError, StorageError
 from longtake.offload.cache import CacheBudget, KVCache
+from longtake.offload.chunkfiles import ChunkFiles, DiskIO
 from longtake.offload.errors import DiskFullError
+from longtake.offload.files import FileOps
 from longtake.offload.run import RunDirectory
 from longtake.offload.spill import STEPS, Step
 from longtake.offload.verify import verify
+from tests.offload.aio import files_of
 from tests.offload.faults import FaultyOps, flip_bit
 from tests.offload.payloads import SHAPE, check_pages, check_passes, commit, open_run
 
 B = SHAPE.block_bytes
+
+
+@pytest.fixture(params=["system", "aio"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to the disk."""
+
+    def open_files(wish: DiskIO, folder: Path, *, file_bytes: int, ops: FileOps) -> ChunkFiles:
+        return files_of(request.param, folder, file_bytes=file_bytes, ops=ops)
+
+    monkeypatch.setattr("longtake.offload.run.open_files", open_files)
 
 
 def open_cache(
@@ -90,6 +103,21 @@ def test_disk_budget_is_a_full_disk(tmp_path: Path) -> None:
     assert_prefix_is_whole(tmp_path, 4)
 
 
+def test_dropping_makes_room_in_the_disk_budget(tmp_path: Path) -> None:
+    run = open_run(tmp_path)
+    cache = KVCache(shape=SHAPE, device="cpu", budget=CacheBudget(device_bytes=6 * B, disk_bytes=4 * B), run=run)
+    for block in range(20):
+        assert cache.disk_room_blocks == 4 - block + max(0, block - 3)
+        commit(cache, block)
+        cache.flush()
+        if block >= 3:
+            cache.drop([block - 3])
+            assert cache.tiers()["disk"].used_bytes == 3 * B
+    check_passes(cache, (17, 18, 19))
+    close(cache, run)
+    assert verify(tmp_path) == []
+
+
 @pytest.mark.parametrize("what", ["write", "fsync"])
 def test_failing_disk_stops_at_a_block(tmp_path: Path, what: str) -> None:
     ops = FaultyOps(short=100)
@@ -114,9 +142,10 @@ def test_failed_read_changes_nothing_and_may_be_tried_again(tmp_path: Path) -> N
     ops = FaultyOps()
     cache, run = open_cache(tmp_path, ops=ops, host=3)
     check_passes(cache, (3,))
-    ops.fail_reads = 1
+    ops.fail_reads = 1000
     with pytest.raises(StorageError, match="reading block"):
         cache.prepare((0, 1, 2, 3))
+    ops.fail_reads = 0
     assert cache._device.table.num_pinned == 0
     check_passes(cache, (0, 1, 2, 3))
     close(cache, run)
@@ -246,7 +275,7 @@ def test_killed_at_each_step_of_a_commit(tmp_path: Path, step: str) -> None:
 def test_killed_at_random_instants(tmp_path: Path) -> None:
     chooser = random.Random(11)
     committed = 0
-    for _ in range(40):
+    for _ in range(20):
         reader, writer = os.pipe()
         child = run_in_child(tmp_path, lambda name, block: False, writer)
         os.read(reader, 1)

@@ -18,7 +18,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from longtake.kernels.errors import CapacityError
+from longtake.kernels.errors import CapacityError, StorageError
 from longtake.offload.cache import CacheBudget, KVCache
 from longtake.offload.reading import Reading
 from longtake.offload.verify import verify
@@ -41,6 +41,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.path = Path(self.folder.name)
         self.budget = CacheBudget(device_bytes=device * SHAPE.block_bytes, host_bytes=host * SHAPE.block_bytes)
         self.written: dict[int, torch.Tensor] = {}
+        self.dropped: set[int] = set()
         self.num_made = 0
         self._reopen()
 
@@ -79,7 +80,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(plan=PLANS)
     def prepare(self, plan: list[int]) -> None:
         self._release()
-        plan = [block for block in plan if block in self.written]
+        plan = [block for block in plan if block in self.written and block not in self.dropped]
         try:
             self.reading = self.cache.prepare(plan)
         except CapacityError:
@@ -103,6 +104,16 @@ class CacheMachine(RuleBasedStateMachine):
     def retain(self, blocks: frozenset[int]) -> None:
         self.cache.retain(blocks)
 
+    @rule(blocks=st.frozensets(st.integers(0, MOST_BLOCKS - 1), max_size=6))
+    def drop(self, blocks: frozenset[int]) -> None:
+        self._release()
+        doomed = {block for block in blocks if block < self.cache.durable_blocks}
+        self.cache.drop(doomed)
+        self.dropped |= doomed
+        for block in doomed:
+            with pytest.raises(StorageError, match="deleted from the disk"):
+                self.cache.prepare((block,))
+
     @rule()
     def flush(self) -> None:
         self.cache.flush()
@@ -117,6 +128,7 @@ class CacheMachine(RuleBasedStateMachine):
         self._reopen()
         assert durable <= self.cache.num_committed <= len(self.written)
         self.written = {block: kept for block, kept in self.written.items() if block < self.cache.num_committed}
+        assert self.dropped == {block for block in self.written if not self.run_directory.keeps(block)}
 
     @rule()
     def end_and_reopen(self) -> None:
@@ -135,7 +147,7 @@ class CacheMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "written"):
             self._release()
-            for block in self.written:
+            for block in self.written.keys() - self.dropped:
                 with self.cache.prepare((block,)) as reading:
                     for layer in range(SHAPE.num_layers):
                         pages_GHP, slots_N = reading.pages(layer)

@@ -12,15 +12,17 @@ import zarr
 
 from longtake.kernels.errors import ConfigError, StorageError
 from longtake.offload.checksums import EqualParts
+from longtake.offload.durable import DurableStore
 from longtake.offload.errors import DiskFullError, MissingChunkError
 from longtake.offload.files import crc32c
 from longtake.offload.layout import MAX_CHUNK_BYTES, ChunkLayout, chunk_layout
 from longtake.offload.shape import ModelKVShape
 from longtake.offload.store import GROW_BLOCKS, BlockStore, Checksums, Payloads, layout_of
+from tests.offload.aio import WAYS, files_of
 from tests.offload.faults import FaultyOps, flip_bit
 from tests.offload.payloads import Opaque
 
-LAYOUT = ChunkLayout(num_layers=4, model_heads=4, payload_bytes=40, chunk_layers=2, chunk_heads=1)
+LAYOUT = ChunkLayout(num_layers=4, model_heads=4, payload_bytes=3000, chunk_layers=2, chunk_heads=1)
 
 
 def payloads(block: int, layout: ChunkLayout = LAYOUT, heads: int | None = None) -> Payloads:
@@ -51,25 +53,32 @@ def plain(root: Path, mode: Literal["r", "r+"] = "r") -> Any:
     return zarr.open_array(str(root / "kv.zarr" / "opaque"), mode=mode)
 
 
-def new_store(root: Path, ops: FaultyOps | None = None) -> BlockStore:
-    return BlockStore.create(root / "kv.zarr", array="opaque", layout=LAYOUT, ops=ops)
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def new_store(root: Path, way: str, ops: FaultyOps | None = None) -> BlockStore:
+    files = files_of(way, root, file_bytes=LAYOUT.file_bytes, ops=ops)
+    return BlockStore.create(root / "kv.zarr", array="opaque", layout=LAYOUT, files=files)
 
 
 @pytest.mark.parametrize("chunk_heads", [1, 2, 4])
 @pytest.mark.parametrize("chunk_layers", [1, 2, 4])
-def test_plain_zarr_reads_what_ranks_wrote(tmp_path: Path, chunk_layers: int, chunk_heads: int) -> None:
+def test_plain_zarr_reads_what_ranks_wrote(tmp_path: Path, way: str, chunk_layers: int, chunk_heads: int) -> None:
     layout = ChunkLayout(
-        num_layers=4, model_heads=4, payload_bytes=40, chunk_layers=chunk_layers, chunk_heads=chunk_heads
+        num_layers=4, model_heads=4, payload_bytes=3000, chunk_layers=chunk_layers, chunk_heads=chunk_heads
     )
+    files = files_of(way, tmp_path, file_bytes=layout.file_bytes)
     whole = {block: payloads(block) for block in range(3)}
     for first in range(0, 4, chunk_heads):
         heads = range(first, first + chunk_heads)
-        rank = BlockStore.create(tmp_path / "kv.zarr", array="opaque", layout=layout, heads=heads)
+        rank = BlockStore.create(tmp_path / "kv.zarr", array="opaque", layout=layout, heads=heads, files=files)
         for block, payloads_LHP in whole.items():
             write_block(rank, block, np.ascontiguousarray(payloads_LHP[:, first : first + chunk_heads]))
     array = plain(tmp_path)
-    assert array.shape == (GROW_BLOCKS, 4, 4, 40)
-    everyone = BlockStore(tmp_path / "kv.zarr", array="opaque", layout=layout)
+    assert array.shape == (GROW_BLOCKS, 4, 4, 3000)
+    everyone = BlockStore(tmp_path / "kv.zarr", array="opaque", layout=layout, files=files)
     for block, payloads_LHP in whole.items():
         assert np.array_equal(array[block], payloads_LHP)
         out = np.zeros_like(payloads_LHP)
@@ -82,35 +91,46 @@ def test_plain_zarr_reads_what_ranks_wrote(tmp_path: Path, chunk_layers: int, ch
             assert np.array_equal(out_HP, payloads_LHP[layer])
 
 
-def test_what_plain_zarr_writes_is_read(tmp_path: Path) -> None:
-    store = new_store(tmp_path)
+def test_what_plain_zarr_writes_is_read(tmp_path: Path, way: str) -> None:
+    store = new_store(tmp_path, way)
     array = plain(tmp_path, "r+")
     array[5] = payloads(5)
     assert np.array_equal(read_block(store, 5, checksums_of(payloads(5))), payloads(5))
 
 
-def test_array_grows_in_strides_and_is_checked_on_reopening(tmp_path: Path) -> None:
-    new_store(tmp_path).grow(GROW_BLOCKS + 1)
+@pytest.mark.parametrize("block", range(2))
+def test_it_is_a_zarr_store(tmp_path: Path, way: str, block: int) -> None:
+    """zarr itself writes chunks through the way to the disk, and plain zarr reads them."""
+    store = new_store(tmp_path, way)
+    array = zarr.open_group(DurableStore(store.root, files=store.files), mode="r+")["opaque"]
+    assert isinstance(array, zarr.Array)
+    array[block] = payloads(block)
+    assert np.array_equal(plain(tmp_path)[block], payloads(block))
+    assert np.array_equal(read_block(store, block, checksums_of(payloads(block))), payloads(block))
+
+
+def test_array_grows_in_strides_and_is_checked_on_reopening(tmp_path: Path, way: str) -> None:
+    new_store(tmp_path, way).grow(GROW_BLOCKS + 1)
     assert plain(tmp_path).shape[0] == 2 * GROW_BLOCKS
-    new_store(tmp_path)
+    new_store(tmp_path, way)
     assert layout_of(tmp_path / "kv.zarr", "opaque") == LAYOUT
-    other = ChunkLayout(num_layers=4, model_heads=4, payload_bytes=41, chunk_layers=2, chunk_heads=1)
-    with pytest.raises(ConfigError, match="payload_bytes=41"):
+    other = ChunkLayout(num_layers=4, model_heads=4, payload_bytes=3001, chunk_layers=2, chunk_heads=1)
+    with pytest.raises(ConfigError, match="payload_bytes=3001"):
         BlockStore.create(tmp_path / "kv.zarr", array="opaque", layout=other)
 
 
-def test_missing_chunk_is_an_error_and_not_zeros(tmp_path: Path) -> None:
-    store = new_store(tmp_path)
+def test_missing_chunk_is_an_error_and_not_zeros(tmp_path: Path, way: str) -> None:
+    store = new_store(tmp_path, way)
     checksums = write_block(store, 0, payloads(0))
     store.path(0, store.chunks[5]).unlink()
     with pytest.raises(MissingChunkError, match=r"block 0, layers 2-3, heads 1-1: .*missing.*c\.0\.1\.1\.0"):
         read_block(store, 0, checksums)
     with pytest.raises(MissingChunkError, match="block 0"):
-        store.read_page(0, 3, np.empty((4, 40), dtype=np.uint8), checksums[3])
+        store.read_page(0, 3, np.empty((4, 3000), dtype=np.uint8), checksums[3])
 
 
-def test_truncated_or_longer_chunk_is_refused(tmp_path: Path) -> None:
-    store = new_store(tmp_path)
+def test_truncated_or_longer_chunk_is_refused(tmp_path: Path, way: str) -> None:
+    store = new_store(tmp_path, way)
     checksums = write_block(store, 0, payloads(0))
     path = store.path(0, store.chunks[0])
     whole = path.read_bytes()
@@ -120,8 +140,8 @@ def test_truncated_or_longer_chunk_is_refused(tmp_path: Path) -> None:
             read_block(store, 0, checksums)
 
 
-def test_a_thousand_flipped_bits_are_all_found_and_named(tmp_path: Path) -> None:
-    store = new_store(tmp_path)
+def test_a_thousand_flipped_bits_are_all_found_and_named(tmp_path: Path, way: str) -> None:
+    store = new_store(tmp_path, way)
     checksums = write_block(store, 7, payloads(7))
     chooser = random.Random(0)
     for _ in range(1000):
@@ -136,13 +156,13 @@ def test_a_thousand_flipped_bits_are_all_found_and_named(tmp_path: Path) -> None
             read_block(store, 7, checksums)
         if not in_trailer:
             with pytest.raises(StorageError, match=where):
-                store.read_page(7, layer, np.empty((4, 40), dtype=np.uint8), checksums[layer])
+                store.read_page(7, layer, np.empty((4, 3000), dtype=np.uint8), checksums[layer])
         flip_bit(path, bit)
     assert np.array_equal(read_block(store, 7, checksums), payloads(7))
 
 
-def test_a_chunk_of_another_block_under_this_name_is_found(tmp_path: Path) -> None:
-    store = new_store(tmp_path)
+def test_a_chunk_of_another_block_under_this_name_is_found(tmp_path: Path, way: str) -> None:
+    store = new_store(tmp_path, way)
     checksums = write_block(store, 0, payloads(0))
     write_block(store, 1, payloads(1))
     store.path(1, store.chunks[0]).replace(store.path(0, store.chunks[0]))
@@ -150,33 +170,64 @@ def test_a_chunk_of_another_block_under_this_name_is_found(tmp_path: Path) -> No
         read_block(store, 0, checksums)
 
 
-def test_full_disk_leaves_no_file(tmp_path: Path) -> None:
+def files_in(root: Path) -> list[Path]:
+    return [path for path in (root / "kv.zarr" / "opaque").iterdir() if path.name != "zarr.json"]
+
+
+def test_full_disk_leaves_no_file(tmp_path: Path, way: str) -> None:
     ops = FaultyOps()
-    store = new_store(tmp_path, ops)
+    store = new_store(tmp_path, way, ops)
     ops.free_bytes = 50
     with pytest.raises(DiskFullError, match="disk is full") as caught:
         store.write_chunk(3, store.chunks[0], payloads(3))
     assert caught.value.block == 3
-    assert not [path for path in (tmp_path / "kv.zarr" / "opaque").iterdir() if path.name != "zarr.json"]
+    assert not files_in(tmp_path)
     ops.free_bytes = None
     assert np.array_equal(read_block(store, 3, write_block(store, 3, payloads(3))), payloads(3))
 
 
-def test_failing_disk_and_short_transfers(tmp_path: Path) -> None:
-    ops = FaultyOps(short=13)
-    store = new_store(tmp_path, ops)
+def test_short_transfers_go_on(tmp_path: Path) -> None:
+    store = new_store(tmp_path, "system", FaultyOps(short=13))
     checksums = write_block(store, 0, payloads(0))
     assert np.array_equal(read_block(store, 0, checksums), payloads(0))
-    ops.fail_reads = 1
+
+
+@pytest.mark.parametrize("short", [0, 4096])
+def test_short_writes_that_nobody_tells_of_are_found(tmp_path: Path, short: int) -> None:
+    ops = FaultyOps()
+    store = new_store(tmp_path, "aio", ops)
+    ops.short = short
+    with pytest.raises(StorageError, match=f"writing a chunk failed: only {short} of 8192 bytes reached the disk"):
+        store.write_chunk(1, store.chunks[0], payloads(1))
+    assert not files_in(tmp_path)
+
+
+def test_failing_disk(tmp_path: Path, way: str) -> None:
+    ops = FaultyOps()
+    store = new_store(tmp_path, way, ops)
+    checksums = write_block(store, 0, payloads(0))
+    ops.fail_reads = 1000
     with pytest.raises(StorageError, match="reading block 0"):
         read_block(store, 0, checksums)
-    ops.fail_writes = 1
-    with pytest.raises(StorageError, match="writing a chunk"):
-        store.write_chunk(1, store.chunks[0], payloads(1))
+    ops.fail_reads = 0
+    assert np.array_equal(read_block(store, 0, checksums), payloads(0))
+    if way != "deepnvme":  # its writes are no system calls of ours
+        ops.fail_writes = 1
+        with pytest.raises(StorageError, match="writing a chunk"):
+            store.write_chunk(1, store.chunks[0], payloads(1))
     ops.fail_fsync = True
     with pytest.raises(StorageError, match="writing a chunk"):
         store.write_chunk(1, store.chunks[0], payloads(1))
     assert not store.path(1, store.chunks[0]).exists()
+
+
+def test_a_read_that_fails_once_is_tried_by_a_way_that_tells(tmp_path: Path) -> None:
+    ops = FaultyOps()
+    store = new_store(tmp_path, "aio", ops)
+    checksums = write_block(store, 0, payloads(0))
+    ops.fail_reads = 1
+    assert np.array_equal(read_block(store, 0, checksums), payloads(0))
+    assert ops.fail_reads == 0
 
 
 def test_orphans_are_this_ranks_late_blocks_and_partial_files(tmp_path: Path) -> None:

@@ -12,8 +12,11 @@ import torch
 
 from longtake.kernels.errors import CapacityError
 from longtake.offload.cache import CacheBudget, KVCache
+from longtake.offload.chunkfiles import DiskIO
+from longtake.offload.files import FileOps
 from longtake.offload.lanes import Lane
 from longtake.offload.run import RunDirectory
+from tests.offload.aio import PlainHandle
 from tests.offload.late_lane import LateLane
 from tests.offload.payloads import SHAPE, check_pages, check_passes, commit, open_run
 
@@ -27,8 +30,10 @@ TIERS: dict[str, tuple[int, int | None, bool, int]] = {
     "host streamed": (5, NUM_BLOCKS + 1, False, NUM_BLOCKS),
     "device+disk": (NUM_BLOCKS + 1, None, True, NUM_BLOCKS),
     "all": (5, 8, True, NUM_BLOCKS),
+    "all, aio": (5, 8, True, NUM_BLOCKS),
     "small host": (6, 3, True, 11),
     "least": (5, 2, True, 7),
+    "least, aio": (5, 2, True, 7),
 }
 
 LATE_S = 0.002
@@ -59,9 +64,19 @@ def longest(tiers: tuple[int, int | None, bool, int]) -> int:
 
 
 @pytest.fixture
-def cache(tiers: tuple[int, int | None, bool, int], tmp_path: Path) -> Iterator[KVCache]:
+def cache(
+    request: pytest.FixtureRequest, tiers: tuple[int, int | None, bool, int], tmp_path: Path
+) -> Iterator[KVCache]:
     device, host, disk, _ = tiers
-    run: RunDirectory | None = open_run(tmp_path) if disk else None
+    aio = request.node.callspec.params["tiers"].endswith("aio")
+    run: RunDirectory | None = None
+    if disk:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("longtake.offload.deepnvme.load_op", lambda build: lambda: PlainHandle(FileOps()))
+            wish = DiskIO.AUTO if aio else DiskIO.SYSTEM
+            run = RunDirectory(tmp_path, shape=SHAPE, config_hash="c", disk_io=wish)
+        if aio and run.store.files.name == "system":
+            pytest.skip("no direct I/O in the folder for temporary files")
     budget = CacheBudget(device_bytes=device * B, host_bytes=None if host is None else host * B)
     cache = KVCache(shape=SHAPE, device="cpu", budget=budget, run=run)
     yield cache

@@ -18,7 +18,7 @@ from typing import Any
 from longtake.engine.latents import LatentLog
 from longtake.jobs.verify import verify
 from longtake.offload.run import committed_blocks
-from tests.survival.nursery import STEPS, Nursery
+from tests.survival.nursery import DROP_STEPS, STEPS, Nursery
 
 FILM = """\
 [film]
@@ -69,17 +69,20 @@ class Survival:
         nursery: forks the processes.
         folder: for the films.
         model: of the film.
+        keep: what of the history stays on the disk.
     """
 
-    def __init__(self, nursery: Nursery, folder: Path, model: Path) -> None:
+    def __init__(self, nursery: Nursery, folder: Path, model: Path, keep: str = "all") -> None:
         self.nursery, self.folder = nursery, folder
         self.film = folder / "film.toml"
-        self.film.write_text(FILM.format(model=model))
-        nursery.render(self.film, folder / "warm-up")  # first calls of libraries take their time
+        text = FILM.format(model=model)
+        self.film.write_text(text if keep == "all" else text.replace("[film.cache]", f'[film.cache]\nkeep = "{keep}"'))
+        if keep == "all":  # first calls of libraries take their time
+            nursery.render(self.film, folder / "warm-up")
         code, self.seconds = nursery.render(self.film, folder / "undisturbed")
         assert code == 0, nursery.log()
         self.expected = contents(folder / "undisturbed")
-        assert contents(folder / "warm-up") == self.expected
+        assert keep != "all" or contents(folder / "warm-up") == self.expected
         assert not verify(folder / "undisturbed").damages
         self._num_films = 0
 
@@ -197,12 +200,17 @@ def main() -> None:
         survival = Survival(nursery, folder, write_random_model(folder / "model"))
         tally = survival.random_kills(options.kills, options.seed)
         at_steps = {step: survival.kill_at(*((step, count) for count in COUNTS)) for step in STEPS}
+        (folder / "needed").mkdir()
+        needed = Survival(nursery, folder / "needed", folder / "model", keep="needed")
+        needed_tally = needed.random_kills(options.kills // 5, options.seed + 1)
+        at_drops = {step: needed.kill_at(*((step, count) for count in COUNTS)) for step in DROP_STEPS}
     results: dict[str, Any] = {
         "undisturbed_s": survival.seconds,
         "files_compared": len(survival.expected),
         "random": {**vars(tally), "kills": len(tally.instants_s)},
         "kills_at_steps": at_steps,
-        "all_equal": tally.equal == tally.films,
+        "keep_needed": {**vars(needed_tally), "kills": len(needed_tally.instants_s), "kills_at_steps": at_drops},
+        "all_equal": tally.equal == tally.films and needed_tally.equal == needed_tally.films,
     }
     record.write(options.json, "survival", {"kills": options.kills, "seed": options.seed, "film": FILM}, results)
 

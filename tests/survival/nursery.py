@@ -38,6 +38,8 @@ STEPS = (
     "segment journaled",
     "joined",
 )
+# Of a film that keeps only the history that is needed.
+DROP_STEPS = ("drop journaled", "block deleted", "dropped")
 
 
 class Nursery:
@@ -168,6 +170,7 @@ def watch(step: Callable[[str], None]) -> None:
     from longtake.offload.cache import KVCache
     from longtake.offload.files import write_file
     from longtake.offload.run import RunDirectory
+    from longtake.offload.store import BlockStore
 
     class WatchedCache(KVCache):
         def __init__(self, **options: Any) -> None:
@@ -195,6 +198,9 @@ def watch(step: Callable[[str], None]) -> None:
     after(video.SegmentWriter, "write", "segment half written")
     after(video.SegmentWriter, "close", "segment named")
     after(RunDirectory, "segment", "segment journaled")
+    after(RunDirectory, "note_dropped", "drop journaled")
+    after(RunDirectory, "drop", "dropped")
+    after(BlockStore, "remove", "block deleted")
     after(video, "join", "joined")
 
 

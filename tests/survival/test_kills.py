@@ -8,7 +8,7 @@ import pytest
 
 from longtake.engine.random_model import write_random_model
 from tests.survival.kills import COUNTS, Survival
-from tests.survival.nursery import STEPS, Nursery
+from tests.survival.nursery import DROP_STEPS, STEPS, Nursery
 
 
 @pytest.fixture(scope="module")
@@ -16,6 +16,23 @@ def survival(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Survival]:
     folder = tmp_path_factory.mktemp("survival")
     with Nursery(folder / "log") as nursery:
         yield Survival(nursery, folder, write_random_model(folder / "model"))
+
+
+@pytest.fixture(scope="module")
+def forgetful(survival: Survival) -> Survival:
+    """The same film on a disk that keeps only what is needed."""
+    folder = survival.folder / "needed"
+    folder.mkdir()
+    return Survival(survival.nursery, folder, survival.folder / "model", keep="needed")
+
+
+def test_killed_while_history_is_deleted(survival: Survival, forgetful: Survival) -> None:
+    kept = [name for name in forgetful.expected if "/kv.zarr/" in name and "/c." in name]
+    assert not kept, "a finished film needs no history"
+    for name, content in survival.expected.items():
+        assert content == forgetful.expected.get(name, content) or name.endswith("config.json"), name
+    kills = [(step, count) for step in DROP_STEPS for count in (1, 4)]
+    assert forgetful.kill_at(*kills, ("journaled", 2)) == len(kills) + 1
 
 
 def test_killed_at_random_instants(survival: Survival) -> None:
