@@ -38,7 +38,7 @@ from longtake.engine.model import CausalWan
 from longtake.engine.presets import PRESETS, preset_spec
 from longtake.engine.rollout import Rollout, open_cache
 from longtake.engine.timing import EventTimer
-from longtake.engine.vae import StreamingDecoder
+from longtake.engine.vae import StreamingDecoder, load_vae
 from longtake.engine.vae_fast import make_fast
 from longtake.engine.weights import load_transformer, read_spec
 
@@ -188,7 +188,7 @@ def run_rollout(bench: RolloutBench) -> dict[str, Any]:
         "width": shot.width,
     }
     if bench.vae:
-        result["vae"] = _vae(clean, device)
+        result["vae"] = _vae(clean, device, shot.model.path if bench.model else None)
     return result
 
 
@@ -202,13 +202,17 @@ def _stages(rollout: Rollout, device: torch.device) -> dict[str, float]:
     return {"block": block, **stages, "linear and rest": block - sum(stages.values())}
 
 
-def _vae(clean: torch.Tensor, device: torch.device) -> dict[str, Any]:
-    """Decode blocks with the full-size Wan2.1 decoder (Wan2.2's for 48 channels), random weights, bfloat16 on a GPU;
-    as the engine does, and with diffusers' own layers."""
+def _vae(clean: torch.Tensor, device: torch.device, folder: Path | None) -> dict[str, Any]:
+    """Decode blocks with the model's own VAE, or the full-size Wan2.1 decoder (Wan2.2's for 48 channels) with random
+    weights, bfloat16 on a GPU; as the engine does, and with diffusers' own layers."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with torch.device(device):
-        vae = AutoencoderKLWan(**(WAN_2_2_VAE if clean.shape[0] == 48 else {})).to(dtype).eval().requires_grad_(False)
+    if folder is not None:
+        vae = load_vae(folder, dtype=dtype, device=device)
+    else:
+        with torch.device(device):
+            vae = AutoencoderKLWan(**(WAN_2_2_VAE if clean.shape[0] == 48 else {}))
+        vae = vae.to(dtype).eval().requires_grad_(False)
     plain = _decode(StreamingDecoder(vae), clean)
     if device.type != "cuda":
         return plain
@@ -223,7 +227,12 @@ def _decode(decoder: StreamingDecoder, like: torch.Tensor) -> dict[str, Any]:
         _wait(like.device)
         if index >= 2:
             seconds.append(time.perf_counter() - started)
-    return {"seconds_a_block": record.summary(seconds), "frames": len(frames), "state_bytes": decoder.state_bytes}
+    return {
+        "seconds_a_block": record.summary(seconds),
+        "frames": len(frames),
+        "state_bytes": decoder.state_bytes,
+        "decoder_weights": sum(p.numel() for p in decoder.vae.decoder.parameters()),
+    }
 
 
 def _wait(device: torch.device) -> None:

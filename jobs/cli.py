@@ -157,9 +157,14 @@ def _render(job: RenderJob, stop: Callable[[], bool], gang: Gang | None = None) 
 def plan(
     film_path: FilmPath,
     device: Annotated[str, typer.Option(metavar="cpu|cuda", help="cuda: bfloat16; cpu: float32.")] = "cuda",
+    gpus: Annotated[int, typer.Option(metavar="N", help="Devices that render shots side by side.")] = 1,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Of longtake bench rollout; default: this project's own.")
+    ] = None,
     json_path: JsonPath = None,
 ) -> None:
-    """Frames, blocks, and bytes on device, host and disk, before anything is rendered."""
+    """Frames, blocks, bytes on device, host and disk, and time, before anything is rendered or rented."""
+    from longtake.jobs import calibration as calibrating
     from longtake.jobs import plan as planning
     from longtake.jobs.film import load_film
     from longtake.jobs.tables import plan_table, print_table
@@ -167,11 +172,18 @@ def plan(
     if device not in ("cpu", "cuda"):
         raise ConfigError(f"--device {device}: unknown device; write cpu or cuda")
     configs = _resolve(load_film(film_path))
-    plans = planning.plan_film(configs, "float32" if device == "cpu" else "bfloat16")
+    if not 1 <= gpus <= 4096:
+        raise ConfigError(f"--gpus {gpus}: write a number from 1 to 4096")
+    path = calibration or calibrating.shipped_calibration(device)
+    known = calibrating.read_calibrations(path)
+    plans = planning.plan_film(configs, "float32" if device == "cpu" else "bfloat16", known)
     if json_path is None:
-        print_table(plan_table(plans))
+        print_table(plan_table(plans, gpus))
+        print(
+            f"render: on {gpus} device{'s' * (gpus > 1)}, from the rollout benchmark on {known[0].source} ({path.name})"
+        )
         return
-    _write_json(json_path, planning.to_json(plans))
+    _write_json(json_path, planning.to_json(plans, gpus))
 
 
 @app.command()

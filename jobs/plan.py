@@ -1,13 +1,24 @@
-"""``longtake plan``: what a film takes, before anything is rented: the engine's own arithmetic, nothing allocated."""
+"""``longtake plan``: what a film takes, before anything is rented: the engine's own arithmetic, nothing allocated.
+
+Bytes are exact where the engine allocates them; activations and seconds follow from a benchmark (see `calibration`).
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from longtake.engine.config import Precision, ShotConfig
+from longtake.jobs.calibration import Calibration, choose, film_seconds, shot_seconds
+
+if TYPE_CHECKING:
+    import torch
+
+_LATENT_BYTES = 4  # float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +36,12 @@ class ShotPlan:
         arena_bytes: device arena: attended blocks and the one being committed, or the film's device budget.
         scratch_bytes: dense K and V of one layer's chunk of history.
         weights_bytes: the transformer's.
+        vae_bytes: the VAE's weights and its decoder's state; 0 where the model's folder is not here.
+        activation_bytes: what else the allocator held in the benchmark, by tokens and width; 0 without one.
+        host_bytes: the host tier, or the text encoder while prompts are encoded before, whichever is larger.
+        disk_bytes: history and latents; videos come on top.
+        seconds: to render it on one device; None without a benchmark.
+        after: the shot that it starts from.
     """
 
     name: str
@@ -45,19 +62,29 @@ class ShotPlan:
     arena_bytes: int
     scratch_bytes: int
     weights_bytes: int
+    vae_bytes: int
+    activation_bytes: int
+    host_bytes: int
+    disk_bytes: int
+    seconds: float | None
+    after: str | None
 
     @property
     def device_bytes(self) -> int:
-        """Device memory that is known before rendering; activations and the VAE's come on top."""
-        return self.arena_bytes + self.scratch_bytes + self.weights_bytes
+        """Device memory as far as it is known before rendering."""
+        named = self.arena_bytes + self.scratch_bytes + self.weights_bytes
+        return named + self.vae_bytes + self.activation_bytes
 
 
-def plan_shot(shot: ShotConfig, dtype_name: str = "bfloat16") -> ShotPlan:
+def plan_shot(
+    shot: ShotConfig, dtype_name: str = "bfloat16", calibrations: Sequence[Calibration] | None = None
+) -> ShotPlan:
     """Add up what a shot takes.
 
     Args:
         shot: resolved.
         dtype_name: of weights and scratch: "bfloat16" (a GPU) or "float32" (a CPU).
+        calibrations: of the hardware that is to render it.
 
     Raises:
         CapacityError: the device budget does not hold a block.
@@ -76,8 +103,17 @@ def plan_shot(shot: ShotConfig, dtype_name: str = "bfloat16") -> ShotPlan:
     codec = shot_codec(shot)
     shape = ModelKVShape(num_layers=geometry.num_layers, num_heads=geometry.num_heads, codec=codec)
     timeline = Timeline(shot, shot.after_blocks)
-    budget = CacheBudget(device_bytes=shot.cache.device_bytes, num_blocks=timeline.max_held)
+    budget = CacheBudget(
+        device_bytes=shot.cache.device_bytes,
+        num_blocks=timeline.max_held,
+        host_bytes=shot.cache.host_bytes,
+        total_blocks=timeline.num_entries,
+    )
     arena_frames, num_history = budget.num_frames(shape), timeline.num_entries
+    history_bytes = num_history * shape.block_bytes
+    kept_bytes = min(history_bytes, shot.cache.disk_bytes or history_bytes)
+    calibration = choose(calibrations, shot.cache.codec) if calibrations else None
+    decoder_weights, vae_bytes = _vae(shot, dtype)
     dense_block = 2 * 2 * shot.tokens_per_block * geometry.dim * geometry.num_layers
     with torch.device("meta"):
         model = CausalWan(geometry).cast(dtype)
@@ -97,22 +133,69 @@ def plan_shot(shot: ShotConfig, dtype_name: str = "bfloat16") -> ShotPlan:
         attended_blocks=timeline.max_attended,
         bits_per_element=codec.bits_per_element,
         block_bytes=shape.block_bytes,
-        history_bytes=num_history * shape.block_bytes,
+        history_bytes=history_bytes,
         dense_history_bytes=num_history * dense_block,
         arena_bytes=arena_frames * shape.block_bytes,
         scratch_bytes=2 * scratch_tokens(shot, shot.after_blocks, dtype) * geometry.dim * dtype.itemsize,
         weights_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        vae_bytes=vae_bytes,
+        activation_bytes=round(calibration.activation_bytes * shot.tokens_per_block * geometry.dim)
+        if calibration
+        else 0,
+        host_bytes=max(
+            budget.num_host_frames(shape, disk=True) * shape.block_bytes, _files_bytes(shot.model.path / "text_encoder")
+        ),
+        disk_bytes=kept_bytes + shot.num_blocks * math.prod(shot.latent_shape) * _LATENT_BYTES,
+        seconds=shot_seconds(shot, calibration, decoder_weights) if calibration else None,
+        after=shot.after,
     )
 
 
-def plan_film(configs: Mapping[str, ShotConfig], dtype_name: str = "bfloat16") -> list[ShotPlan]:
+def _vae(shot: ShotConfig, dtype: torch.dtype) -> tuple[int | None, int]:
+    """(weights of the VAE's decoder, bytes of the VAE and its decoder's state); (None, 0) if it is not here."""
+    import torch
+    from diffusers import AutoencoderKLWan
+
+    from longtake.engine.vae import decoder_state_bytes
+
+    folder = shot.model.path / "vae"
+    if not (folder / "config.json").is_file():
+        return None, 0
+    with torch.device("meta"):
+        vae = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(folder, local_files_only=True))
+    _, _, height, width = shot.latent_shape
+    weights = sum(p.numel() for p in vae.parameters()) * dtype.itemsize
+    state = decoder_state_bytes(vae, height, width) * dtype.itemsize // torch.float32.itemsize
+    return sum(p.numel() for p in vae.decoder.parameters()), weights + state
+
+
+def _files_bytes(folder: Path) -> int:
+    """Bytes of the weights in a folder; 0 if it is not here."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def plan_film(
+    configs: Mapping[str, ShotConfig],
+    dtype_name: str = "bfloat16",
+    calibrations: Sequence[Calibration] | None = None,
+) -> list[ShotPlan]:
     """Plans of all shots, in the order of rendering."""
-    return [plan_shot(config, dtype_name) for config in configs.values()]
+    return [plan_shot(config, dtype_name, calibrations) for config in configs.values()]
 
 
-def to_json(plans: list[ShotPlan]) -> dict[str, Any]:
+def seconds_on(plans: Sequence[ShotPlan], num_gangs: int) -> float | None:
+    """Seconds until a film is rendered by so many gangs of one device; None without a benchmark."""
+    shots = [(plan.name, plan.after, plan.seconds) for plan in plans if plan.seconds is not None]
+    return film_seconds(shots, num_gangs) if len(shots) == len(plans) else None
+
+
+def to_json(plans: list[ShotPlan], num_gangs: int = 1) -> dict[str, Any]:
     """Plans as JSON-able data, with the film's totals: one shot is on a device at a time, histories add up."""
     return {
+        "num_devices": num_gangs,
+        "seconds": seconds_on(plans, num_gangs),
+        "host_bytes": max(plan.host_bytes for plan in plans) * num_gangs,
+        "disk_bytes": sum(plan.disk_bytes for plan in plans),
         "shots": [dataclasses.asdict(plan) | {"device_bytes": plan.device_bytes} for plan in plans],
         "num_frames": sum(plan.num_frames for plan in plans),
         "num_blocks": sum(plan.num_blocks for plan in plans),

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from longtake.engine.config import ModelSpec
 from longtake.engine.presets import Preset
-from longtake.jobs.plan import ShotPlan
+from longtake.jobs.plan import ShotPlan, seconds_on
 from longtake.jobs.quantities import format_bytes, format_duration
 
 PIPE_COLUMNS = 200
@@ -22,26 +22,16 @@ def print_table(table: Table) -> None:
     (console if console.is_terminal else Console(width=PIPE_COLUMNS)).print(table)
 
 
-def plan_table(plans: list[ShotPlan]) -> Table:
-    """A film's plan, a shot a row."""
+def plan_table(plans: list[ShotPlan], num_gangs: int = 1) -> Table:
+    """A film's plan, a shot a row; the film's device bytes are those of its largest shot."""
     table = Table(box=None, pad_edge=False)
     table.add_column("shot")
-    for name in (
-        "frames",
-        "time",
-        "blocks",
-        "attends",
-        "codec",
-        "device",
-        "arena",
-        "scratch",
-        "weights",
-        "history",
-        "bf16",
-    ):
+    names = ("frames", "length", "blocks", "attends", "codec", "device", "arena", "weights", "host", "disk")
+    for name in (*names, "history", "bf16", "render"):
         table.add_column(name, justify="right")
     for plan in plans:
         blocks = f"{plan.num_prefix_blocks}+{plan.num_blocks}" if plan.num_prefix_blocks else str(plan.num_blocks)
+        sizes = (plan.device_bytes, plan.arena_bytes, plan.weights_bytes, plan.host_bytes, plan.disk_bytes)
         table.add_row(
             plan.name,
             str(plan.num_frames),
@@ -49,12 +39,8 @@ def plan_table(plans: list[ShotPlan]) -> Table:
             blocks,
             str(plan.attended_blocks),
             f"{plan.codec} ({plan.bits_per_element:.2f} bit)",
-            format_bytes(plan.device_bytes),
-            format_bytes(plan.arena_bytes),
-            format_bytes(plan.scratch_bytes),
-            format_bytes(plan.weights_bytes),
-            format_bytes(plan.history_bytes),
-            format_bytes(plan.dense_history_bytes),
+            *(format_bytes(size) for size in (*sizes, plan.history_bytes, plan.dense_history_bytes)),
+            _seconds(plan.seconds),
         )
     table.add_section()
     table.add_row(
@@ -62,14 +48,23 @@ def plan_table(plans: list[ShotPlan]) -> Table:
         str(sum(plan.num_frames for plan in plans)),
         format_duration(sum(plan.num_frames / plan.fps for plan in plans)),
         str(sum(plan.num_blocks for plan in plans)),
-        "",
-        "",
+        *["", ""],
         format_bytes(max(plan.device_bytes for plan in plans)),
-        *["", "", ""],
-        format_bytes(sum(plan.history_bytes for plan in plans)),
-        format_bytes(sum(plan.dense_history_bytes for plan in plans)),
+        *["", ""],
+        format_bytes(num_gangs * max(plan.host_bytes for plan in plans)),
+        *(
+            format_bytes(sum(getattr(plan, name) for plan in plans))
+            for name in ("disk_bytes", "history_bytes", "dense_history_bytes")
+        ),
+        _seconds(seconds_on(plans, num_gangs)),
     )
     return table
+
+
+def _seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return "under 1s" if seconds < 1 else format_duration(round(seconds, 1 if seconds < 10 else 0))
 
 
 def models_table(specs: Mapping[str, ModelSpec | str]) -> Table:

@@ -16,10 +16,17 @@ SIX_SHOTS = (("a", 6, None), ("b", 4, "a"), ("c", 6, None), ("d", 3, "b"), ("e",
 
 
 def write_film(
-    path: Path, model: Path, *, scale: float = 1.0, title: str = "Six", shots: Any = SIX_SHOTS, seed: int = 3
+    path: Path,
+    model: Path,
+    *,
+    scale: float = 1.0,
+    title: str = "Six",
+    shots: Any = SIX_SHOTS,
+    seed: int = 3,
+    film: tuple[str, ...] = (),
 ) -> Path:
-    """A film of (name, seconds, after) shots, each ``scale`` times as long."""
-    lines = ["[film]", f'title = "{title}"', f'model = "{model}"', f"seed = {seed}"]
+    """A film of (name, seconds, after) shots, each ``scale`` times as long; ``film``: more lines of its table."""
+    lines = ["[film]", f'title = "{title}"', f'model = "{model}"', f"seed = {seed}", *film]
     for name, seconds, after in shots:
         lines += ["[[shot]]", f'name = "{name}"', f'duration = "{seconds * scale:g}s"', f'prompt = "shot {name}"']
         lines += [f'after = "{after}"'] if after else []

@@ -129,7 +129,7 @@ def test_wishes_and_preemption(
 def test_a_gang_of_two_shards_its_shots(following: Callable[..., Following], film_of: Callable[..., Path]) -> None:
     run = following(film_of("pair", shots=(("a", 20, None), ("b", 4, "a")), title="Pair"), sizes=(2,))
     run.wait_blocks("a", 2)
-    assert run.shot("a")["gang"].startswith("gang-cpu-2-2-")
+    assert run.shot("a")["gang"].startswith("gang-cpu-2-")
     processes("ray::RayTrainWorker", "ray::_RayTrainWorker")[-1].send_signal(signal.SIGKILL)
     run.join(150)
     assert run.code == 0, run.lines
@@ -142,7 +142,14 @@ def test_what_is_exported(following: Callable[..., Following], film_of: Callable
 
     from longtake.jobs.board import board_metrics
 
-    run = following(film_of("measured", scale=0.5, title="Measured"))
+    run = following(film_of("measured", shots=(("a", 40, None), ("b", 4, "a")), title="Measured"))
+    run.wait_blocks("a", 4)
+    assert cli.run(["pause", str(run.out)]) == 0
+    wait_for(lambda: run.shot("a")["state"] == "PAUSED")
+    shot = run.shot("a")
+    assert min(shot[f"{tier}_cache_bytes"] for tier in ("device", "host", "disk")) > 0
+    assert shot["stalled_s"] is not None
+    assert cli.run(["resume", str(run.out)]) == 0  # what it attends is read from the disk now
     run.join(120)
     assert run.code == 0
     list_nodes: Any = ray.nodes

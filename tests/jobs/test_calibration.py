@@ -1,0 +1,79 @@
+"""Time from a benchmark: the benchmark's own shot takes what it took, and other sizes what their work says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from longtake.engine.bench_rollout import RolloutBench, make_shot
+from longtake.engine.config import HistoryPolicy
+from longtake.jobs import cli
+from longtake.jobs.calibration import SHIPPED, choose, film_seconds, read_calibrations, shot_seconds
+from longtake.kernels.errors import ConfigError
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+def test_what_is_shipped_is_what_was_measured() -> None:
+    for path in SHIPPED.glob("*.json"):
+        assert path.read_bytes() == (RESULTS / path.name).read_bytes()
+
+
+def test_the_benchmarks_own_shot() -> None:
+    run = json.loads((SHIPPED / "rollout_h200.json").read_text())["results"][0]["result"]
+    known = read_calibrations(SHIPPED / "rollout_h200.json")
+    calibration = choose(known, "bf16")
+    assert "H200" in calibration.source
+    shot = make_shot(RolloutBench())
+    block = run["seconds_a_block"]["median"] + run["vae"]["seconds_a_block"]["median"]
+    assert shot_seconds(shot, calibration) == pytest.approx(shot.num_blocks * block, rel=0.02)
+    assert choose(known, "int4").codec == "int4"
+    assert choose(known, "none").codec == known[0].codec
+    assert choose(known, "int4").decode_s == calibration.decode_s > 0
+
+
+def test_more_work_takes_longer() -> None:
+    (calibration, *_) = read_calibrations(SHIPPED / "rollout_h200.json")
+    shot = dataclasses.replace(make_shot(RolloutBench()), num_frames=16 * 60)
+    base = shot_seconds(shot, calibration)
+    full = dataclasses.replace(shot, history=dataclasses.replace(shot.history, policy=HistoryPolicy.FULL))
+    assert shot_seconds(full, calibration) > 3 * base
+    wide = dataclasses.replace(shot, height=960, width=1664)
+    assert shot_seconds(wide, calibration) > 4 * base
+    assert shot_seconds(shot, calibration, decoder_weights=0) < base
+
+
+def test_shots_on_gangs_wait_for_each_other() -> None:
+    shots = [("a", None, 10.0), ("b", "a", 5.0), ("c", None, 4.0), ("d", None, 4.0)]
+    assert film_seconds(shots, 1) == 23.0
+    assert film_seconds(shots, 2) == 15.0
+    assert film_seconds(shots, 8) == 15.0
+    assert film_seconds([], 1) == 0.0
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"benchmark": "tiers"}', '{"benchmark": "rollout", "results": [{}]}'])
+def test_what_is_no_calibration(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"longtake bench rollout --json"):
+        read_calibrations(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_calibrations(tmp_path / "nowhere.json")
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    film = tmp_path / "film.toml"
+    film.write_text('[film]\nmodel = "mini"\n[[shot]]\nname = "a"\nduration = "1m"\nprompt = "p"\n')
+    assert cli.run(["plan", str(film), "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "from the rollout benchmark on" in said
+    assert cli.run(["plan", str(film), "--device", "cpu", "--gpus", "2", "--json", "-"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    (shot,) = data["shots"]
+    assert data["seconds"] == shot["seconds"] > 1
+    assert shot["vae_bytes"] > 0 and shot["disk_bytes"] > shot["history_bytes"]
+    assert data["host_bytes"] == 2 * shot["host_bytes"] > 0
+    assert cli.run(["plan", str(film), "--gpus", "0"]) == 2
