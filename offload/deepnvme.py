@@ -15,6 +15,7 @@ calls.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import importlib
 import importlib.util
@@ -35,6 +36,7 @@ from longtake.offload.files import Bytes, FileOps, make_file
 ALIGNMENT = 4096
 _BLOCK_BYTES = 1 << 20
 _QUEUE_DEPTH = 32
+_LIBAIO = "libaio.so.1"
 _PROBE_NAME = ".deepnvme"
 
 _LOG = logging.getLogger(__name__)
@@ -208,7 +210,7 @@ def load_op(build: bool) -> Callable[[], Handle] | None:
         What makes handles; None if there is no op and none is to be built.
 
     Raises:
-        ImportError, RuntimeError: it cannot be loaded or built.
+        ImportError, OSError, RuntimeError: it, or libaio, cannot be loaded or built.
     """
     found = importlib.util.find_spec("deepspeed")
     if found is None or not found.submodule_search_locations:
@@ -221,6 +223,7 @@ def load_op(build: bool) -> Callable[[], Handle] | None:
         return None
     if not installed:
         _LOG.info("disk: building DeepSpeed's async_io op unless an earlier run has; this can take minutes")
+    ctypes.CDLL(_LIBAIO, mode=ctypes.RTLD_GLOBAL)  # an op that was built for CPUs is not linked with it
     op = importlib.import_module("deepspeed.ops.op_builder").AsyncIOBuilder().load(verbose=False)
 
     def new_handle() -> Handle:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longtake.engine.config import BeatConfig, ModelConfig, ShotConfig
+from longtake.engine.config import BeatConfig, CacheConfig, Keep, ModelConfig, ShotConfig
 from longtake.engine.gang import join
 from longtake.engine.gang_failure import GangError
 from longtake.engine.gang_shot import GangRenderer, serve
@@ -40,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_random_model(tmp_path_factory.mktemp("model") / "four", transformer=FOUR_HEADS)
 
 
-def make_shot(model: Path) -> ShotConfig:
+def make_shot(model: Path, keep: Keep = Keep.ALL) -> ShotConfig:
     spec = read_spec(str(model))
     return ShotConfig(
         name="arrival",
@@ -53,11 +53,17 @@ def make_shot(model: Path) -> ShotConfig:
         beats=(BeatConfig(at_s=0, prompt="pan right"), BeatConfig(at_s=2, prompt="a boat")),
         sampler=spec.sampler,
         history=spec.history,
+        cache=CacheConfig(keep=keep),
     )
 
 
 def render(
-    rank: int, model: Path, folders: tuple[Path, ...], stop_after: tuple[int, int] | None, die: int | None
+    rank: int,
+    model: Path,
+    folders: tuple[Path, ...],
+    stop_after: tuple[int, int] | None,
+    die: int | None,
+    keep: Keep = Keep.ALL,
 ) -> dict[str, Any]:
     """One rank renders the shot in its folder.
 
@@ -80,7 +86,7 @@ def render(
         folder = folders[min(rank, len(folders) - 1)]
         blocks: list[int] = []
         result = renderer(
-            make_shot(model), folder, "cpu", stop=stop, progress=lambda report: blocks.append(report.block)
+            make_shot(model, keep), folder, "cpu", stop=stop, progress=lambda report: blocks.append(report.block)
         )
         decoders = int(renderer._decoder is not None)
         return {"finished": result.finished, "blocks": blocks, "asked": asked, "decoders": decoders}
@@ -93,8 +99,9 @@ def run(
     stop_after: tuple[int, int] | None = None,
     die: int | None = None,
     mesh: str = "",
+    keep: Keep = Keep.ALL,
 ) -> list[Any]:
-    return run_ranks(render, num_ranks, model, folders, stop_after, die, LONGTAKE_MESH=mesh)
+    return run_ranks(render, num_ranks, model, folders, stop_after, die, keep, LONGTAKE_MESH=mesh)
 
 
 def latents(folder: Path) -> Tensor:
@@ -146,6 +153,18 @@ def test_go_on_with_4_then_2_then_1_then_4(model: Path, tmp_path: Path, alone: T
         assert chunks(folder, 0, before) == kept
         kept = chunks(folder, 0, done)
         assert len(kept) == 4 * done
+    torch.testing.assert_close(latents(folder), alone, rtol=0, atol=TOLERANCE)
+
+
+def test_history_that_nothing_reads_is_deleted_by_every_rank(model: Path, tmp_path: Path, alone: Tensor) -> None:
+    folder = tmp_path / "arrival"
+    for num_ranks, done, kept_blocks in ((2, 3, {0, 1, 2}), (1, 5, {0, 3, 4}), (2, NUM_BLOCKS, set())):
+        before = committed_blocks(folder, 4) if folder.exists() else 0
+        stop_after = (num_ranks - 1, done - before) if done < NUM_BLOCKS else None
+        run(num_ranks, model, folder, stop_after=stop_after, keep=Keep.NEEDED)
+        assert committed_blocks(folder, 4) == done
+        kept = {int(path.name.split(".")[1]) for path in folder.glob("kv.zarr/*/c.*")}
+        assert kept == kept_blocks and len(list(folder.glob("kv.zarr/*/c.*"))) == 4 * len(kept)
     torch.testing.assert_close(latents(folder), alone, rtol=0, atol=TOLERANCE)
 
 
