@@ -212,6 +212,21 @@ def verify(
 
 
 @app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The --out of render or submit.")],
+    html_path: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Where to write it; default: DIR/report.html.")
+    ] = None,
+) -> None:
+    """One HTML page about a film: pictures, plots and figures of every shot; it needs no network and no other file."""
+    from longtake.jobs.report import REPORT_NAME, write_report
+
+    path = html_path or directory / REPORT_NAME
+    write_report(directory, path)
+    print(path)
+
+
+@app.command()
 def models() -> None:
     """The models that a film can name: shipped, fetched, and those that longtake pull can fetch."""
     from longtake.engine.presets import PRESETS
