@@ -104,8 +104,8 @@ def test_pictures_are_the_frames_that_they_say(tmp_path: Path) -> None:
     assert [round(picture.time_s * 8) for picture in pictures] == [0, 13, 26, 39]
     for picture in pictures:
         data = base64.b64decode(picture.data_url.split(",")[1])
-        with av.open(io.BytesIO(data), format="mjpeg") as container:
-            shown = next(container.decode(video=0)).to_ndarray(format="rgb24")
+        with av.open(io.BytesIO(data), "r", format="mjpeg") as container:
+            (shown,) = (frame.to_ndarray(format="rgb24") for frame in container.decode(video=0))
         assert abs(float(shown.mean()) - float(frames[round(picture.time_s * 8)].mean())) < 3
     assert len(shot_pictures(folder, 100)) == 40
     assert shot_pictures(tmp_path / "nowhere", 4) == []
