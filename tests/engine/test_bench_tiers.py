@@ -1,0 +1,58 @@
+"""``longtake bench tiers`` on a CPU: every part runs and says what it is meant to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from longtake.engine import bench_tiers
+from longtake.engine.bench_tiers import TiersBench, run_tiers
+from longtake.jobs import cli
+from longtake.kernels.codec import BlockGeometry, make_codec
+from longtake.offload.chunkfiles import DiskIO
+from longtake.offload.shape import ModelKVShape
+
+SMALL = TiersBench(
+    geometry="small", device="cpu", window_blocks=8, blocks=2, ways=(DiskIO.SYSTEM,), disk_blocks=3, passes=2, minutes=1
+)
+
+
+@pytest.fixture(autouse=True)
+def small_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = make_codec("int4", BlockGeometry(num_tokens=64, head_dim=64))
+    shape = ModelKVShape(num_layers=3, num_heads=2, codec=codec)
+    monkeypatch.setattr(bench_tiers, "disk_shape", lambda codec: shape)
+
+
+def test_every_part(tmp_path: Path) -> None:
+    found = run_tiers(SMALL, tmp_path)
+    streaming, shape = found["streaming"], bench_tiers.Stage(SMALL).shape
+    passes = 5  # four steps and the commit
+    assert streaming["attended_bytes"] == 8 * shape.block_bytes
+    assert streaming["resident"]["up_bytes_a_block"] == 0
+    assert streaming["resident"]["memory_bytes"]["device_arena"] == 9 * shape.block_bytes
+    assert streaming["host"]["memory_bytes"]["device_arena"] == 3 * shape.block_bytes
+    moved = streaming["host"]["up_bytes_a_block"]
+    assert 6 * passes * shape.block_bytes <= moved <= (8 * passes + 4) * shape.block_bytes
+    for name in ("system",):
+        disk = found["disk"][name]
+        assert disk["used"] == name and all(
+            disk[figure]["median"] > 0
+            for figure in ("write_MB_s", "read_MB_s", "spill_MB_s", "prefetch_MB_s", "spill_to_own_write_speed")
+        )
+    persistence, resume = found["persistence"], found["resume"]
+    assert persistence["lag_s"]["median"] > 0 and persistence["with_to_without"]["samples"] == 2
+    assert resume["run_blocks"] == 80 and resume["history_read_bytes"] == 8 * shape.block_bytes
+    assert 0 < resume["journal_s"]["median"] < resume["first_block_s"]["median"]
+    assert not [path for path in tmp_path.iterdir() if path.name not in ("kept", "resumed")]
+
+
+def test_command_line(tmp_path: Path) -> None:
+    arguments = ["bench", "tiers", "--json", str(tmp_path / "tiers.json"), "--parts", "disk", "--disk-io", "system"]
+    arguments += ["--work", str(tmp_path), "--disk-blocks", "2", "--passes", "1", "--device", "cpu"]
+    assert cli.run(arguments) == 0
+    written = json.loads((tmp_path / "tiers.json").read_text())
+    assert "fsynced" in written["config"]["protocol"] and written["results"]["disk"]["num_blocks"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["tiers.json"]
