@@ -117,14 +117,16 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
     return 10 * torch.log10(255.0**2 / error)
 
 
-def make_shot(models: Models, seed: int, script: Script, case: Case, num_blocks: int, after: bool) -> ShotConfig:
-    """A shot of ``num_blocks`` blocks under one prompt."""
+def make_shot(
+    models: Models, seed: int, script: Script, case: Case, num_blocks: int, num_prefix: int = 0
+) -> ShotConfig:
+    """A shot of ``num_blocks`` blocks under one prompt, behind ``num_prefix`` blocks that are given."""
     spec = models.spec
     latents = num_blocks * spec.block_frames
     return ShotConfig(
         name=f"world-{seed}",
         model=spec,
-        num_frames=latents * spec.temporal_stride if after else 1 + (latents - 1) * spec.temporal_stride,
+        num_frames=latents * spec.temporal_stride if num_prefix else 1 + (latents - 1) * spec.temporal_stride,
         fps=spec.fps,
         height=spec.height,
         width=spec.width,
@@ -133,8 +135,8 @@ def make_shot(models: Models, seed: int, script: Script, case: Case, num_blocks:
         sampler=spec.sampler,
         history=case.history,
         cache=CacheConfig(codec=case.codec),
-        after="truth" if after else None,
-        after_blocks=0,
+        after="truth" if num_prefix else None,
+        after_blocks=num_prefix,
     )
 
 
@@ -158,7 +160,7 @@ def return_visit(models: Models, seed: int, pan_px: int, cases: tuple[Case, ...]
     context = [models.transformer.text_context(models.text.encode(script[0].prompt)[None].to(device))]
     results = {}
     for case in cases:
-        shot = make_shot(models, seed, script, case, blocks, after=True)
+        shot = make_shot(models, seed, script, case, blocks, history_blocks)
         rollout = Rollout(shot, models.transformer, context, open_cache(shot, device, history_blocks), prefix)
         clean = [rollout.step() for _ in range(rollout.total_blocks)][history_blocks:]
         results[case.name] = _decoded_psnr(models, past, torch.cat(clean, dim=1), target)
@@ -178,7 +180,7 @@ def own_film(models: Models, seed: int, pan_px: int, case: Case, seconds: float)
     spec = models.spec
     script = plain_script(seed, pan_px)
     num_blocks = round(seconds * spec.fps / (spec.block_frames * spec.temporal_stride))
-    shot = make_shot(models, seed, script, case, num_blocks, after=False)
+    shot = make_shot(models, seed, script, case, num_blocks)
     context = [models.transformer.text_context(models.text.encode(script[0].prompt)[None].to(models.device))]
     rollout = Rollout(shot, models.transformer, context, open_cache(shot, models.device))
     decoder = StreamingDecoder(models.vae)

@@ -1,4 +1,4 @@
-"""Figures of the kernels on one device: `python -m longtake.kernels.bench --json FILE`.
+"""Figures of the kernels on one device: `longtake bench attention --json FILE`.
 
 For each number of history blocks and each kind of input: attention by cuDNN over dense bfloat16 keys and values, and,
 for each codec, encoding of one block, materialise, materialise + attend (and its ratio to dense attention), the same in
@@ -256,9 +256,9 @@ def line(kind: str, rows: int, name: str, result: dict[str, Any]) -> str:
     )
 
 
-def main() -> int:
-    """Measure, print a line for each codec, write JSON."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print a line for each codec, write JSON; arguments are the command line's by default."""
+    parser = argparse.ArgumentParser(prog="longtake bench attention", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, required=True, help="where the figures go")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
@@ -272,7 +272,7 @@ def main() -> int:
     parser.add_argument("--commit", default="", help="recorded when this is no git checkout")
     for name, value in (("frames", 3), ("height", 30), ("width", 52), ("heads", 12), ("dim", 128)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     clock = Clock(torch.device(args.device), args.repeats)
     report: dict[str, Any] = {
         "benchmark": "kernels",
