@@ -81,6 +81,39 @@ def test_rollout_with_slow_compute(cache: KVCache, wanted_BLHP: torch.Tensor) ->
 
 
 @torch.inference_mode()
+def test_rollout_on_a_stream_of_its_own(cache: KVCache, wanted_BLHP: torch.Tensor) -> None:
+    """The stream that prepares and commits need not be the default one, which is idle meanwhile."""
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    longest = 4 if cache.budget.host_bytes == 3 * B else NUM_BLOCKS
+    torch.cuda.current_stream().synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for block in range(NUM_BLOCKS):
+            plan = range(max(0, block - longest), block)
+            with cache.prepare(plan) as reading:
+                for layer in range(SHAPE.num_layers):
+                    count_wrong(reading, layer, plan, wanted_BLHP, wrong)
+                commit_late(cache, block, wanted_BLHP)
+        cache.flush()
+        assert int(wrong) == 0
+
+
+@torch.inference_mode()
+def test_without_fences_these_tests_fail(monkeypatch: pytest.MonkeyPatch, wanted_BLHP: torch.Tensor) -> None:
+    """What they would show if a stream did not wait for another."""
+    monkeypatch.setattr("longtake.offload.lanes._EventFence.wait", lambda self: None)
+    budget = CacheBudget(device_bytes=5 * B, host_bytes=14 * B)
+    cache = KVCache(shape=SHAPE, device="cuda", budget=budget)
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    for block in range(NUM_BLOCKS):
+        with cache.prepare(range(block)) as reading:
+            for layer in range(SHAPE.num_layers):
+                count_wrong(reading, layer, range(block), wanted_BLHP, wrong)
+            commit_late(cache, block, wanted_BLHP)
+    assert int(wrong) > 0
+    cache.close()
+
+
+@torch.inference_mode()
 def test_random_plans_with_slow_compute(cache: KVCache, wanted_BLHP: torch.Tensor) -> None:
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
     chooser = random.Random(5)
