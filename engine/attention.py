@@ -9,7 +9,7 @@ Shape legend: B batch (1), T tokens of a block, H heads, D head dim, N history b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -76,6 +76,7 @@ class HistoryAttention:
         self._timer = timer
         self._tokens = codec.geometry.num_tokens
         self._commit: Commit | None = None
+        self._summarise: Callable[[Tensor], None] | None = None
 
         def table(starts: Sequence[float]) -> Rotary:
             frames = [start + frame for start in starts for frame in range(block_frames)]
@@ -88,9 +89,14 @@ class HistoryAttention:
             for first in range(0, len(plan.starts), per_chunk)
         ]
 
-    def committing(self, commit: Commit) -> HistoryAttention:
-        """The same attention for the commit pass: each layer's K and V are encoded into ``commit``'s pages."""
-        self._commit = commit
+    def committing(self, commit: Commit, summarise: Callable[[Tensor], None] | None = None) -> HistoryAttention:
+        """The same attention for the commit pass: each layer's K and V are encoded into ``commit``'s pages.
+
+        Args:
+            commit: to be filled.
+            summarise: given the first layer's keys [T, H, D].
+        """
+        self._commit, self._summarise = commit, summarise
         return self
 
     def __call__(self, layer: int, q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor:
@@ -101,6 +107,8 @@ class HistoryAttention:
             with timer("encode"):
                 page_HP, block = self._commit.page(layer), self._commit.block
                 self._codec.encode(k_THD, v_THD, page_HP, block=block, layer=layer, first_head=self._first_head)
+            if layer == 0 and self._summarise is not None:
+                self._summarise(k_THD)
         with timer("rotary"):
             path.begin(q_THD, k_THD, v_THD, self._own_rotary)
         out_HTD = lse_HT = None

@@ -129,6 +129,7 @@ class HistoryPolicy(enum.StrEnum):
 
     FULL = "full"
     WINDOW = "window"
+    RETRIEVE = "retrieve"
 
 
 class Positions(enum.StrEnum):
@@ -161,7 +162,8 @@ class Switch(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HistoryConfig:
-    """History policy; ``sink_blocks`` and ``recent_blocks`` count what a window keeps besides the block itself.
+    """History policy; ``sink_blocks`` and ``recent_blocks`` count what a window keeps besides the block itself,
+    ``retrieved_blocks`` what is brought back from between them.
 
     ``trained_frames`` is the range of positions that the model was trained on, ``jitter`` the most latent frames by
     which a history block's position is moved, differently for every reader.
@@ -170,6 +172,7 @@ class HistoryConfig:
     policy: HistoryPolicy = HistoryPolicy.WINDOW
     sink_blocks: int = 1
     recent_blocks: int = 6
+    retrieved_blocks: int = 0
     positions: Positions = Positions.RELATIVE
     trained_frames: int = 21
     jitter: float = 0.0

@@ -31,13 +31,38 @@ class Plan:
     own_blocks: int = 1
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidates:
+    """What one block may bring back.
+
+    Args:
+        time: the block's number in time.
+        first: of the scene: nothing before it is compared.
+        times: that may be chosen, consecutive.
+        entries: of the cache, the newest of each block from ``first`` to ``time - 1``.
+    """
+
+    time: int
+    first: int
+    times: range
+    entries: Sequence[int]
+
+
 def attended(config: HistoryConfig, block: int) -> tuple[int, ...]:
-    """History blocks that ``block`` attends, ascending."""
+    """History blocks that ``block`` attends whatever it shows, ascending."""
     if config.policy is HistoryPolicy.FULL:
         return tuple(range(block))
     sinks = range(min(config.sink_blocks, block))
     recent = range(max(len(sinks), block - config.recent_blocks), block)
     return (*sinks, *recent)
+
+
+def retrievable(config: HistoryConfig, block: int, first: int = 0) -> range:
+    """History blocks of which ``block`` may bring some back; none is before ``first``."""
+    if config.policy is not HistoryPolicy.RETRIEVE:
+        return range(0)
+    first = max(first, config.sink_blocks)
+    return range(first, max(first, block - config.recent_blocks))
 
 
 def plan(config: HistoryConfig, block: int, block_frames: int) -> Plan:
@@ -111,19 +136,7 @@ def _jitter(time: int, other: int) -> float:
     return int.from_bytes(digest, "little") / 2**63 - 1.0
 
 
-def needed_later(config: HistoryConfig, block: int, num_blocks: int) -> tuple[int, ...]:
-    """History blocks that ``block`` or any later one of the shot may read; all others can leave fast memory.
-
-    Args:
-        config: the policy.
-        block: the next block to be rendered.
-        num_blocks: blocks of the shot.
-    """
-    if block >= num_blocks:
-        return ()
-    return attended(config, block)
-
-
 def max_attended(config: HistoryConfig, num_blocks: int) -> int:
     """The most history blocks that any block of a shot attends at once."""
-    return max((len(attended(config, block)) for block in (num_blocks - 1,)), default=0)
+    last = num_blocks - 1
+    return len(attended(config, last)) + min(config.retrieved_blocks, len(retrievable(config, last)))

@@ -302,6 +302,10 @@ class CausalWan(nn.Module):
         """The heads that ``attend`` is given; all of them unless the model is sharded."""
         return range(self.config.num_heads)
 
+    def sum_ranks(self, x: Tensor) -> Tensor:
+        """The sum of what each rank computed from its heads, the same on all; ``x`` unless the model is sharded."""
+        return x
+
     def take_share(self, x_BTM: Tensor, num_frames: int) -> Tensor:
         """The tokens that this process computes outside attention; all of them unless the model is sharded."""
         return x_BTM

@@ -15,19 +15,20 @@ import torch
 from torch import Tensor
 
 from longtake.engine.attention import HistoryAttention
-from longtake.engine.config import Loop, Precision, ShotConfig
+from longtake.engine.config import HistoryPolicy, Keep, Loop, Precision, ShotConfig
 from longtake.engine.fp8_linear import is_fp8
 from longtake.engine.history import Plan
 from longtake.engine.model import CausalWan, TextContext
 from longtake.engine.noise import block_noise
 from longtake.engine.prompts import Prompts
+from longtake.engine.retrieval import Retrieval
 from longtake.engine.rolling import RollingWindow, WindowStore
 from longtake.engine.sampler import denoise, shifted_sigmas
 from longtake.engine.timeline import Entry, Kind, Timeline
 from longtake.engine.timing import NO_TIMER, StageTimer
 from longtake.kernels.attention_path import make_path
 from longtake.kernels.codec import BlockGeometry, Codec, make_codec
-from longtake.kernels.errors import ConfigError, StorageError
+from longtake.kernels.errors import CapacityError, ConfigError, StorageError
 from longtake.offload.cache import CacheBudget, KVCache
 from longtake.offload.run import RunDirectory
 from longtake.offload.shape import ModelKVShape
@@ -107,6 +108,7 @@ class Rollout:
             self.dtype,
             self.device,
         )
+        self._retrieval = Retrieval(shot, model, self.timeline, cache)
         self._rolling: RollingWindow | None = None
         if shot.sampler.loop is Loop.ROLLING:
             sigmas = shifted_sigmas(shot.sampler)
@@ -124,6 +126,11 @@ class Rollout:
         """Blocks of the whole rollout, prefix included."""
         return len(self.prefix.latents) + self.shot.num_blocks
 
+    @property
+    def retrieved(self) -> tuple[int, ...]:
+        """What came back for the last block, as numbers in time: the prefix first."""
+        return self._retrieval.last
+
     @torch.inference_mode()
     def step(self) -> Tensor:
         """Render and commit the next block (or commit the next one of the prefix).
@@ -139,10 +146,10 @@ class Rollout:
             clean = self._commit(entry, self._clean(entry.time))
         elif self._rolling is not None:
             clean = self._commit(entry, self._rolling.finish(entry.step))
-        elif self.timeline.read_plan(entry) == self.timeline.write_plan(entry):
+        elif self._read_plan(entry) == self._write_plan(entry):
             clean = self._commit(entry, partial(self._denoise, entry))
         else:
-            with self._reading(entry, self.timeline.read_plan(entry)) as attention:
+            with self._reading(entry, self._read_plan(entry)) as attention:
                 clean = self._denoise(entry, attention)
             self._commit(entry, clean)
         self._remember(entry.time, clean)
@@ -154,8 +161,15 @@ class Rollout:
             "weights": sum(p.numel() * p.element_size() for p in self.model.parameters()),
             "scratch": self.path.num_bytes,
             "text_context": self.prompts.num_bytes,
+            "retrieval_summaries": self._retrieval.num_bytes,
             **self.cache.memory(),
         }
+
+    def _read_plan(self, entry: Entry) -> Plan:
+        return self.timeline.read_plan(entry, self._retrieval.chosen(entry))
+
+    def _write_plan(self, entry: Entry) -> Plan:
+        return self.timeline.write_plan(entry, self._retrieval.chosen(entry))
 
     @contextmanager
     def _reading(self, entry: Entry, plan: Plan) -> Iterator[HistoryAttention]:
@@ -163,7 +177,7 @@ class Rollout:
         with self._stages("prepare"):
             prepared = self.cache.prepare(plan.blocks)
         with prepared as reading:
-            self.cache.schedule(self.timeline.coming(entry.index + 1, _PLANS_AHEAD))
+            self.cache.schedule(self.timeline.coming(entry.index + 1, _PLANS_AHEAD, self._retrieval.expected))
             yield HistoryAttention(
                 plan,
                 reading,
@@ -178,17 +192,19 @@ class Rollout:
 
     def _commit(self, entry: Entry, clean: Tensor | Callable[[HistoryAttention], Tensor]) -> Tensor:
         """One clean pass whose keys and values are kept; ``clean`` may still be to be denoised under the same plan."""
-        with self._reading(entry, self.timeline.write_plan(entry)) as attention:
+        with self._reading(entry, self._write_plan(entry)) as attention:
             latents = clean if isinstance(clean, Tensor) else clean(attention)
             commit = self.cache.begin_commit(entry.index)
             try:
                 context = self.prompts.context(entry.step)
+                committing = attention.committing(commit, self._retrieval.keeper(commit))
                 with self._stages("commit"):
-                    self._run(latents, self.shot.sampler.context_timestep, context, attention.committing(commit))
+                    self._run(latents, self.shot.sampler.context_timestep, context, committing)
             except BaseException:
                 commit.abort()
                 raise
             commit.complete()
+        self._retrieval.look_ahead(entry.index + 1)
         self.cache.retain(self.timeline.needed_later(entry.index + 1))
         return latents
 
@@ -308,7 +324,7 @@ def open_cache(
         heads: of the model that this process keeps; None: all.
 
     Raises:
-        CapacityError: a budget is too small for the history that the shot attends.
+        CapacityError: a budget is too small for the history that the shot attends, or must keep to bring it back.
     """
     timeline = Timeline(shot, num_prefix)
     shape = kv_shape(shot, heads)
@@ -316,14 +332,38 @@ def open_cache(
     def own_part(num_bytes: int | None) -> int | None:
         return None if num_bytes is None else num_bytes * shape.num_heads // shape.model_heads
 
+    on_device_only = run is None and shot.cache.host_bytes is None
     budget = CacheBudget(
         device_bytes=shot.cache.device_bytes,
-        num_blocks=timeline.max_held,
+        num_blocks=timeline.max_kept if on_device_only else timeline.max_held,
         host_bytes=own_part(shot.cache.host_bytes),
         disk_bytes=own_part(shot.cache.disk_bytes),
         total_blocks=timeline.num_entries,
     )
+    if shot.history.policy is HistoryPolicy.RETRIEVE:
+        check_room(shot, timeline, shape, budget, disk=run is not None)
     return KVCache(shape=shape, device=device, budget=budget, run=run)
+
+
+def check_room(shot: ShotConfig, timeline: Timeline, shape: ModelKVShape, budget: CacheBudget, *, disk: bool) -> None:
+    """That the lowest tier keeps the whole history, any block of which may be brought back.
+
+    Raises:
+        CapacityError: it does not; names the bytes that do.
+    """
+    needed = timeline.num_entries if disk and shot.cache.keep is Keep.ALL else timeline.max_kept + 1
+    if disk:
+        tier, fitting = "disk", needed if budget.disk_bytes is None else budget.disk_bytes // shape.block_bytes
+    elif budget.host_bytes is not None:
+        tier, fitting = "host", budget.num_host_frames(shape, disk=False)
+    else:
+        tier, fitting = "device", budget.num_frames(shape)
+    if fitting < needed:
+        raise CapacityError(
+            f'shot {shot.name!r}: with policy = "retrieve" any of {needed} blocks may be read again, and a {tier} '
+            f"budget that holds {fitting} is all there is to keep them; give the {tier} "
+            f"{needed * shape.block_bytes:,} bytes for the {shape.num_heads} heads kept here"
+        )
 
 
 def scratch_tokens(shot: ShotConfig, num_prefix: int, dtype: torch.dtype, num_heads: int | None = None) -> int:

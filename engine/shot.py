@@ -264,6 +264,7 @@ class _Run:
             "stages_s": {stage: round(seconds, 4) for stage, seconds in self._clock.seconds().items()},
             "memory": self._memory(),
             "tiers": {name: dataclasses.asdict(tier) for name, tier in self._rollout.cache.tiers().items()},
+            "retrieved": self._rollout.retrieved,
             "durable_blocks": self._rollout.cache.durable_blocks,
             **dataclasses.asdict(self._rollout.cache.stats()),
         }

@@ -19,6 +19,7 @@ Shape legend: B batch (1), t tokens of this rank outside the projections, T toke
 from __future__ import annotations
 
 import re
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -192,6 +193,10 @@ class ShardedWan(CausalWan):
     @property
     def heads(self) -> range:
         return self.mesh.heads(self.config.num_heads)
+
+    def sum_ranks(self, x: Tensor) -> Tensor:
+        parts = self.mesh.tp.all_gather(self.mesh.sp.all_gather(x.contiguous()[None]))
+        return reduce(torch.add, parts.unbind(0))  # in order of rank, so that ranks agree bit for bit
 
     def own_part(self, name: str, tensor: Tensor) -> Tensor:
         """This rank's slice of a tensor of the whole model, by its name; a view where the slice is contiguous."""

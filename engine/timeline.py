@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import enum
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeAlias
 
 from longtake.engine import history
-from longtake.engine.config import HistoryPolicy, Loop, ShotConfig, Switch, WriteBack
-from longtake.engine.history import Plan
+from longtake.engine.config import HistoryPolicy, Loop, Positions, ShotConfig, Switch, WriteBack
+from longtake.engine.history import Candidates, Plan
 from longtake.kernels.errors import ConfigError
 
 _KEPT_PLANS = 32
@@ -48,6 +49,10 @@ class Entry:
     kind: Kind
     time: int
     step: int
+
+
+# Blocks in time that an entry, whose turn has not come, is likely to bring back.
+Expected: TypeAlias = Callable[[Entry], tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,43 +119,62 @@ class Timeline:
         """Entries that need no latents but those of the prefix and the shot's first ``num_blocks`` blocks."""
         return self.num_entries if num_blocks >= self._shot.num_blocks else self.index_of(num_blocks)
 
-    def read_plan(self, entry: Entry) -> Plan:
-        """What the denoising steps of a RENDER entry attend."""
+    def retrievable(self, entry: Entry) -> range:
+        """Blocks in time of which an entry may bring some back; those of a cut or flushed scene stay away."""
+        if entry.kind is Kind.REPLAY:
+            return range(0)
+        return history.retrievable(self._history, entry.time, self._floor(entry.step))
+
+    def candidates(self, entry: Entry) -> Candidates:
+        """The same, with what they are compared with."""
+        first, times = self._floor(entry.step), range(self._floor(entry.step), entry.time)
+        entries: Sequence[int] = times
+        if self._replays:
+            entries = tuple(self._newest(time, entry.step) for time in times)
+        return Candidates(time=entry.time, first=first, times=self.retrievable(entry), entries=entries)
+
+    def read_plan(self, entry: Entry, retrieved: tuple[int, ...] = ()) -> Plan:
+        """What the denoising steps of a RENDER entry attend; ``retrieved`` are the blocks in time brought back."""
         own = 1
         if self._rolling:
             own = min(len(self._shot.sampler.timesteps), self._shot.num_blocks - entry.step)
-        return self._plan(entry, entry.step - 1 if self._rebuild else entry.step, own_blocks=own)
+        versions = entry.step - 1 if self._rebuild else entry.step
+        return self._plan(entry, versions, own_blocks=own, retrieved=retrieved)
 
     def window_plan(self, entry: Entry, own_blocks: int) -> Plan:
         """As :meth:`read_plan`, for so many blocks together."""
         return self._plan(entry, entry.step, own_blocks=own_blocks)
 
-    def write_plan(self, entry: Entry) -> Plan:
+    def write_plan(self, entry: Entry, retrieved: tuple[int, ...] = ()) -> Plan:
         """What the pass attends that commits an entry; one committed anew sees only such and the sinks."""
         first = 0
         if self._rebuild:
             first = entry.step + self._prefix - self._history.recent_blocks + 1
         elif entry.kind is Kind.REPLAY:
             first = next(replays.first for replays in self._replays if replays.step == entry.step)
-        return self._plan(entry, entry.step, first=first)
+        return self._plan(entry, entry.step, first=first, retrieved=retrieved)
 
-    def reads(self, index: int) -> list[tuple[int, ...]]:
-        """Every list of entries that is read for one entry, in order."""
+    def reads(self, index: int, expected: Expected = lambda entry: ()) -> list[tuple[int, ...]]:
+        """Every list of entries that is read for one entry, in order; ``expected`` guesses what it brings back."""
         entry = self.entry(index)
-        plans = [self.write_plan(entry)]
+        retrieved = expected(entry)
+        plans = [self.write_plan(entry, retrieved)]
         if entry.kind is Kind.RENDER:
-            plans.insert(0, self.read_plan(entry))
+            plans.insert(0, self.read_plan(entry, retrieved))
         return list(dict.fromkeys(plan.blocks for plan in plans))
 
-    def coming(self, index: int, count: int) -> list[tuple[int, ...]]:
-        """What the next ``count`` commits will read, from ``index`` on."""
-        return [blocks for i in range(index, min(index + count, self.num_entries)) for blocks in self.reads(i)]
+    def coming(self, index: int, count: int, expected: Expected = lambda entry: ()) -> list[tuple[int, ...]]:
+        """What the next ``count`` commits will read, from ``index`` on, as far as that is known; see :meth:`reads`."""
+        last = min(index + count, self.num_entries)
+        return [blocks for i in range(index, last) for blocks in self.reads(i, expected)]
 
     def needed_later(self, index: int) -> tuple[int, ...]:
         """Entries that entry ``index`` or any later one may read; all others can leave fast memory."""
         needed: set[int] = set()
         for last in self._until_second_render(index):
             needed.update(*self.reads(last))
+        if self._history.policy is HistoryPolicy.RETRIEVE and index < self.num_entries:
+            needed.update(self.candidates(self.entry(index)).entries)
         return tuple(sorted(other for other in needed if other < index))
 
     @property
@@ -163,6 +187,14 @@ class Timeline:
         """The most entries that must be in reach while one is being committed, that one apart."""
         old_and_new = 2 * self._history.recent_blocks - 1 if self._rebuild else 0
         return min(max(self.max_attended, old_and_new), self.num_entries)
+
+    @property
+    def max_kept(self) -> int:
+        """The most entries that must be kept somewhere while one is being committed, that one apart."""
+        if self._history.policy is not HistoryPolicy.RETRIEVE:
+            return self.max_held
+        ends = [self.index_of(step) for step, _ in self._floors]  # of scenes, which only grow
+        return max(len(self.needed_later(end - 1)) for end in (*ends, self.num_entries))
 
     @property
     def max_own_blocks(self) -> int:
@@ -208,11 +240,19 @@ class Timeline:
         cuts = [self._prefix + at for at, kind in self._floors if at <= step and kind is Switch.CUT]
         return cuts[-1] if cuts else None
 
-    def _plan(self, entry: Entry, versions: int, *, own_blocks: int = 1, first: int = 0) -> Plan:
+    def _plan(
+        self,
+        entry: Entry,
+        versions: int,
+        *,
+        own_blocks: int = 1,
+        first: int = 0,
+        retrieved: tuple[int, ...] = (),
+    ) -> Plan:
         """As :meth:`_make_plan`; the last few are kept, as each is asked for several times around its entry."""
-        return self._made(entry, versions, own_blocks, first)
+        return self._made(entry, versions, own_blocks, first, retrieved)
 
-    def _make_plan(self, entry: Entry, versions: int, own_blocks: int, first: int) -> Plan:
+    def _make_plan(self, entry: Entry, versions: int, own_blocks: int, first: int, retrieved: tuple[int, ...]) -> Plan:
         """Plan over the entries that are the newest of their blocks once those of step ``versions`` are committed."""
         config, time = self._history, entry.time
         wanted = history.attended(config, time)
@@ -221,6 +261,8 @@ class Timeline:
             if own_blocks > 1:
                 floor = max(floor, time - config.recent_blocks + own_blocks - 1)
             wanted = tuple(other for other in wanted if other < sinks or other >= floor)
+        if retrieved:
+            wanted = tuple(sorted({*wanted, *retrieved}))
         cut = self._cut(entry.step)
         start, starts = history.place(config, time, wanted, self._frames, own_blocks=own_blocks, cut=cut)
         blocks = tuple(self._newest(other, versions) for other in wanted) if self._replays else wanted
@@ -250,6 +292,14 @@ def _check(shot: ShotConfig) -> None:
         raise ConfigError(f'shot {shot.name!r}: a rolling window needs policy = "window"')
     if rolling and (shot.begins_with_picture or shot.guide is not None):
         raise ConfigError(f"shot {shot.name!r}: a rolling window starts from noise, not from a picture or a video")
+    retrieve = shot.history.policy is HistoryPolicy.RETRIEVE
+    if retrieve and shot.history.positions is Positions.ABSOLUTE:
+        raise ConfigError(
+            f'shot {shot.name!r}: with policy = "retrieve" old blocks must come near, which positions = "absolute" '
+            'does not let them; use "bounded" or "relative"'
+        )
+    if retrieve != bool(shot.history.retrieved_blocks):
+        raise ConfigError(f'shot {shot.name!r}: retrieved_blocks goes with policy = "retrieve", from 1 block on')
     for beat in shot.beats[1:]:
         if beat.switch is Switch.RECACHE and (rolling or rebuild):
             raise ConfigError(

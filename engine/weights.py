@@ -114,6 +114,7 @@ def _history(history: dict[str, Any]) -> HistoryConfig:
         policy=HistoryPolicy(history.get("policy", "window")),
         sink_blocks=history.get("sink_blocks", 1),
         recent_blocks=history.get("recent_blocks", 6),
+        retrieved_blocks=history.get("retrieved_blocks", 0),
         positions=Positions(history.get("positions", "relative")),
         trained_frames=history.get("trained_frames", 21),
         jitter=history.get("jitter", 0.0),

@@ -34,7 +34,7 @@ _FILM_KEYS = ("title", "cluster", *_SHARED_KEYS)
 _START_KEYS = ("image", "clip", "video")
 _SHOT_KEYS = ("name", "duration", "prompt", "beat", "after", "after_blocks", *_START_KEYS, "strength", *_SHARED_KEYS)
 _BEAT_KEYS = ("at", "prompt", "switch", "transition")
-_HISTORY_KEYS = ("policy", "sink_blocks", "recent_blocks", "top_k", "positions", "jitter")
+_HISTORY_KEYS = ("policy", "sink_blocks", "recent_blocks", "retrieved_blocks", "positions", "jitter")
 _BUDGETS = ("device", "host", "disk")
 KEEPS = ("all", "needed")
 DISK_IO = ("auto", "system", "deepnvme")
@@ -49,7 +49,7 @@ class History:
     policy: str | None = None
     sink_blocks: int | None = None
     recent_blocks: int | None = None
-    top_k: int | None = None
+    retrieved_blocks: int | None = None
     positions: str | None = None
     jitter: float | None = None
 
@@ -325,14 +325,14 @@ def _read_history(parent: Table, defaults: History) -> History:
         "policy": table.choice("policy", POLICIES),
         "sink_blocks": table.integer("sink_blocks", minimum=0, maximum=10**6, example="1"),
         "recent_blocks": table.integer("recent_blocks", minimum=1, maximum=10**6, example="6"),
-        "top_k": table.integer("top_k", minimum=1, maximum=10**6, example="4"),
+        "retrieved_blocks": table.integer("retrieved_blocks", minimum=1, maximum=10**6, example="4"),
         "positions": table.choice("positions", POSITIONS),
         "jitter": table.number("jitter", above=None, most=8, example="0.5"),
     }
     merged = dataclasses.replace(defaults, **{key: value for key, value in own.items() if value is not None})
     meaningless: dict[str | None, tuple[str, ...]] = {
-        "full": ("sink_blocks", "recent_blocks", "top_k"),
-        "window": ("top_k",),
+        "full": ("sink_blocks", "recent_blocks", "retrieved_blocks"),
+        "window": ("retrieved_blocks",),
     }
     unused = meaningless.get(merged.policy, ())
     for key in unused:

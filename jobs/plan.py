@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longtake.engine.config import Precision, ShotConfig
+from longtake.engine.config import HistoryPolicy, Precision, ShotConfig
 from longtake.jobs.calibration import Calibration, choose, film_seconds, shot_seconds
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class ShotPlan:
         arena_bytes: device arena: attended blocks and the one being committed, or the film's device budget.
         scratch_bytes: dense K and V of one layer's chunk of history.
         weights_bytes: the transformer's.
+        summary_bytes: what retrieval remembers of every block.
         vae_bytes: the VAE's weights and its decoder's state; 0 where the model's folder is not here.
         activation_bytes: what else the allocator held in the benchmark, by tokens and width; 0 without one.
         host_bytes: the host tier, or the text encoder while prompts are encoded before, whichever is larger.
@@ -62,6 +63,7 @@ class ShotPlan:
     arena_bytes: int
     scratch_bytes: int
     weights_bytes: int
+    summary_bytes: int
     vae_bytes: int
     activation_bytes: int
     host_bytes: int
@@ -72,7 +74,7 @@ class ShotPlan:
     @property
     def device_bytes(self) -> int:
         """Device memory as far as it is known before rendering."""
-        named = self.arena_bytes + self.scratch_bytes + self.weights_bytes
+        named = self.arena_bytes + self.scratch_bytes + self.weights_bytes + self.summary_bytes
         return named + self.vae_bytes + self.activation_bytes
 
 
@@ -87,13 +89,14 @@ def plan_shot(
         calibrations: of the hardware that is to render it.
 
     Raises:
-        CapacityError: the device budget does not hold a block.
+        CapacityError: the device budget does not hold a block, or the disk's not what retrieval must keep.
     """
     import torch
 
     from longtake.engine.fp8_linear import quantise_linears
     from longtake.engine.model import CausalWan
-    from longtake.engine.rollout import scratch_tokens, shot_codec
+    from longtake.engine.retrieval import summary_bytes
+    from longtake.engine.rollout import check_room, scratch_tokens, shot_codec
     from longtake.engine.timeline import Timeline
     from longtake.offload.cache import CacheBudget
     from longtake.offload.shape import ModelKVShape
@@ -107,8 +110,12 @@ def plan_shot(
         device_bytes=shot.cache.device_bytes,
         num_blocks=timeline.max_held,
         host_bytes=shot.cache.host_bytes,
+        disk_bytes=shot.cache.disk_bytes,
         total_blocks=timeline.num_entries,
     )
+    retrieve = shot.history.policy is HistoryPolicy.RETRIEVE
+    if retrieve:
+        check_room(shot, timeline, shape, budget, disk=True)
     arena_frames, num_history = budget.num_frames(shape), timeline.num_entries
     history_bytes = num_history * shape.block_bytes
     kept_bytes = min(history_bytes, shot.cache.disk_bytes or history_bytes)
@@ -138,6 +145,7 @@ def plan_shot(
         arena_bytes=arena_frames * shape.block_bytes,
         scratch_bytes=2 * scratch_tokens(shot, shot.after_blocks, dtype) * geometry.dim * dtype.itemsize,
         weights_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        summary_bytes=summary_bytes(num_history, geometry.num_heads, geometry.head_dim) if retrieve else 0,
         vae_bytes=vae_bytes,
         activation_bytes=round(calibration.activation_bytes * shot.tokens_per_block * geometry.dim)
         if calibration

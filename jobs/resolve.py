@@ -30,6 +30,8 @@ from longtake.jobs.source import quote
 from longtake.kernels.errors import ConfigError, LongtakeError
 from longtake.offload.chunkfiles import DiskIO
 
+_RETRIEVED = 2  # blocks, unless the film or the model says
+
 ReadModel: TypeAlias = Callable[[str], ModelSpec]
 
 
@@ -144,11 +146,10 @@ def _check_size(film: Film, shot: Shot, model: ModelSpec, height: int, width: in
 def _history(film: Film, shot: Shot, default: HistoryConfig) -> HistoryConfig:
     wanted = shot.settings.history
     policy = wanted.policy or default.policy
-    if policy not in list(HistoryPolicy):
-        message = f"{quote(policy)} is not available yet; write one of: {', '.join(HistoryPolicy)}"
-        raise film.source.error(film.key(shot, "history", "policy"), message)
-    if wanted.top_k is not None:
-        raise film.source.error(film.key(shot, "history", "top_k"), 'needs policy = "retrieve", not available yet')
+    retrieve = policy == HistoryPolicy.RETRIEVE
+    if wanted.retrieved_blocks is not None and not retrieve:
+        message = f'needs policy = "retrieve", and the default of {shot.settings.model} is {quote(policy)}'
+        raise film.source.error(film.key(shot, "history", "retrieved_blocks"), message)
     full = policy == HistoryPolicy.FULL
     for key, value in (("sink_blocks", wanted.sink_blocks), ("recent_blocks", wanted.recent_blocks)):
         if full and value is not None:
@@ -160,6 +161,7 @@ def _history(film: Film, shot: Shot, default: HistoryConfig) -> HistoryConfig:
         policy=HistoryPolicy(policy),
         sink_blocks=default.sink_blocks if wanted.sink_blocks is None else wanted.sink_blocks,
         recent_blocks=wanted.recent_blocks or default.recent_blocks,
+        retrieved_blocks=(wanted.retrieved_blocks or default.retrieved_blocks or _RETRIEVED) if retrieve else 0,
         positions=Positions(wanted.positions) if wanted.positions else default.positions,
         trained_frames=default.trained_frames,
         jitter=default.jitter if wanted.jitter is None else wanted.jitter,
@@ -204,8 +206,8 @@ def _clip_blocks(film: Film, shot: Shot, config: ShotConfig, clip: MediaConfig) 
     if shot.after_blocks is not None and shot.after_blocks > there:
         message = f"{shot.after_blocks} is more than the clip has; write at most {there}"
         raise film.source.error(film.key(shot, "after_blocks"), message)
-    full = config.history.policy is HistoryPolicy.FULL
-    return shot.after_blocks or (there if full else min(there, config.history.recent_blocks))
+    window = config.history.policy is HistoryPolicy.WINDOW
+    return shot.after_blocks or (min(there, config.history.recent_blocks) if window else there)
 
 
 def _sampler(model: ModelSpec, steps: int | None) -> SamplerConfig:
@@ -243,7 +245,7 @@ def _after_blocks(film: Film, shot: Shot, history: HistoryConfig, before: ShotCo
     if before is None:
         return 0
     if shot.after_blocks is None:
-        wanted = before.num_blocks if history.policy is HistoryPolicy.FULL else history.recent_blocks
+        wanted = history.recent_blocks if history.policy is HistoryPolicy.WINDOW else before.num_blocks
         return min(wanted, before.num_blocks)
     if shot.after_blocks > before.num_blocks:
         message = f"{shot.after_blocks} is more than {quote(before.name)} has; write at most {before.num_blocks}"

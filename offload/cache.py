@@ -37,6 +37,7 @@ from longtake.offload.reading import Commit, Reading
 from longtake.offload.run import RunDirectory
 from longtake.offload.shape import ModelKVShape
 from longtake.offload.spill import Step
+from longtake.offload.store import Payloads
 
 __all__ = ["CacheBudget", "CacheStats", "Commit", "KVCache", "Reading", "TierUse"]
 
@@ -105,6 +106,10 @@ class KVCache:
     def durable_blocks(self) -> int:
         """Blocks from 0 on that would survive the process; 0 without a disk."""
         return 0 if self._run is None else self._run.num_blocks
+
+    def claim_summaries(self) -> list[Payloads]:
+        """What `Commit.attach` was given for the blocks that were durable on opening, [H, any] each; only once."""
+        return [] if self._run is None else self._run.claim_summaries()
 
     def memory(self) -> dict[str, int]:
         """Every byte that the cache holds, by name."""
@@ -334,7 +339,8 @@ class KVCache:
             encoded = mark(self.device)
             table.fill(block, encoded)
             if self._host is not None:
-                table.use(block, self._host.stage(block, self.arena.frame_LHP(table.frame(block)), encoded))
+                pages_LHP = self.arena.frame_LHP(table.frame(block))
+                table.use(block, self._host.stage(block, pages_LHP, encoded, self._open_commit.summary_HS))
             table.unpin(block)
             self._open_commit = None
             self._num_committed += 1

@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from longtake.kernels.errors import CapacityError, LongtakeError, StorageError
@@ -157,23 +158,30 @@ class HostTier:
         self.table.unpin(block)
         self.table.evict(block)
 
-    def stage(self, block: int, pages_LHP: Tensor, encoded: Fence) -> Fence:
+    def stage(self, block: int, pages_LHP: Tensor, encoded: Fence, summary_HS: Tensor | None = None) -> Fence:
         """Copy a committed block down into its reserved frame and on to the disk.
 
         Args:
             pages_LHP: on the device.
             encoded: passed when the pages are filled.
+            summary_HS: uint8 on the device, filled as well, to be journaled with the block; must stay as it is.
 
         Returns:
             A fence after which the device's pages may be overwritten.
         """
-        staged = self._down.copy(zip(self.pages_LHP(block), pages_LHP, strict=True), [encoded, *self._reserved_after])
+        pairs = list(zip(self.pages_LHP(block), pages_LHP, strict=True))
+        summary: Payloads | None = None
+        if summary_HS is not None and self.run is not None:
+            kept_HS = torch.empty(summary_HS.shape, dtype=torch.uint8, pin_memory=summary_HS.is_cuda)
+            pairs.append((kept_HS, summary_HS))
+            summary = kept_HS.numpy()
+        staged = self._down.copy(pairs, [encoded, *self._reserved_after])
         self.table.fill(block, staged)
         if self._spiller is None or self.run is None:
             self.table.unpin(block)
         else:
             self._writing[block] = time.perf_counter()
-            self._spiller.submit(block, self.pool.payloads_LHP(self.table.frame(block)), staged)
+            self._spiller.submit(block, self.pool.payloads_LHP(self.table.frame(block)), staged, summary)
         return staged
 
     def _durable(self, block: int) -> None:

@@ -100,6 +100,7 @@ class Commit:
         """Made by `KVCache.begin_commit`."""
         self.block = block
         self.open = True
+        self.summary_HS: Tensor | None = None
         self._pages_LHP = pages_LHP
         self._on_complete, self._on_abort = on_complete, on_abort
 
@@ -108,6 +109,15 @@ class Commit:
         if not self.open:
             raise ConfigError(f"the commit of block {self.block} has ended")
         return self._pages_LHP[layer]
+
+    def attach(self, summary_HS: Tensor) -> None:
+        """Have a few bytes a head journaled with the block, so that they exist whenever the block does.
+
+        Args:
+            summary_HS: uint8 [H, any], on the device, filled on the current stream by the time of `complete`; must stay
+                as it is as long as the cache is open.
+        """
+        self.summary_HS = summary_HS
 
     def complete(self) -> None:
         """Make the block part of the history. Every page must be filled, or queued to be, on the current stream."""

@@ -32,6 +32,7 @@ class BlockCommitted:
         first_head: first of the heads that this journal's rank wrote.
         num_layers, num_heads: shape of the checksums.
         checksums: CRC-32C of each payload, layer by layer, head by head: L * H little-endian uint32, base64.
+        summary: what `Commit.attach` was given, as many bytes a head, head by head, base64; empty: nothing.
     """
 
     kind: ClassVar[str] = "block"
@@ -41,6 +42,12 @@ class BlockCommitted:
     num_layers: int
     num_heads: int
     checksums: str
+    summary: str = ""
+
+    @property
+    def summary_HS(self) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+        """The summary as uint8 [H, bytes of a head]."""
+        return np.frombuffer(base64.b64decode(self.summary), dtype=np.uint8).reshape(self.num_heads, -1)
 
     @property
     def checksums_LH(self) -> np.ndarray[tuple[int, ...], np.dtype[np.uint32]]:

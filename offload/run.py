@@ -11,6 +11,7 @@ that a committed block is never one that might exist.
 
 from __future__ import annotations
 
+import base64
 import re
 import shutil
 import threading
@@ -40,7 +41,7 @@ from longtake.offload.records import (
     pack_checksums,
 )
 from longtake.offload.shape import ModelKVShape
-from longtake.offload.store import BlockStore, Checksums
+from longtake.offload.store import BlockStore, Checksums, Payloads
 
 _SUFFIX = re.compile(r"journal(?:\.(\d+))?$")
 
@@ -104,6 +105,15 @@ def whole_checksums(histories: Sequence[History], block: int, model_heads: int) 
     for part in parts:
         checksums_LH[:, part.first_head : part.first_head + part.num_heads] = part.checksums_LH
     return checksums_LH
+
+
+def whole_summary(histories: Sequence[History], block: int, model_heads: int) -> Payloads:
+    """What was attached to a block that the journals cover: uint8 [all heads, bytes of a head]."""
+    parts = [one.blocks[block] for one in histories if block in one.blocks]
+    summary_HS = np.zeros((model_heads, parts[0].summary_HS.shape[1]), dtype=np.uint8)
+    for part in parts:
+        summary_HS[part.first_head : part.first_head + part.num_heads] = part.summary_HS
+    return summary_HS
 
 
 class RunDirectory:
@@ -208,6 +218,9 @@ class RunDirectory:
             for block in range(committed)
         ]
         self._dropped = {block for block in dropped_blocks(known) if block < committed}
+        self._summaries: list[Payloads] = [
+            np.ascontiguousarray(whole_summary(known, block, shape.model_heads)[heads]) for block in range(committed)
+        ]
         own = histories.get(self.rank)
         self.checkpoints: tuple[Checkpointed, ...] = ()
         self.segments: tuple[SegmentWritten, ...] = ()
@@ -286,8 +299,18 @@ class RunDirectory:
         self._open_journal().append(Dropped.of(blocks))
         self._dropped.update(blocks)
 
-    def commit(self, block: int, checksums_LH: Checksums) -> None:
+    def claim_summaries(self) -> list[Payloads]:
+        """What was attached to the blocks that were there on opening, uint8 [H, bytes of a head] each; only once."""
+        claimed, self._summaries = self._summaries, []
+        return claimed
+
+    def commit(self, block: int, checksums_LH: Checksums, summary: bytes = b"") -> None:
         """Journal a block whose chunks are durable; returns when the record is.
+
+        Args:
+            block: the next one.
+            checksums_LH: of its payloads on this rank.
+            summary: to be found again by `claim_summaries`, as many bytes for each head of this rank.
 
         Raises:
             FencedError, DiskFullError, StorageError: see `Journal.append`.
@@ -303,6 +326,7 @@ class RunDirectory:
                 num_layers=self.shape.num_layers,
                 num_heads=self.shape.num_heads,
                 checksums=pack_checksums(checksums_LH),
+                summary=base64.b64encode(summary).decode(),
             )
         )
         self._checksums.append(checksums_LH)

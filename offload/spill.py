@@ -11,6 +11,7 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeAlias
 
 import numpy as np
 
@@ -22,6 +23,9 @@ from longtake.offload.store import Checksums, Payloads
 
 Step = Callable[[str, int], None]
 """Called with the name of a step of a commit and the block when the step is over; for tests that kill the process."""
+
+# Number, the writes of its chunks, summary.
+_Block: TypeAlias = tuple[int, list[Future[Checksums]], Payloads | None]
 
 STEPS = ("staged", "chunk", "chunks", "names", "journaled")
 
@@ -56,22 +60,23 @@ class Spiller:
         self._step = on_step or _no_step
         self._failed = threading.Event()
         self._writers = ThreadPoolExecutor(num_threads, thread_name_prefix="longtake-write")
-        self._blocks: queue.SimpleQueue[tuple[int, list[Future[Checksums]]] | None] = queue.SimpleQueue()
+        self._blocks: queue.SimpleQueue[_Block | None] = queue.SimpleQueue()
         self._journaler = threading.Thread(target=self._journal, name="longtake-journal", daemon=True)
         self._journaler.start()
 
-    def submit(self, block: int, payloads_LHP: Payloads, fence: Fence) -> None:
+    def submit(self, block: int, payloads_LHP: Payloads, fence: Fence, summary_HS: Payloads | None = None) -> None:
         """Queue a block; its bytes must stay as they are until it is durable.
 
         Args:
             block: its number, one more than the last submitted.
             payloads_LHP: host memory.
             fence: passed when the bytes have arrived there.
+            summary_HS: as well in host memory, to be journaled with the block.
         """
         futures = [
             self._writers.submit(self._write, block, chunk, payloads_LHP, fence) for chunk in self._run.store.chunks
         ]
-        self._blocks.put((block, futures))
+        self._blocks.put((block, futures, summary_HS))
 
     def close(self) -> None:
         """Finish what was submitted and stop."""
@@ -95,9 +100,9 @@ class Spiller:
 
     def _journal(self) -> None:
         while (item := self._blocks.get()) is not None:
-            block, futures = item
+            block, futures, summary_HS = item
             try:
-                self._make_durable(block, futures)
+                self._make_durable(block, futures, summary_HS)
             except Exception as error:  # handed to the thread that commits, which raises it
                 if not self._failed.is_set():
                     self._failed.set()
@@ -105,7 +110,7 @@ class Spiller:
             else:
                 self._on_durable(block)
 
-    def _make_durable(self, block: int, futures: list[Future[Checksums]]) -> None:
+    def _make_durable(self, block: int, futures: list[Future[Checksums]], summary_HS: Payloads | None) -> None:
         shape, store = self._run.shape, self._run.store
         checksums_LH = np.empty((shape.num_layers, shape.num_heads), dtype=np.uint32)
         for chunk, future in zip(store.chunks, futures, strict=True):
@@ -116,5 +121,5 @@ class Spiller:
         self._step("chunks", block)
         store.sync_names(block)
         self._step("names", block)
-        self._run.commit(block, checksums_LH)
+        self._run.commit(block, checksums_LH, b"" if summary_HS is None else summary_HS.tobytes())
         self._step("journaled", block)

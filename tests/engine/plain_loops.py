@@ -75,8 +75,36 @@ def closed_up(blocks: Sequence[int], frames: int) -> list[tuple[int, int]]:
     return [(block, index * frames) for index, block in enumerate(blocks)]
 
 
+def come_back(film: Film, block: int, first: int, may: range, count: int) -> list[int]:
+    """Those of ``may`` whose neighbours before, or behind in reverse, have first keys most like the last two blocks'.
+
+    Only blocks from ``first`` on are compared; a distance counts as a part of its head's mean, of equals the newest.
+    """
+    means = {other: film.kv[other][0][0].mean(0) for other in range(first, block)}
+
+    def distances(last: int) -> dict[int, float]:
+        heads = {other: (mean - means[last]).square().sum(-1) for other, mean in means.items()}
+        average = torch.stack(list(heads.values())).mean(0)
+        return {other: float((found / average).sum()) for other, found in heads.items()}
+
+    one, two = distances(block - 1), distances(block - 2)
+    scores = {}
+    for other in may:
+        scores[other] = one[max(first, other - 1)] + two[max(first, other - 2)]
+        if other + 2 < block - 2:
+            scores[other] = min(scores[other], one[other + 1] + two[other + 2])
+    return sorted(sorted(may, key=lambda other: (scores[other], -other))[:count])
+
+
 def windowed(
-    film: Film, num_blocks: int, sigmas: Sequence[float], sink: int, recent: int, switch: int, how: str
+    film: Film,
+    num_blocks: int,
+    sigmas: Sequence[float],
+    sink: int,
+    recent: int,
+    switch: int,
+    how: str,
+    retrieve: int = 0,
 ) -> Tensor:
     """Sink and window, closed up from 0 at every block; ``how`` says what block ``switch`` does to the history."""
     cleans: list[Tensor] = []
@@ -92,6 +120,8 @@ def windowed(
         if block == switch and how == "flush":
             first = block - 1
         window = [b for b in range(block) if b < sink or b >= max(first, block - recent)]
+        if may := range(max(sink, first), block - recent) if retrieve else range(0):
+            window = sorted(window + come_back(film, block, first, may, retrieve))
         seen, start = closed_up(window, film.frames), len(window) * film.frames
         cleans.append(film.denoise(block, sigmas, start, seen))
         film.commit(block, cleans[block], film.text(block), start, seen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -15,14 +16,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from longtake.engine.config import BeatConfig, CacheConfig, Keep, ModelConfig, ShotConfig
+from longtake.engine.config import (
+    BeatConfig,
+    CacheConfig,
+    HistoryConfig,
+    HistoryPolicy,
+    Keep,
+    ModelConfig,
+    ShotConfig,
+)
 from longtake.engine.gang import join
 from longtake.engine.gang_failure import GangError
 from longtake.engine.gang_shot import GangRenderer, serve
 from longtake.engine.latents import LatentLog
 from longtake.engine.random_model import write_random_model
 from longtake.engine.shot import ShotRenderer
-from longtake.engine.shotfolder import LATENTS_NAME
+from longtake.engine.shotfolder import LATENTS_NAME, METRICS_NAME
 from longtake.engine.video import probe
 from longtake.engine.weights import read_spec
 from longtake.offload.run import committed_blocks
@@ -40,6 +49,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_random_model(tmp_path_factory.mktemp("model") / "four", transformer=FOUR_HEADS)
 
 
+RETRIEVE = HistoryConfig(policy=HistoryPolicy.RETRIEVE, sink_blocks=0, recent_blocks=1, retrieved_blocks=2)
+
+
 def make_shot(model: Path, keep: Keep = Keep.ALL) -> ShotConfig:
     spec = read_spec(str(model))
     return ShotConfig(
@@ -52,7 +64,7 @@ def make_shot(model: Path, keep: Keep = Keep.ALL) -> ShotConfig:
         seed=7,
         beats=(BeatConfig(at_s=0, prompt="pan right"), BeatConfig(at_s=2, prompt="a boat")),
         sampler=spec.sampler,
-        history=spec.history,
+        history=RETRIEVE if model.name == "retrieve" else spec.history,
         cache=CacheConfig(keep=keep),
     )
 
@@ -166,6 +178,23 @@ def test_history_that_nothing_reads_is_deleted_by_every_rank(model: Path, tmp_pa
         kept = {int(path.name.split(".")[1]) for path in folder.glob("kv.zarr/*/c.*")}
         assert kept == kept_blocks and len(list(folder.glob("kv.zarr/*/c.*"))) == 4 * len(kept)
     torch.testing.assert_close(latents(folder), alone, rtol=0, atol=TOLERANCE)
+
+
+def test_ranks_bring_the_same_blocks_back(model: Path, tmp_path: Path) -> None:
+    """Each sees the keys of its heads alone; a gang of another size goes on with what the journals keep of them."""
+    (tmp_path / "retrieve").symlink_to(model)
+    found = {}
+    for name, ranks in (("alone", (1, 1)), ("tp", (2, 2)), ("changing", (2, 1))):
+        folder = tmp_path / name
+        run(ranks[0], tmp_path / "retrieve", folder, stop_after=(0, 4), mesh="tp=2" if ranks[0] == 2 else "")
+        assert committed_blocks(folder, 4) == 4
+        assert all(one["finished"] for one in run(ranks[1], tmp_path / "retrieve", folder))
+        lines = (folder / METRICS_NAME).read_text().splitlines()
+        found[name] = [json.loads(line)["retrieved"] for line in lines]
+        torch.testing.assert_close(latents(folder), latents(tmp_path / "alone"), rtol=0, atol=TOLERANCE)
+    assert found["alone"][:3] == [[], [], [0]]
+    assert [len(times) for times in found["alone"][3:]] == [2, 2, 2]
+    assert found["tp"] == found["changing"] == found["alone"]
 
 
 def test_one_rank_is_asked_to_stop(model: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from longtake.engine.config import (
     BeatConfig,
     CacheConfig,
     HistoryConfig,
+    HistoryPolicy,
     MediaConfig,
     ModelConfig,
     ModelSpec,
@@ -147,14 +148,17 @@ def with_history(name: str, history: HistoryConfig, switch: Switch = Switch.KEEP
     return make_shot(replace(PRESETS[name], history=history, switch=switch))
 
 
+@pytest.mark.parametrize("retrieved", [0, 2])
 @pytest.mark.parametrize("switch", ["keep", "recache", "flush"])
-def test_switches_over_a_small_window(switch: str) -> None:
-    shot = with_history("self-forcing", HistoryConfig(sink_blocks=1, recent_blocks=3), Switch(switch))
+def test_switches_over_a_small_window(switch: str, retrieved: int) -> None:
+    recent = 2 if retrieved else 3
+    policy = HistoryPolicy.RETRIEVE if retrieved else HistoryPolicy.WINDOW
+    history = HistoryConfig(policy=policy, sink_blocks=1, recent_blocks=recent, retrieved_blocks=retrieved)
+    shot = with_history("self-forcing", history, Switch(switch))
     model, state = make_model(shot.model.transformer)
+    sigmas = sigmas_of([1000, 750, 500, 250], 5.0)
     with torch.no_grad():
-        plain = windowed(
-            film_of(shot, state), shot.num_blocks, sigmas_of([1000, 750, 500, 250], 5.0), 1, 3, SWITCH, switch
-        )
+        plain = windowed(film_of(shot, state), shot.num_blocks, sigmas, 1, recent, SWITCH, switch, retrieved)
     torch.testing.assert_close(render(shot, model), plain, rtol=0, atol=TOLERANCE)
 
 

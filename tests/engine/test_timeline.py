@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -29,6 +30,7 @@ from longtake.kernels.errors import ConfigError
 
 F = 3
 WINDOW = HistoryConfig(sink_blocks=1, recent_blocks=3)
+RETRIEVE = HistoryConfig(policy=HistoryPolicy.RETRIEVE, sink_blocks=1, recent_blocks=3, retrieved_blocks=2)
 
 
 def make_shot(
@@ -152,6 +154,11 @@ def test_rolling_windows_see_less_behind_them() -> None:
         (HistoryConfig(policy=HistoryPolicy.FULL), SamplerConfig(write_back=WriteBack.REBUILD), {}),
         (WINDOW, SamplerConfig(loop=Loop.ROLLING), {4: Switch.RECACHE}),
         (HistoryConfig(policy=HistoryPolicy.FULL), SamplerConfig(loop=Loop.ROLLING), {}),
+        (RETRIEVE, SamplerConfig(loop=Loop.ROLLING), {}),
+        (RETRIEVE, SamplerConfig(write_back=WriteBack.REBUILD), {}),
+        (replace(RETRIEVE, positions=Positions.ABSOLUTE), SamplerConfig(), {}),
+        (replace(RETRIEVE, retrieved_blocks=0), SamplerConfig(), {}),
+        (replace(WINDOW, retrieved_blocks=2), SamplerConfig(), {}),
         (
             HistoryConfig(sink_blocks=0),
             SamplerConfig(loop=Loop.ROLLING, write_back=WriteBack.REBUILD),
@@ -192,9 +199,9 @@ switched = st.dictionaries(st.integers(1, 14), st.sampled_from(Switch), max_size
 
 
 @settings(deadline=None, max_examples=80)
-@given(histories, switched, st.integers(0, 4), st.sampled_from(["clean", "rolling", "rebuild"]))
+@given(histories, switched, st.integers(0, 4), st.sampled_from(["clean", "rolling", "rebuild"]), st.randoms())
 def test_every_plan_can_be_read(
-    history: HistoryConfig, switches: dict[int, Switch], num_prefix: int, loop: str
+    history: HistoryConfig, switches: dict[int, Switch], num_prefix: int, loop: str, random: Random
 ) -> None:
     """Only committed entries are read, in order of time, apart; none after it was let go; memory is bounded."""
     sampler = SamplerConfig()
@@ -202,6 +209,9 @@ def test_every_plan_can_be_read(
         history = replace(history, policy=HistoryPolicy.WINDOW, sink_blocks=0 if loop == "rebuild" else 1)
         switches = {step: switch for step, switch in switches.items() if switch is not Switch.RECACHE}
         sampler = SamplerConfig(loop=Loop.ROLLING) if loop == "rolling" else SamplerConfig(write_back=WriteBack.REBUILD)
+    if retrieve := history.policy is HistoryPolicy.RETRIEVE:
+        positions = Positions.BOUNDED if history.positions is Positions.ABSOLUTE else history.positions
+        history = replace(history, retrieved_blocks=2, positions=positions)
     shot = make_shot(history, sampler, num_blocks=16, switches=switches)
     timeline = Timeline(shot, num_prefix)
     found = entries(timeline)
@@ -209,10 +219,13 @@ def test_every_plan_can_be_read(
     assert [entry.time for entry in found if entry.kind is Kind.PREFIX] == list(range(num_prefix))
     held: set[int] = set()
     for entry in found:
-        plans = [timeline.write_plan(entry)]
+        may = timeline.retrievable(entry)
+        retrieved = tuple(sorted(random.sample(may, min(2, len(may)))))
+        plans = [timeline.write_plan(entry, retrieved)]
         if entry.kind is Kind.RENDER:
             assert timeline.index_of(entry.step) == entry.index
-            plans.append(timeline.read_plan(entry))
+            plans.append(timeline.read_plan(entry, retrieved))
+        assert not may or set(timeline.candidates(entry).entries) <= held
         for found_plan in plans:
             assert set(found_plan.blocks) <= held
             assert len(found_plan.blocks) <= timeline.max_attended
@@ -222,7 +235,21 @@ def test_every_plan_can_be_read(
             assert all(b - a >= F for a, b in pairwise(ends)) and ends[0] >= 0
         held.add(entry.index)
         held &= {*timeline.needed_later(entry.index + 1)}
-        assert len(held) <= timeline.max_held + 1
+        assert len(held) <= 1 + (timeline.max_kept if retrieve else timeline.max_held)
     for blocks in range(17):
         known = timeline.num_known(blocks)
         assert all(e.step < blocks or e.kind is Kind.REPLAY for e in found[:known])
+
+
+def test_what_may_come_back() -> None:
+    """Between sinks and window, of the scene; a block committed anew sees none, later ones its newest version."""
+    timeline = Timeline(make_shot(RETRIEVE, switches={5: Switch.RECACHE, 8: Switch.CUT}), 0)
+    found = entries(timeline)
+    may = {entry.index: timeline.retrievable(entry) for entry in found}
+    assert [entry.kind for entry in found[5:8]] == [Kind.REPLAY] * 3
+    assert [list(may[index]) for index in (3, 4, 5, 7, 8, 10, 11, 14)] == [[], [], [], [], [1], [1, 2, 3], [], []]
+    assert list(timeline.candidates(found[10]).entries) == [0, 1, 5, 6, 7, 8, 9]
+    assert timeline.read_plan(found[10], (2,)).blocks == (0, 5, 7, 8, 9)
+    assert timeline.needed_later(10) == (0, 1, 5, 6, 7, 8, 9)
+    assert timeline.candidates(found[14]).first == 8
+    assert timeline.max_kept == len({0, 1, 5, 6, 7, 8, 9}) and timeline.num_entries == 15  # of the longer scene

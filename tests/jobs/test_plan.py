@@ -12,6 +12,7 @@ from longtake.engine.rollout import open_cache
 from longtake.jobs.film import parse_film
 from longtake.jobs.plan import plan_film, plan_shot, to_json
 from longtake.jobs.resolve import resolve
+from longtake.kernels.errors import CapacityError
 
 FILM = """\
 [[shot]]
@@ -59,6 +60,23 @@ def test_a_device_budget_caps_the_arena(spec: ModelSpec) -> None:
     film = parse_film(FILM.replace('prompt = "p"', 'prompt = "p"\ncache.device = "5MiB"'))
     plan = plan_film(resolve(film, lambda name: spec))[0]
     assert plan.arena_bytes == 3 * plan.block_bytes <= 5 << 20
+
+
+def test_retrieval_keeps_a_little_of_every_block(spec: ModelSpec) -> None:
+    film = (
+        '[film.history]\npolicy = "%s"\nsink_blocks = 1\nrecent_blocks = 2\n'
+        '[[shot]]\nname = "a"\nduration = "40s"\nprompt = "p"\n'
+    )
+    window, retrieve = (
+        plan_film(resolve(parse_film(film % policy), lambda name: spec))[0] for policy in ("window", "retrieve")
+    )
+    assert (window.attended_blocks, retrieve.attended_blocks) == (3, 5)
+    assert retrieve.arena_bytes == 6 * retrieve.block_bytes
+    assert retrieve.summary_bytes == 2 * retrieve.num_blocks * spec.transformer.dim
+    assert retrieve.device_bytes - window.device_bytes > retrieve.summary_bytes
+    small = film % "retrieve" + f'cache = {{ disk = "{retrieve.history_bytes - 1}B" }}\n'
+    with pytest.raises(CapacityError, match=f"give the disk {retrieve.history_bytes:,} bytes"):
+        plan_film(resolve(parse_film(small), lambda name: spec))
 
 
 def test_totals(configs: dict[str, ShotConfig]) -> None:
