@@ -38,7 +38,8 @@ class DirectorActor:
 
     def __init__(self, options: FarmOptions) -> None:
         self._options = options
-        self._publisher = Publisher(FarmMetrics().show)
+        self._metrics = FarmMetrics()
+        self._publisher = Publisher(self._metrics.show)
         self._mind = Director(lease_s=options.lease_s, publish=self._publisher.note, progress_s=1.0)
         self._changed = asyncio.Event()
         self._idle_since: dict[str, float] = {}
@@ -145,6 +146,8 @@ class DirectorActor:
         for view in self._mind.views():
             self._fulfil(view.directory)
         self._mind.tick()
+        for view in self._mind.views():
+            self._metrics.show(view)  # Ray forgets what is not told again
         for name in self._stuck(set(gangs)):
             log.warning("killing %s, which said nothing for %g s", name, self._options.gang_stuck_s)
             await loop.run_in_executor(None, _kill, name)

@@ -8,6 +8,9 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
+
+TOKEN_PATH = Path("~/.ray/auth_token")
 
 _LOOPBACK = {
     # Ray binds every port to 127.0.0.1 where it believes that no other host can join: on Windows and macOS, unless this
@@ -24,6 +27,16 @@ def bind_to_loopback() -> None:
     What the environment already says stays.
     """
     os.environ.update({key: value for key, value in _LOOPBACK.items() if key not in os.environ})
+
+
+def show_token() -> None:
+    """Show this user's Ray token, if there is one, to the cluster that is asked; to be called before Ray is imported.
+
+    Ray itself does so only when RAY_AUTH_MODE says it.
+    """
+    has_one = os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} or TOKEN_PATH.expanduser().exists()
+    if has_one:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 @contextlib.contextmanager

@@ -43,12 +43,18 @@ def connect(address: str) -> Any:
     Raises:
         ConfigError: nothing answers there.
     """
+    from longtake.jobs.local_ray import show_token
+
+    show_token()
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    hint = "name the dashboard, like http://head:8265; its token is read from RAY_AUTH_TOKEN or ~/.ray/auth_token"
     try:
         return JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise ConfigError(f"--address {address}: the token is missing or another one; {hint}") from error
     except (ConnectionError, RuntimeError, ValueError) as error:
-        hint = "name the dashboard, like http://head:8265; its token is read from RAY_AUTH_TOKEN or ~/.ray/auth_token"
         raise ConfigError(f"--address {address}: {str(error).splitlines()[0]}; {hint}") from error
 
 
