@@ -2,14 +2,20 @@
 
 For each layer: materialise a chunk of history into the scratch, attend, merge by log-sum-exp; the block's own keys and
 values join the last chunk. When a history fits the scratch there is one chunk and nothing to merge. How rows stand in
-the scratch and which kernels attend them is the attention path's.
+the scratch and which kernels attend them is the attention path's::
+
+    chunk    form 2: 4 blocks, merged                            attend, lse + log(tokens that one stands for)
+    chunk    form 0: 5 blocks | form 1: 2 blocks | own block     attend, merge
 
 Shape legend: B batch (1), T tokens of a block, H heads, D head dim, N history blocks, G arena slots, X scratch rows.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Protocol
 
 import torch
@@ -19,15 +25,30 @@ from longtake.engine.history import Plan
 from longtake.engine.timing import NO_TIMER, StageTimer
 from longtake.kernels.attention import merge
 from longtake.kernels.attention_path import AttentionPath
-from longtake.kernels.codec import Codec
-from longtake.kernels.rotary import Rotary, rotary_table
+from longtake.kernels.forms import Form
+from longtake.kernels.rotary import Rotary
 
 
 class Pages(Protocol):
-    """Readable history of one plan: what the cache's ``prepare`` returns."""
+    """Readable blocks of one plan in one form."""
 
     def pages(self, layer: int) -> tuple[Tensor, Tensor]:
         """Arena uint8 [G, H, P] and the int32 [N] slots of the planned blocks, in order."""
+
+
+class Readable(Protocol):
+    """Readable history of one plan: what the cache's ``prepare`` returns."""
+
+    @property
+    def parts(self) -> Sequence[Pages | None]:
+        """By form; None: the plan reads no block in it."""
+
+
+class Page(Protocol):
+    """Writable pages of one block in one form."""
+
+    def page(self, layer: int) -> Tensor:
+        """uint8 [H, P] to be filled with the block's payloads of ``layer``."""
 
 
 class Commit(Protocol):
@@ -36,8 +57,29 @@ class Commit(Protocol):
     @property
     def block(self) -> int: ...
 
-    def page(self, layer: int) -> Tensor:
-        """uint8 [H, P] to be filled with the block's payloads of ``layer``."""
+    @property
+    def parts(self) -> Sequence[Page | None]:
+        """By form; None: the block is not kept in it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """Blocks of one form in a chunk: those from ``first`` to ``last`` of the plan's in that form, from ``row`` on."""
+
+    form: int
+    first: int
+    last: int
+    row: int
+    rotary: Rotary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Chunk:
+    """What is attended together; each row has the mass of ``mass`` tokens."""
+
+    parts: tuple[_Part, ...] = ()
+    num_rows: int = 0
+    mass: int = 1
 
 
 class HistoryAttention:
@@ -48,8 +90,7 @@ class HistoryAttention:
     Args:
         plan: of the block.
         reading: the planned blocks' pages; may be None when the plan has no history.
-        codec: that wrote them and will write the block's own.
-        grid: token rows and columns of a latent frame.
+        forms: that blocks are kept in; the first has every token.
         block_frames: latent frames of a block; the plan says how many blocks are computed together.
         path: how history is unpacked and attended; shared by all blocks of the rollout, as is its scratch.
         device: of the model.
@@ -60,9 +101,8 @@ class HistoryAttention:
     def __init__(
         self,
         plan: Plan,
-        reading: Pages | None,
-        codec: Codec,
-        grid: tuple[int, int],
+        reading: Readable | None,
+        forms: Sequence[Form],
         block_frames: int,
         path: AttentionPath,
         device: torch.device,
@@ -71,23 +111,47 @@ class HistoryAttention:
     ) -> None:
         self._reading = reading
         self._first_head = first_head
-        self._codec = codec
-        self._path = path
+        self._forms, self._block_frames = forms, block_frames
+        self._path, self._device = path, device
         self._timer = timer
-        self._tokens = codec.geometry.num_tokens
         self._commit: Commit | None = None
         self._summarise: Callable[[Tensor], None] | None = None
+        self._own_rotary = self._rotary(0, [plan.start + index * block_frames for index in range(plan.own_blocks)])
+        self._chunks = self._plan_chunks(plan)
 
-        def table(starts: Sequence[float]) -> Rotary:
-            frames = [start + frame for start in starts for frame in range(block_frames)]
-            return rotary_table(frames, *grid, codec.geometry.head_dim, device)
+    def _rotary(self, form: int, starts: Sequence[float]) -> Rotary:
+        frames = [start + frame for start in starts for frame in range(self._block_frames)]
+        return self._forms[form].rotary(frames, self._device)
 
-        self._own_rotary = table([plan.start + index * block_frames for index in range(plan.own_blocks)])
-        per_chunk = path.num_rows // self._tokens - plan.own_blocks
-        self._chunks = [
-            (first, min(first + per_chunk, len(plan.starts)), table(plan.starts[first : first + per_chunk]))
-            for first in range(0, len(plan.starts), per_chunk)
-        ]
+    def _plan_chunks(self, plan: Plan) -> list[_Chunk]:
+        """Merged blocks first, apart for their mass; then the others, as many as fit beside the own blocks."""
+        forms, path = self._forms, self._path
+        starts: list[list[float]] = [[] for _ in forms]
+        for form, start in zip(plan.forms or (0,) * len(plan.starts), plan.starts, strict=True):
+            starts[form].append(start)
+        chunks, whole = [], []
+        for form, of_form in enumerate(starts):
+            places = [(form, index) for index in range(len(of_form))]
+            if forms[form].mass == 1:
+                whole += places
+                continue
+            fitting = path.num_rows // forms[form].num_tokens
+            chunks += [self._chunk(places[at : at + fitting], starts) for at in range(0, len(places), fitting)]
+        fitting = path.num_rows // forms[0].num_tokens - plan.own_blocks
+        chunks += [self._chunk(whole[at : at + fitting], starts) for at in range(0, len(whole), fitting)]
+        return chunks if whole else [*chunks, _Chunk()]
+
+    def _chunk(self, places: Sequence[tuple[int, int]], starts: Sequence[Sequence[float]]) -> _Chunk:
+        """The chunk of some blocks, each named by form and place among the plan's of that form."""
+        parts, row = [], 0
+        for form, run in groupby(places, key=lambda place: place[0]):
+            indices = [index for _, index in run]
+            first, last = indices[0], indices[-1] + 1
+            parts.append(
+                _Part(form=form, first=first, last=last, row=row, rotary=self._rotary(form, starts[form][first:last]))
+            )
+            row += len(indices) * self._forms[form].num_tokens
+        return _Chunk(parts=tuple(parts), num_rows=row, mass=self._forms[places[0][0]].mass)
 
     def committing(self, commit: Commit, summarise: Callable[[Tensor], None] | None = None) -> HistoryAttention:
         """The same attention for the commit pass: each layer's K and V are encoded into ``commit``'s pages.
@@ -105,29 +169,43 @@ class HistoryAttention:
         path, timer = self._path, self._timer
         if self._commit is not None:
             with timer("encode"):
-                page_HP, block = self._commit.page(layer), self._commit.block
-                self._codec.encode(k_THD, v_THD, page_HP, block=block, layer=layer, first_head=self._first_head)
+                self._encode(self._commit, layer, k_THD, v_THD)
             if layer == 0 and self._summarise is not None:
                 self._summarise(k_THD)
         with timer("rotary"):
             path.begin(q_THD, k_THD, v_THD, self._own_rotary)
         out_HTD = lse_HT = None
-        for first, last, rotary in self._chunks or [(0, 0, self._own_rotary)]:
-            rows = (last - first) * self._tokens
+        for chunk in self._chunks:
+            rows = chunk.num_rows
             if rows:
-                assert self._reading is not None, "a plan with history needs a reading"
-                pages_GHP, slots_N = self._reading.pages(layer)
                 with timer("materialise"):
-                    path.write_history(pages_GHP, slots_N[first:last], rotary)
-            if not self._chunks or last == self._chunks[-1][1]:
+                    self._write(chunk, layer)
+            if chunk is self._chunks[-1]:
                 with timer("rotary"):
                     path.write_own(rows)
                 rows += q_THD.shape[0]
             with timer("attention"):
                 part_HTD, part_lse_HT = path.attend(rows)
+                if chunk.mass > 1:
+                    part_lse_HT = part_lse_HT + math.log(chunk.mass)
                 if out_HTD is None or lse_HT is None:
                     out_HTD, lse_HT = part_HTD, part_lse_HT
                 else:
                     out_HTD, lse_HT = merge(out_HTD, lse_HT, part_HTD, part_lse_HT)
         assert out_HTD is not None
         return out_HTD.transpose(0, 1)[None]
+
+    def _encode(self, commit: Commit, layer: int, k_THD: Tensor, v_THD: Tensor) -> None:
+        for form, part in zip(self._forms, commit.parts, strict=True):
+            if part is not None:
+                page_HP = part.page(layer)
+                form.encode(k_THD, v_THD, page_HP, block=commit.block, layer=layer, first_head=self._first_head)
+
+    def _write(self, chunk: _Chunk, layer: int) -> None:
+        assert self._reading is not None, "a plan with history needs a reading"
+        for part in chunk.parts:
+            pages = self._reading.parts[part.form]
+            assert pages is not None, "the reading has the plan's forms"
+            pages_GHP, slots_N = pages.pages(layer)
+            codec = self._forms[part.form].codec
+            self._path.write_history(pages_GHP, slots_N[part.first : part.last], part.rotary, codec=codec, row=part.row)

@@ -28,8 +28,8 @@ import torch
 from longtake.engine import record
 from longtake.engine.config import BeatConfig, CacheConfig, HistoryConfig, ModelConfig, ShotConfig
 from longtake.engine.random_model import write_random_model
-from longtake.engine.rollout import kv_shape
 from longtake.engine.shot import BlockProgress, ShotRenderer
+from longtake.engine.shotcache import kv_shape
 from longtake.engine.shotfolder import METRICS_NAME
 from longtake.engine.timeline import Timeline
 from longtake.engine.weights import find_model, read_spec

@@ -30,7 +30,8 @@ from longtake.engine.bench_scaling import ScalingCase, default_meshes, fill_hist
 from longtake.engine.config import Precision
 from longtake.engine.gang import Gang, join
 from longtake.engine.mesh import ALONE, open_mesh, parse_mesh
-from longtake.engine.rollout import Rollout, open_cache
+from longtake.engine.rollout import Rollout
+from longtake.engine.shotcache import open_cache
 from longtake.engine.vae import StreamingDecoder
 from longtake.engine.vae_fast import make_fast
 from longtake.engine.vae_stripes import StripedDecoder, StripeWorker

@@ -36,7 +36,8 @@ from longtake.engine.config import (
 from longtake.engine.fp8_linear import quantise_linears
 from longtake.engine.model import CausalWan
 from longtake.engine.presets import PRESETS, preset_spec
-from longtake.engine.rollout import Rollout, open_cache
+from longtake.engine.rollout import Rollout
+from longtake.engine.shotcache import open_cache
 from longtake.engine.timing import EventTimer
 from longtake.engine.vae import StreamingDecoder, load_vae
 from longtake.engine.vae_fast import make_fast

@@ -34,7 +34,8 @@ from longtake.engine.config import ModelConfig, Precision, ShotConfig
 from longtake.engine.fp8_linear import quantise_linears
 from longtake.engine.gang import Gang, join
 from longtake.engine.mesh import ALONE, Mesh, open_mesh, parse_mesh
-from longtake.engine.rollout import Rollout, open_cache
+from longtake.engine.rollout import Rollout
+from longtake.engine.shotcache import open_cache
 from longtake.engine.tensor_parallel import ShardedRMSNorm, ShardedWan
 from longtake.engine.timing import EventTimer
 
@@ -112,7 +113,9 @@ def fill_history(rollout: Rollout, num_blocks: int) -> None:
     for block in range(num_blocks):
         commit = cache.begin_commit(block)
         for layer in range(rollout.model.config.num_layers):
-            codec.encode(k, v, commit.page(layer), block=block, layer=layer, first_head=heads.start)
+            for part in commit.parts:
+                assert part is not None, "one form"
+                codec.encode(k, v, part.page(layer), block=block, layer=layer, first_head=heads.start)
         commit.complete()
         cache.retain(rollout.timeline.needed_later(block + 1))
 

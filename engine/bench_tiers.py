@@ -41,7 +41,8 @@ from longtake.engine.bench_rollout import GEOMETRIES, RolloutBench, make_shot, r
 from longtake.engine.config import ModelConfig, ShotConfig
 from longtake.engine.latents import LatentLog
 from longtake.engine.model import TextContext
-from longtake.engine.rollout import Rollout, kv_shape, shot_codec
+from longtake.engine.rollout import Rollout
+from longtake.engine.shotcache import kv_shape, shot_forms
 from longtake.engine.tiers_disk import bench_disk
 from longtake.kernels.codec import BlockGeometry, make_codec
 from longtake.offload.cache import CacheBudget, KVCache
@@ -92,7 +93,7 @@ class Stage:
         self.bench, self.device = bench, torch.device(bench.device)
         self.cuda = self.device.type == "cuda"
         self.shot = bench_shot(bench)
-        self.shape, self.codec = kv_shape(self.shot), shot_codec(self.shot)
+        self.shape, self.codec = kv_shape(self.shot), shot_forms(self.shot)[0].codec
         self.model = random_model(
             self.shot.model.transformer, self.device, torch.bfloat16 if self.cuda else torch.float32
         )
@@ -208,12 +209,14 @@ def bench_streaming(stage: Stage) -> dict[str, Any]:
 def bench_persistence(stage: Stage, work: Path) -> dict[str, Any]:
     """What keeping everything costs, and how far the disk is behind."""
     window, shot = stage.bench.window_blocks, stage.shot
-    plain = stage.rollout(stage.cache(window + 1))
+    plain_cache = stage.cache(window + 1)
+    plain = stage.rollout(plain_cache)
     run = RunDirectory(work / "kept", shape=stage.shape, config_hash="bench", disk_io=stage.bench.ways[-1])
-    kept = stage.rollout(stage.cache(window + 1, run))
+    kept_cache = stage.cache(window + 1, run)
+    kept = stage.rollout(kept_cache)
     latents = LatentLog(work / "kept" / "latents.zarr", shot.num_blocks, shot.latent_shape)
-    stage.fill(plain.cache, window)
-    stage.fill(kept.cache, window)
+    stage.fill(plain_cache, window)
+    stage.fill(kept_cache, window)
     kept.cache.flush()
     seconds: dict[str, list[float]] = {"without": [], "with": []}
     lags_s: dict[int, float] = {}

@@ -161,6 +161,21 @@ class Switch(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PruneConfig:
+    """Which older blocks are not attended as they are (after FlowCache's shares).
+
+    A block is old when more than ``recent_blocks`` lie between it and its reader. Of the old ones ``important`` (a
+    share), and of the rest ``keep`` (a share), stay whole; sinks always do. The others are left out, or, with ``merge``
+    (rows, columns), read as mean tokens of so many.
+    """
+
+    recent_blocks: int
+    important: float = 0.1
+    keep: float = 0.3
+    merge: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HistoryConfig:
     """History policy; ``sink_blocks`` and ``recent_blocks`` count what a window keeps besides the block itself,
     ``retrieved_blocks`` what is brought back from between them.
@@ -176,6 +191,15 @@ class HistoryConfig:
     positions: Positions = Positions.RELATIVE
     trained_frames: int = 21
     jitter: float = 0.0
+    prune: PruneConfig | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierConfig:
+    """Blocks at most ``age`` blocks before their reader are read as ``codec`` keeps them."""
+
+    age: int
+    codec: str
 
 
 class Keep(enum.StrEnum):
@@ -187,12 +211,27 @@ class Keep(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheConfig:
-    """Codec of the history, budgets in bytes (``None``: as much as the plan needs), and how the disk is used.
+    """Codecs of the history, budgets in bytes (``None``: as much as the plan needs), and how the disk is used.
 
-    Of these, only the codec decides what a shot looks like.
+    Of these, only the codecs, and which blocks have which, decide what a shot looks like.
+
+    Args:
+        codec: of every block, for every reader that nothing below says otherwise of.
+        tiers: codecs of young blocks, youngest first.
+        refresh: a block changes its tier only when the reader's number is a multiple of this.
+        first: codec of the shot's first ``first_blocks`` blocks, at any age.
+        important: codec of the blocks that pruning calls important, at any age.
+        device_bytes, host_bytes, disk_bytes: budgets.
+        keep: what stays on the disk.
+        disk_io: how payloads reach it.
     """
 
     codec: str = "bf16"
+    tiers: tuple[TierConfig, ...] = ()
+    refresh: int = 1
+    first: str | None = None
+    first_blocks: int = 1
+    important: str | None = None
     device_bytes: int | None = None
     host_bytes: int | None = None
     disk_bytes: int | None = None
@@ -360,6 +399,9 @@ def to_json(config: Any) -> dict[str, Any]:
     return data
 
 
+_CODEC_KEYS = ("codec", "tiers", "refresh", "first", "first_blocks", "important")
+
+
 def essence(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a shot's JSON that decides its bytes: without where its files lie and without budgets."""
     located = {
@@ -367,7 +409,10 @@ def essence(config: dict[str, Any]) -> dict[str, Any]:
         for name in ("model", "clip", "image", "guide")
         if config.get(name)
     }
-    return {**config, **located, "cache": {"codec": config["cache"]["codec"]}}
+    history = {key: value for key, value in config["history"].items() if key != "prune" or value is not None}
+    plain = to_json(CacheConfig())
+    cache = {key: value for key, value in config["cache"].items() if key in _CODEC_KEYS and value != plain[key]}
+    return {**config, **located, "history": history, "cache": {"codec": config["cache"]["codec"], **cache}}
 
 
 def fingerprint(shot: ShotConfig) -> str:

@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from longtake.engine.config import ShotConfig, fingerprint
+from longtake.engine.config import ShotConfig
 from longtake.engine.gang import Gang
 from longtake.engine.gang_failure import exit_code
 from longtake.engine.latents import LatentLog
 from longtake.engine.retention import Retention
 from longtake.engine.rolling import WindowStore
-from longtake.engine.rollout import Rollout, kv_shape
+from longtake.engine.rollout import Rollout
+from longtake.engine.shotcache import open_folders
 from longtake.engine.shotfolder import LATENTS_NAME
 from longtake.engine.timeline import Timeline
 from longtake.kernels.errors import StorageError
-from longtake.offload.run import RunDirectory
 
 if TYPE_CHECKING:
     from longtake.engine.shot import BlockProgress, ShotRenderer, ShotResult
@@ -61,17 +61,7 @@ class RankFolder:
         self._path = path
         self.num_prefix = shot.after_blocks
         timeline = Timeline(shot, self.num_prefix)
-        self.run = RunDirectory(
-            path,
-            shape=kv_shape(shot, heads),
-            config_hash=fingerprint(shot),
-            rank=gang.rank,
-            num_ranks=gang.size,
-            agree=gang.minimum,
-            num_blocks=timeline.num_entries,
-            reads=timeline.needed_later,
-            disk_io=shot.cache.disk_io,
-        )
+        self.runs = open_folders(shot, path, gang, heads, timeline, gang.minimum)
 
     @property
     def latents(self) -> LatentLog:
@@ -97,7 +87,8 @@ class RankFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.run.close(orderly=error is None)
+        for run in reversed(self.runs):
+            run.close(orderly=error is None)
 
 
 class ReadWindows(WindowStore):

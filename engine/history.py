@@ -15,13 +15,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from longtake.engine.config import HistoryConfig, HistoryPolicy, Positions
+from longtake.offload.pages import page
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Which history blocks one block attends, in order, and the position of each block's first latent frame.
 
-    ``own_blocks`` consecutive blocks are computed together, the first at ``start``.
+    ``own_blocks`` consecutive blocks are computed together, the first at ``start``. ``forms`` says in which form each
+    history block is read; empty: all in the first.
     """
 
     block: int
@@ -29,6 +31,14 @@ class Plan:
     blocks: tuple[int, ...]
     starts: tuple[float, ...]
     own_blocks: int = 1
+    forms: tuple[int, ...] = ()
+
+    @property
+    def pages(self) -> tuple[int, ...]:
+        """What the cache is asked for: the blocks, each in its form."""
+        if not self.forms:
+            return self.blocks
+        return tuple(page(form, block) for form, block in zip(self.forms, self.blocks, strict=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

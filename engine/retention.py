@@ -13,6 +13,7 @@ from longtake.engine.config import Keep
 from longtake.engine.gang import Gang
 from longtake.engine.timeline import Timeline
 from longtake.offload.cache import KVCache
+from longtake.offload.forms import FormCache
 
 
 class Retention:
@@ -27,7 +28,12 @@ class Retention:
     """
 
     def __init__(
-        self, keep: Keep, timeline: Timeline, cache: KVCache, gang: Gang, num_latents: Callable[[], int] | None
+        self,
+        keep: Keep,
+        timeline: Timeline,
+        cache: KVCache | FormCache,
+        gang: Gang,
+        num_latents: Callable[[], int] | None,
     ) -> None:
         self._keep, self._timeline, self._cache, self._gang = keep, timeline, cache, gang
         self._num_latents = num_latents
@@ -57,6 +63,6 @@ class Retention:
             durable = min(durable, self._timeline.num_known(self._num_latents()))
         safe = self._gang.minimum(durable)
         needed = frozenset(self._timeline.needed_later(safe))
-        candidates = self._left.union(range(self._dropped_to, safe))
+        candidates = self._left.union(self._timeline.kept_pages(self._dropped_to, safe))
         self._cache.drop(candidates - needed)
         self._left, self._dropped_to = candidates & needed, max(safe, self._dropped_to)

@@ -33,6 +33,7 @@ from longtake.engine.timeline import Entry, Timeline
 from longtake.kernels.errors import StorageError
 from longtake.offload.arena import to_device
 from longtake.offload.cache import Commit, KVCache
+from longtake.offload.forms import FormCache, FormCommit
 from longtake.offload.lanes import Fence, mark
 from longtake.offload.store import Payloads
 
@@ -197,7 +198,7 @@ class Retrieval:
         StorageError: blocks are there that nothing is remembered of.
     """
 
-    def __init__(self, shot: ShotConfig, model: CausalWan, timeline: Timeline, cache: KVCache) -> None:
+    def __init__(self, shot: ShotConfig, model: CausalWan, timeline: Timeline, cache: KVCache | FormCache) -> None:
         self._timeline = timeline
         self.last: tuple[int, ...] = ()
         self._retriever: Retriever | None = None
@@ -221,7 +222,7 @@ class Retrieval:
         """Bytes of what is remembered, on the device."""
         return 0 if self._retriever is None else self._retriever.num_bytes
 
-    def keeper(self, commit: Commit) -> Callable[[Tensor], None] | None:
+    def keeper(self, commit: Commit | FormCommit) -> Callable[[Tensor], None] | None:
         """What is to be given the first layer's keys [T, H, D] of a commit pass."""
         if (retriever := self._retriever) is None:
             return None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from longtake.engine.attention import HistoryAttention
-from longtake.engine.config import HistoryPolicy, Keep, Loop, Precision, ShotConfig
+from longtake.engine.config import Loop, Precision, ShotConfig
 from longtake.engine.fp8_linear import is_fp8
 from longtake.engine.history import Plan
 from longtake.engine.model import CausalWan, TextContext
@@ -24,14 +24,14 @@ from longtake.engine.prompts import Prompts
 from longtake.engine.retrieval import Retrieval
 from longtake.engine.rolling import RollingWindow, WindowStore
 from longtake.engine.sampler import denoise, shifted_sigmas
+from longtake.engine.shotcache import open_cache as open_cache
+from longtake.engine.shotcache import shot_forms
 from longtake.engine.timeline import Entry, Kind, Timeline
 from longtake.engine.timing import NO_TIMER, StageTimer
 from longtake.kernels.attention_path import make_path
-from longtake.kernels.codec import BlockGeometry, Codec, make_codec
-from longtake.kernels.errors import CapacityError, ConfigError, StorageError
-from longtake.offload.cache import CacheBudget, KVCache
-from longtake.offload.run import RunDirectory
-from longtake.offload.shape import ModelKVShape
+from longtake.kernels.errors import ConfigError, StorageError
+from longtake.offload.cache import KVCache
+from longtake.offload.forms import FormCache
 
 # Dense keys and values of one layer's chunk of history; more history than this is attended in several chunks.
 SCRATCH_BYTES = 256 << 20
@@ -79,7 +79,7 @@ class Rollout:
         shot: ShotConfig,
         model: CausalWan,
         contexts: Sequence[TextContext] | Prompts,
-        cache: KVCache,
+        cache: KVCache | FormCache,
         prefix: Prefix = Prefix(),
         timer: StageTimer = NO_TIMER,
         *,
@@ -99,7 +99,8 @@ class Rollout:
         self._read_latents = read_latents
         self._recent: OrderedDict[int, Tensor] = OrderedDict()
         self._fixed = None if prefix.fixed is None else prefix.fixed.to(self.device, torch.float32)
-        self.codec = shot_codec(shot)
+        self.forms = shot_forms(shot)
+        self.codec = self.forms[0].codec
         self.path = make_path(
             shot.attention,
             self.codec,
@@ -175,14 +176,13 @@ class Rollout:
     def _reading(self, entry: Entry, plan: Plan) -> Iterator[HistoryAttention]:
         """Attention over a plan's history, as long as it is readable."""
         with self._stages("prepare"):
-            prepared = self.cache.prepare(plan.blocks)
+            prepared = self.cache.prepare(plan.pages)
         with prepared as reading:
             self.cache.schedule(self.timeline.coming(entry.index + 1, _PLANS_AHEAD, self._retrieval.expected))
             yield HistoryAttention(
                 plan,
                 reading,
-                self.codec,
-                self.shot.grid,
+                self.forms,
                 self.shot.model.block_frames,
                 self.path,
                 self.device,
@@ -282,88 +282,6 @@ def _check_start(shot: ShotConfig, prefix: Prefix, prompts: Prompts) -> None:
     }
     if missing := [name for name, there in given.items() if not there]:
         raise ConfigError(f"shot {shot.name!r}: {', '.join(missing)} cannot be rendered here")
-
-
-def shot_codec(shot: ShotConfig) -> Codec:
-    """The codec of a shot's history.
-
-    Raises:
-        ConfigError: there is no such codec.
-    """
-    head_dim = shot.model.transformer.head_dim
-    return make_codec(shot.cache.codec, BlockGeometry(num_tokens=shot.tokens_per_block, head_dim=head_dim))
-
-
-def kv_shape(shot: ShotConfig, heads: range | None = None) -> ModelKVShape:
-    """What is kept of each block of a shot; ``heads`` of the model, all by default."""
-    model = shot.model.transformer
-    own = range(model.num_heads) if heads is None else heads
-    return ModelKVShape(
-        num_layers=model.num_layers,
-        num_heads=len(own),
-        codec=shot_codec(shot),
-        first_head=own.start,
-        total_heads=model.num_heads,
-    )
-
-
-def open_cache(
-    shot: ShotConfig,
-    device: torch.device,
-    num_prefix: int = 0,
-    run: RunDirectory | None = None,
-    heads: range | None = None,
-) -> KVCache:
-    """A cache that fits a shot.
-
-    Args:
-        shot: with its budgets; the device's is of each process, the host's and the disk's are shared by all heads.
-        device: of the rollout.
-        num_prefix: blocks that the shot starts from.
-        run: the disk tier; None: the history lives and dies with the process.
-        heads: of the model that this process keeps; None: all.
-
-    Raises:
-        CapacityError: a budget is too small for the history that the shot attends, or must keep to bring it back.
-    """
-    timeline = Timeline(shot, num_prefix)
-    shape = kv_shape(shot, heads)
-
-    def own_part(num_bytes: int | None) -> int | None:
-        return None if num_bytes is None else num_bytes * shape.num_heads // shape.model_heads
-
-    on_device_only = run is None and shot.cache.host_bytes is None
-    budget = CacheBudget(
-        device_bytes=shot.cache.device_bytes,
-        num_blocks=timeline.max_kept if on_device_only else timeline.max_held,
-        host_bytes=own_part(shot.cache.host_bytes),
-        disk_bytes=own_part(shot.cache.disk_bytes),
-        total_blocks=timeline.num_entries,
-    )
-    if shot.history.policy is HistoryPolicy.RETRIEVE:
-        check_room(shot, timeline, shape, budget, disk=run is not None)
-    return KVCache(shape=shape, device=device, budget=budget, run=run)
-
-
-def check_room(shot: ShotConfig, timeline: Timeline, shape: ModelKVShape, budget: CacheBudget, *, disk: bool) -> None:
-    """That the lowest tier keeps the whole history, any block of which may be brought back.
-
-    Raises:
-        CapacityError: it does not; names the bytes that do.
-    """
-    needed = timeline.num_entries if disk and shot.cache.keep is Keep.ALL else timeline.max_kept + 1
-    if disk:
-        tier, fitting = "disk", needed if budget.disk_bytes is None else budget.disk_bytes // shape.block_bytes
-    elif budget.host_bytes is not None:
-        tier, fitting = "host", budget.num_host_frames(shape, disk=False)
-    else:
-        tier, fitting = "device", budget.num_frames(shape)
-    if fitting < needed:
-        raise CapacityError(
-            f'shot {shot.name!r}: with policy = "retrieve" any of {needed} blocks may be read again, and a {tier} '
-            f"budget that holds {fitting} is all there is to keep them; give the {tier} "
-            f"{needed * shape.block_bytes:,} bytes for the {shape.num_heads} heads kept here"
-        )
 
 
 def scratch_tokens(shot: ShotConfig, num_prefix: int, dtype: torch.dtype, num_heads: int | None = None) -> int:

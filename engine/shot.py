@@ -23,7 +23,8 @@ from longtake.engine.model import CausalWan
 from longtake.engine.prompts import Prompts, make_prompts
 from longtake.engine.retention import Retention
 from longtake.engine.rolling import WindowStore
-from longtake.engine.rollout import Prefix, Rollout, open_cache
+from longtake.engine.rollout import Prefix, Rollout
+from longtake.engine.shotcache import open_cache
 from longtake.engine.shotfolder import METRICS_NAME, WINDOW_NAME, ShotFolder, shot_latents
 from longtake.engine.start import clip_latents, last_frame_latents, picture_latents, write_guide
 from longtake.engine.text import TextEncoder
@@ -120,14 +121,15 @@ class ShotRenderer:
         with ShotFolder(shot, folder, gang, heads) if gang.leads else RankFolder(shot, folder, gang, heads) as files:
             if gang.lead(lambda: files.finished):
                 if shot.cache.keep is Keep.NEEDED:
-                    files.run.drop(range(files.run.num_blocks))
+                    for run in files.runs:
+                        run.drop(range(run.num_blocks))
                 return ShotResult(finished=True, segments=files.paths)
             try:
                 model, decoder = self._load(shot.model, device)
                 prefix = gang.lead(lambda: read_start(shot, folder, decoder))
                 prompts = encode_beats(shot, folder, model, gang)
                 clock = StageClock(device)
-                with contextlib.closing(open_cache(shot, device, files.num_prefix, files.run, heads)) as cache:
+                with contextlib.closing(open_cache(shot, device, files.num_prefix, files.runs, heads)) as cache:
                     rollout = Rollout(
                         shot,
                         model,

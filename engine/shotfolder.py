@@ -1,6 +1,6 @@
 """A shot's folder, open for rendering: locked, rolled back to what is whole, and closed as the rendering ended.
 
-    <shot>/lock  journal  kv.zarr  latents.zarr  window/  segments/00000.mp4 ...  metrics.jsonl
+    <shot>/lock  journal  kv.zarr  forms/<name>/...  latents.zarr  window/  segments/00000.mp4 ...  metrics.jsonl
 
 A block is done when its K/V are journaled and its latents are kept; of the two the shorter one counts, and what the
 other has beyond is deleted, because blocks rendered again on another device would not match it. The journal counts
@@ -12,16 +12,16 @@ from __future__ import annotations
 from pathlib import Path
 from types import TracebackType
 
-from longtake.engine.config import ShotConfig, fingerprint
+from longtake.engine.config import ShotConfig
 from longtake.engine.gang import Gang
 from longtake.engine.latents import LatentLog
-from longtake.engine.rollout import kv_shape
 from longtake.engine.segments import Segments
+from longtake.engine.shotcache import open_folders
 from longtake.engine.timeline import Kind, Timeline
 from longtake.kernels.errors import StorageError
 from longtake.offload.errors import from_os_error, is_disk_full
 from longtake.offload.files import FileOps, fsync_dir
-from longtake.offload.run import RunDirectory
+from longtake.offload.forms import blocks_by_form
 
 LATENTS_NAME = "latents.zarr"
 METRICS_NAME = "metrics.jsonl"
@@ -48,23 +48,15 @@ class ShotFolder:
         self.num_prefix = shot.after_blocks
         self.timeline = Timeline(shot, self.num_prefix)
         self.latents: LatentLog
-        self.run = RunDirectory(
-            path,
-            shape=kv_shape(shot, heads),
-            config_hash=fingerprint(shot),
-            rank=self._gang.rank,
-            num_ranks=self._gang.size,
-            agree=self._whole_blocks,
-            num_blocks=self.timeline.num_entries,
-            reads=self.timeline.needed_later,
-            disk_io=shot.cache.disk_io,
-        )
+        self.runs = open_folders(shot, path, self._gang, heads, self.timeline, self._whole_blocks)
+        self.run = self.runs[0]
+        self._kept = [self.timeline.kept(form) for form in range(len(self.runs))]
         try:
             self.latents.cut(self.num_done)
             self.segments = Segments(shot, self.run, self.timeline)
             self._sync_names()
         except BaseException:
-            self.run.close(orderly=False)
+            self._close(orderly=False)
             raise
 
     def _sync_names(self) -> None:
@@ -102,7 +94,7 @@ class ShotFolder:
             return f"delete that file and run again to go on from its block, or {anew}"
         if not damaged.is_relative_to(self.path):
             return None
-        entry = self.timeline.entry(error.block)
+        entry = self.timeline.entry(self._entry_of(error.block, damaged))
         block = entry.step - (entry.kind is Kind.REPLAY)
         if block < 0 or not self._can_go_on_from(self.timeline.index_of(block)):
             return anew
@@ -111,7 +103,15 @@ class ShotFolder:
 
     def _can_go_on_from(self, entry: int) -> bool:
         """Whether what an entry and the later ones read was not dropped."""
-        return all(self.run.keeps(other) for other in self.timeline.needed_later(entry))
+        by_form = blocks_by_form(self.timeline.needed_later(entry), self._kept)
+        return all(run.keeps(block) for run, blocks in zip(self.runs, by_form, strict=True) for block in blocks)
+
+    def _entry_of(self, block: int, damaged: Path) -> int:
+        """The entry that a form's folder calls block so."""
+        for run, kept in zip(self.runs[1:], self._kept[1:], strict=True):
+            if damaged.is_relative_to(run.path):
+                return kept[block]
+        return block
 
     def __enter__(self) -> ShotFolder:
         return self
@@ -119,10 +119,14 @@ class ShotFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.run.close(orderly=error is None)
+        self._close(orderly=error is None)
+
+    def _close(self, *, orderly: bool) -> None:
+        for run in reversed(self.runs):
+            run.close(orderly=orderly)
 
     def _whole_blocks(self, num_journaled: int) -> int:
-        """The blocks whose latents are there too, and that every rank has; called when the folder is locked."""
+        """The entries whose latents are there too, and that every rank has; called when the folder is locked."""
         self.latents = LatentLog(self.path / LATENTS_NAME, self._shot.num_blocks, self._shot.latent_shape)
         return self._gang.minimum(min(num_journaled, self.timeline.num_known(self.latents.num_written())))
 

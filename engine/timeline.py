@@ -13,15 +13,19 @@ from __future__ import annotations
 
 import enum
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from itertools import accumulate
 from typing import TypeAlias
 
 from longtake.engine import history
 from longtake.engine.config import HistoryPolicy, Loop, Positions, ShotConfig, Switch, WriteBack
+from longtake.engine.forms import FormPolicy
 from longtake.engine.history import Candidates, Plan
 from longtake.kernels.errors import ConfigError
+from longtake.offload.pages import page
 
 _KEPT_PLANS = 32
 
@@ -82,6 +86,7 @@ class Timeline:
         self._rolling = shot.sampler.loop is Loop.ROLLING
         self._rebuild = shot.sampler.write_back is WriteBack.REBUILD
         _check(shot)
+        self.forms = FormPolicy(shot.history, shot.cache)
         self._made = lru_cache(maxsize=_KEPT_PLANS)(self._make_plan)
         self._beat_steps = tuple(
             bisect_left(range(shot.num_blocks), beat, key=shot.beat_of_block) for beat in range(len(shot.beats))
@@ -155,13 +160,19 @@ class Timeline:
         return self._plan(entry, entry.step, first=first, retrieved=retrieved)
 
     def reads(self, index: int, expected: Expected = lambda entry: ()) -> list[tuple[int, ...]]:
-        """Every list of entries that is read for one entry, in order; ``expected`` guesses what it brings back."""
+        """Every list of pages (entries, in their forms) that is read for one entry, in order.
+
+        ``expected`` guesses what it brings back.
+        """
+        return list(dict.fromkeys(plan.pages for plan in self._plans(index, expected)))
+
+    def _plans(self, index: int, expected: Expected = lambda entry: ()) -> list[Plan]:
         entry = self.entry(index)
         retrieved = expected(entry)
         plans = [self.write_plan(entry, retrieved)]
         if entry.kind is Kind.RENDER:
             plans.insert(0, self.read_plan(entry, retrieved))
-        return list(dict.fromkeys(plan.blocks for plan in plans))
+        return plans
 
     def coming(self, index: int, count: int, expected: Expected = lambda entry: ()) -> list[tuple[int, ...]]:
         """What the next ``count`` commits will read, from ``index`` on, as far as that is known; see :meth:`reads`."""
@@ -169,7 +180,14 @@ class Timeline:
         return [blocks for i in range(index, last) for blocks in self.reads(i, expected)]
 
     def needed_later(self, index: int) -> tuple[int, ...]:
-        """Entries that entry ``index`` or any later one may read; all others can leave fast memory."""
+        """Pages that entry ``index`` or any later one may read; all others can leave fast memory."""
+        if not self.forms.plain:
+            return tuple(
+                page(form, entry)
+                for form, last in enumerate(self._last_reads)
+                for entry, reader in last.items()
+                if entry < index <= reader
+            )
         needed: set[int] = set()
         for last in self._until_second_render(index):
             needed.update(*self.reads(last))
@@ -179,14 +197,33 @@ class Timeline:
 
     @property
     def max_attended(self) -> int:
-        """The most entries that any commit attends at once."""
+        """The most entries that any commit attends at once, with all their tokens."""
+        if not self.forms.plain:
+            return self._most_whole
         return history.max_attended(self._history, self._prefix + self._shot.num_blocks)
 
     @property
     def max_held(self) -> int:
-        """The most entries that must be in reach while one is being committed, that one apart."""
+        """The most entries that must be in reach while one is being committed, that one apart; of the first form."""
+        return self.max_held_in(0)
+
+    def max_held_in(self, form: int) -> int:
+        """As :attr:`max_held`, of any form."""
+        if not self.forms.plain:
+            return self._most_held[form]
         old_and_new = 2 * self._history.recent_blocks - 1 if self._rebuild else 0
         return min(max(self.max_attended, old_and_new), self.num_entries)
+
+    def kept(self, form: int) -> Sequence[int]:
+        """Entries that are encoded in a form, ascending: in the first all, in others those that will be read in it."""
+        return range(self.num_entries) if form == 0 else sorted(self._last_reads[form])
+
+    def kept_pages(self, first: int, last: int) -> Iterator[int]:
+        """The pages of entries ``first`` to ``last`` - 1, in all the forms that each is kept in."""
+        yield from range(first, last)
+        for form, reads in enumerate(() if self.forms.plain else self._last_reads):
+            if form:
+                yield from (page(form, entry) for entry in reads if first <= entry < last)
 
     @property
     def max_kept(self) -> int:
@@ -200,6 +237,28 @@ class Timeline:
     def max_own_blocks(self) -> int:
         """The most blocks that are computed together."""
         return min(len(self._shot.sampler.timesteps), self._shot.num_blocks) if self._rolling else 1
+
+    @cached_property
+    def _last_reads(self) -> tuple[dict[int, int], ...]:
+        """For each form: entry -> the last entry that reads it so."""
+        last: tuple[dict[int, int], ...] = tuple({} for _ in self.forms.specs)
+        for index in range(self.num_entries):
+            for plan in self._plans(index):
+                for form, entry in zip(plan.forms or (0,) * len(plan.blocks), plan.blocks, strict=True):
+                    last[form][entry] = index
+        return last
+
+    @cached_property
+    def _most_held(self) -> tuple[int, ...]:
+        """For each form: the most entries that are there to be read by some later one."""
+        return tuple(_most_at_once(last) for last in self._last_reads)
+
+    @cached_property
+    def _most_whole(self) -> int:
+        """The most entries of a plan that are not merged."""
+        whole = [not spec.merged for spec in self.forms.specs]
+        plans = (plan for index in range(self.num_entries) for plan in self._plans(index))
+        return max(sum(whole[form] for form in plan.forms) for plan in plans)
 
     def _until_second_render(self, index: int) -> Iterator[int]:
         renders = 0
@@ -266,7 +325,8 @@ class Timeline:
         cut = self._cut(entry.step)
         start, starts = history.place(config, time, wanted, self._frames, own_blocks=own_blocks, cut=cut)
         blocks = tuple(self._newest(other, versions) for other in wanted) if self._replays else wanted
-        return Plan(block=entry.index, start=start, blocks=blocks, starts=starts, own_blocks=own_blocks)
+        plan = Plan(block=entry.index, start=start, blocks=blocks, starts=starts, own_blocks=own_blocks)
+        return plan if self.forms.plain else _with_forms(plan, [self.forms.form(time, other) for other in wanted])
 
     def _newest(self, time: int, step: int) -> int:
         """The newest entry of a block once the replays of ``step`` are committed."""
@@ -276,6 +336,26 @@ class Timeline:
             if replays.first <= time < replays.first + replays.count:
                 return replays.index + time - replays.first
         return self.index_of(time - self._prefix)
+
+
+def _with_forms(plan: Plan, forms: Sequence[int | None]) -> Plan:
+    """A plan with its blocks' forms, without those that have none; what is left stays where it stood."""
+    kept = [index for index, form in enumerate(forms) if form is not None]
+    return replace(
+        plan,
+        blocks=tuple(plan.blocks[index] for index in kept),
+        starts=tuple(plan.starts[index] for index in kept),
+        forms=tuple(form for form in forms if form is not None),
+    )
+
+
+def _most_at_once(last_reads: dict[int, int]) -> int:
+    """The most entries that are committed and still to be read, while any one is being committed."""
+    changes: Counter[int] = Counter()
+    for entry, reader in last_reads.items():
+        changes[entry + 1] += 1
+        changes[reader + 1] -= 1
+    return max(accumulate(changes[index] for index in sorted(changes)), default=0)
 
 
 def _check(shot: ShotConfig) -> None:
@@ -300,6 +380,11 @@ def _check(shot: ShotConfig) -> None:
         )
     if retrieve != bool(shot.history.retrieved_blocks):
         raise ConfigError(f'shot {shot.name!r}: retrieved_blocks goes with policy = "retrieve", from 1 block on')
+    if retrieve and not FormPolicy(shot.history, shot.cache).plain:
+        raise ConfigError(
+            f'shot {shot.name!r}: what policy = "retrieve" reads is not known before, as tiers, first and prune '
+            'need it to be; use policy = "window" or "full" with them'
+        )
     for beat in shot.beats[1:]:
         if beat.switch is Switch.RECACHE and (rolling or rebuild):
             raise ConfigError(

@@ -23,23 +23,35 @@ from longtake.jobs.toml_lines import TomlPath
 POLICIES = ("full", "window", "retrieve")
 POSITIONS = ("absolute", "relative", "sink", "bounded")
 WEIGHTS = ("model", "fp8")
+ATTENTION = ("dense", "fp8", "fp8-bf16v")
 SWITCHES = ("keep", "recache", "flush", "cut")
 SIZES = {"480p": (480, 832), "720p": (720, 1280)}
 DEFAULT_MODEL = "mini"
 MAX_DURATION_S = 7 * 24 * 3600
 MAX_NAME = 64
 
-_SHARED_KEYS = ("model", "weights", "codec", "size", "fps", "seed", "steps", "history", "cache")
+_SHARED_KEYS = ("model", "weights", "codec", "attention", "size", "fps", "seed", "steps", "history", "cache")
 _FILM_KEYS = ("title", "cluster", *_SHARED_KEYS)
 _START_KEYS = ("image", "clip", "video")
 _SHOT_KEYS = ("name", "duration", "prompt", "beat", "after", "after_blocks", *_START_KEYS, "strength", *_SHARED_KEYS)
 _BEAT_KEYS = ("at", "prompt", "switch", "transition")
-_HISTORY_KEYS = ("policy", "sink_blocks", "recent_blocks", "retrieved_blocks", "positions", "jitter")
+_HISTORY_KEYS = ("policy", "sink_blocks", "recent_blocks", "retrieved_blocks", "positions", "jitter", "prune")
+_PRUNE_KEYS = ("recent_blocks", "important", "keep", "merge")
 _BUDGETS = ("device", "host", "disk")
 KEEPS = ("all", "needed")
 DISK_IO = ("auto", "system", "deepnvme")
-_CACHE_KEYS = (*_BUDGETS, "keep", "disk_io")
+_CACHE_KEYS = (*_BUDGETS, "keep", "disk_io", "tiers", "refresh", "first", "first_blocks", "important")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prune:
+    """Which older blocks are left out or merged."""
+
+    recent_blocks: int
+    important: float | None = None
+    keep: float | None = None
+    merge: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,17 +64,26 @@ class History:
     retrieved_blocks: int | None = None
     positions: str | None = None
     jitter: float | None = None
+    prune: Prune | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cache:
-    """Budgets of the tiers in bytes, what stays on the disk, and how it is reached."""
+    """Budgets in bytes, what stays on the disk and how it is reached, and the codecs of some blocks.
+
+    ``tiers`` are (age, codec), by age.
+    """
 
     device_bytes: int | None = None
     host_bytes: int | None = None
     disk_bytes: int | None = None
     keep: str | None = None
     disk_io: str | None = None
+    tiers: tuple[tuple[int, str], ...] | None = None
+    refresh: int | None = None
+    first: str | None = None
+    first_blocks: int | None = None
+    important: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +94,7 @@ class Settings:
     seed: int = 0
     weights: str | None = None
     codec: str | None = None
+    attention: str | None = None
     size: tuple[int, int] | None = None
     fps: int | None = None
     steps: int | None = None
@@ -291,6 +313,7 @@ def _read_settings(table: Table, defaults: Settings) -> Settings:
         "seed": table.integer("seed", minimum=0, maximum=2**63 - 1, example="7"),
         "weights": table.choice("weights", WEIGHTS),
         "codec": table.text("codec", '"int4"'),
+        "attention": table.choice("attention", ATTENTION),
         "size": _read_size(table),
         "fps": table.integer("fps", minimum=1, maximum=240, example="16"),
         "steps": table.integer("steps", minimum=1, maximum=1000, example="4"),
@@ -328,6 +351,7 @@ def _read_history(parent: Table, defaults: History) -> History:
         "retrieved_blocks": table.integer("retrieved_blocks", minimum=1, maximum=10**6, example="4"),
         "positions": table.choice("positions", POSITIONS),
         "jitter": table.number("jitter", above=None, most=8, example="0.5"),
+        "prune": _read_prune(table),
     }
     merged = dataclasses.replace(defaults, **{key: value for key, value in own.items() if value is not None})
     meaningless: dict[str | None, tuple[str, ...]] = {
@@ -341,10 +365,38 @@ def _read_history(parent: Table, defaults: History) -> History:
     return dataclasses.replace(merged, **dict.fromkeys(unused))
 
 
+def _read_prune(history: Table) -> Prune | None:
+    """A shot's prune replaces the film's as a whole."""
+    if "prune" not in history:
+        return None
+    table = Table(history.source, (*history.path, "prune"), _PRUNE_KEYS)
+    table.required("recent_blocks", "6")
+    recent = table.integer("recent_blocks", minimum=1, maximum=10**6, example="6")
+    assert recent is not None
+    merge = table.raw("merge")
+    if merge is not None and (
+        not isinstance(merge, list) or len(merge) != 2 or any(type(n) is not int or n < 1 for n in merge)
+    ):
+        raise table.error("merge", f"{quote(merge)} is no window; write merge = [rows, columns], like [2, 2]")
+    return Prune(
+        recent_blocks=recent,
+        important=table.number("important", above=None, most=1, example="0.1"),
+        keep=table.number("keep", above=None, most=1, example="0.3"),
+        merge=None if merge is None else (merge[0], merge[1]),
+    )
+
+
 def _read_cache(parent: Table, defaults: Cache) -> Cache:
     table = Table(parent.source, (*parent.path, "cache"), _CACHE_KEYS)
-    chosen = {"keep": table.choice("keep", KEEPS), "disk_io": table.choice("disk_io", DISK_IO)}
-    own: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
+    own: dict[str, Any] = {
+        "tiers": _read_tiers(table),
+        "refresh": table.integer("refresh", minimum=1, maximum=10**6, example="4"),
+        "first": table.text("first", '"bf16"'),
+        "first_blocks": table.integer("first_blocks", minimum=1, maximum=10**6, example="1"),
+        "keep": table.choice("keep", KEEPS),
+        "disk_io": table.choice("disk_io", DISK_IO),
+        "important": table.text("important", '"int4"'),
+    }
     for key in _BUDGETS:
         text = table.value(key, str, '"6GiB"')
         if text is None:
@@ -353,7 +405,25 @@ def _read_cache(parent: Table, defaults: Cache) -> Cache:
             own[f"{key}_bytes"] = parse_bytes(text.strip())
         except ValueError as error:
             raise table.error(key, str(error)) from error
-    return dataclasses.replace(defaults, **own)
+    merged = dataclasses.replace(defaults, **{key: value for key, value in own.items() if value is not None})
+    for key, needed in (("refresh", "tiers"), ("first_blocks", "first")):
+        if key in table and not getattr(merged, needed):
+            raise table.error(key, f"has no meaning without {needed}; add {needed} or remove it")
+    return merged
+
+
+def _read_tiers(table: Table) -> tuple[tuple[int, str], ...] | None:
+    """``{ 2 = "bf16", 6 = "int4" }``: up to that age in blocks, that codec."""
+    values = table.value("tiers", dict, '{ 2 = "bf16" }')
+    if values is None:
+        return None
+    tiers = []
+    for age, codec in values.items():
+        if not age.isdecimal() or len(age) > 6 or type(codec) is not str or not codec.strip():
+            message = f'{quote({age: codec})} is no tier; write an age in blocks and a codec, like {{ 2 = "bf16" }}'
+            raise table.source.error((*table.path, "tiers", age), message)
+        tiers.append((int(age), codec.strip()))
+    return tuple(sorted(tiers))
 
 
 def _check_after(film: Film) -> None:

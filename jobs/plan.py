@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import mul
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +30,10 @@ class ShotPlan:
         num_frames, num_latents, num_blocks: video frames, latent frames and blocks to render.
         num_prefix_blocks: blocks of the shot before that are committed first.
         attended_blocks: the most history blocks that one block reads.
-        bits_per_element: stored for one element of K or V, scales and all.
-        block_bytes: payloads of one block, all layers and heads.
-        history_bytes: payloads of the whole shot, blocks committed anew included: what a host or disk tier keeps.
+        bits_per_element: stored by ``codec`` for one element of K or V, scales and all.
+        block_bytes: payloads of one block, all layers and heads, as ``codec`` keeps it.
+        history_bytes: payloads of the whole shot, blocks committed anew and kept in several forms included: what a host
+            or disk tier keeps.
         dense_history_bytes: the same K and V in bfloat16.
         arena_bytes: device arena: attended blocks and the one being committed, or the film's device budget.
         scratch_bytes: dense K and V of one layer's chunk of history.
@@ -96,31 +98,25 @@ def plan_shot(
     from longtake.engine.fp8_linear import quantise_linears
     from longtake.engine.model import CausalWan
     from longtake.engine.retrieval import summary_bytes
-    from longtake.engine.rollout import check_room, scratch_tokens, shot_codec
+    from longtake.engine.rollout import scratch_tokens
+    from longtake.engine.shotcache import cache_budgets, check_room, kv_shape, shot_forms
     from longtake.engine.timeline import Timeline
-    from longtake.offload.cache import CacheBudget
-    from longtake.offload.shape import ModelKVShape
 
     dtype: torch.dtype = getattr(torch, dtype_name)
     geometry = shot.model.transformer
-    codec = shot_codec(shot)
-    shape = ModelKVShape(num_layers=geometry.num_layers, num_heads=geometry.num_heads, codec=codec)
     timeline = Timeline(shot, shot.after_blocks)
-    budget = CacheBudget(
-        device_bytes=shot.cache.device_bytes,
-        num_blocks=timeline.max_held,
-        host_bytes=shot.cache.host_bytes,
-        disk_bytes=shot.cache.disk_bytes,
-        total_blocks=timeline.num_entries,
-    )
+    budgets = cache_budgets(shot, timeline)
+    shapes = [kv_shape(shot, form=form) for form in range(len(budgets))]
+    history_bytes = sum(len(timeline.kept(form)) * shape.block_bytes for form, shape in enumerate(shapes))
     retrieve = shot.history.policy is HistoryPolicy.RETRIEVE
     if retrieve:
-        check_room(shot, timeline, shape, budget, disk=True)
-    arena_frames, num_history = budget.num_frames(shape), timeline.num_entries
-    history_bytes = num_history * shape.block_bytes
+        check_room(shot, timeline, shapes[0], budgets[0], disk=True)
     kept_bytes = min(history_bytes, shot.cache.disk_bytes or history_bytes)
     calibration = choose(calibrations, shot.cache.codec) if calibrations else None
     decoder_weights, vae_bytes = _vae(shot, dtype)
+    sizes = [shape.block_bytes for shape in shapes]
+    staging = [budget.num_host_frames(shape, disk=True) for budget, shape in zip(budgets, shapes, strict=True)]
+    arenas = [budget.num_frames(shape) for budget, shape in zip(budgets, shapes, strict=True)]
     dense_block = 2 * 2 * shot.tokens_per_block * geometry.dim * geometry.num_layers
     with torch.device("meta"):
         model = CausalWan(geometry).cast(dtype)
@@ -138,21 +134,19 @@ def plan_shot(
         num_blocks=shot.num_blocks,
         num_prefix_blocks=shot.after_blocks,
         attended_blocks=timeline.max_attended,
-        bits_per_element=codec.bits_per_element,
-        block_bytes=shape.block_bytes,
+        bits_per_element=shot_forms(shot)[0].codec.bits_per_element,
+        block_bytes=sizes[0],
         history_bytes=history_bytes,
-        dense_history_bytes=num_history * dense_block,
-        arena_bytes=arena_frames * shape.block_bytes,
+        dense_history_bytes=timeline.num_entries * dense_block,
+        arena_bytes=sum(map(mul, arenas, sizes)),
         scratch_bytes=2 * scratch_tokens(shot, shot.after_blocks, dtype) * geometry.dim * dtype.itemsize,
         weights_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
-        summary_bytes=summary_bytes(num_history, geometry.num_heads, geometry.head_dim) if retrieve else 0,
+        summary_bytes=summary_bytes(timeline.num_entries, geometry.num_heads, geometry.head_dim) if retrieve else 0,
         vae_bytes=vae_bytes,
         activation_bytes=round(calibration.activation_bytes * shot.tokens_per_block * geometry.dim)
         if calibration
         else 0,
-        host_bytes=max(
-            budget.num_host_frames(shape, disk=True) * shape.block_bytes, _files_bytes(shot.model.path / "text_encoder")
-        ),
+        host_bytes=max(sum(map(mul, staging, sizes)), _files_bytes(shot.model.path / "text_encoder")),
         disk_bytes=kept_bytes + shot.num_blocks * math.prod(shot.latent_shape) * _LATENT_BYTES,
         seconds=shot_seconds(shot, calibration, decoder_weights) if calibration else None,
         after=shot.after,

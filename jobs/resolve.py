@@ -7,8 +7,9 @@ import hashlib
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from longtake.engine.config import (
     BeatConfig,
@@ -20,12 +21,15 @@ from longtake.engine.config import (
     ModelSpec,
     Positions,
     Precision,
+    PruneConfig,
     SamplerConfig,
     ShotConfig,
     Switch,
+    TierConfig,
 )
+from longtake.engine.forms import FormPolicy
 from longtake.engine.timeline import Timeline
-from longtake.jobs.film import Beat, Film, Settings, Shot
+from longtake.jobs.film import Beat, Film, Prune, Settings, Shot
 from longtake.jobs.source import quote
 from longtake.kernels.errors import ConfigError, LongtakeError
 from longtake.offload.chunkfiles import DiskIO
@@ -98,6 +102,7 @@ def _resolve_shot(film: Film, shot: Shot, model: ModelSpec, before: ShotConfig |
         sampler=_sampler(model, settings.steps),
         history=history,
         cache=_cache(settings),
+        attention=settings.attention or "dense",
         after=shot.after,
         after_blocks=_after_blocks(film, shot, history, before),
         image=_media(film, shot, "image", shot.image),
@@ -105,7 +110,7 @@ def _resolve_shot(film: Film, shot: Shot, model: ModelSpec, before: ShotConfig |
         guide=_media(film, shot, "video", shot.video),
         strength=shot.strength or (0.6 if shot.video is not None else 1.0),
     )
-    _check_codec(film, shot, config)
+    _check_forms(film, shot, config)
     if config.clip is not None:
         blocks = _clip_blocks(film, shot, config, config.clip)
         config = dataclasses.replace(config, after_blocks=blocks)
@@ -165,6 +170,14 @@ def _history(film: Film, shot: Shot, default: HistoryConfig) -> HistoryConfig:
         positions=Positions(wanted.positions) if wanted.positions else default.positions,
         trained_frames=default.trained_frames,
         jitter=default.jitter if wanted.jitter is None else wanted.jitter,
+        prune=default.prune if wanted.prune is None else _prune(wanted.prune),
+    )
+
+
+def _prune(prune: Prune) -> PruneConfig:
+    given: dict[str, Any] = {"important": prune.important, "keep": prune.keep, "merge": prune.merge}
+    return PruneConfig(
+        recent_blocks=prune.recent_blocks, **{key: value for key, value in given.items() if value is not None}
     )
 
 
@@ -218,26 +231,46 @@ def _sampler(model: ModelSpec, steps: int | None) -> SamplerConfig:
 
 
 def _cache(settings: Settings) -> CacheConfig:
-    cache, default = settings.cache, CacheConfig()
-    return CacheConfig(
-        codec=settings.codec or default.codec,
-        device_bytes=cache.device_bytes,
-        host_bytes=cache.host_bytes,
-        disk_bytes=cache.disk_bytes,
-        keep=Keep(cache.keep or default.keep),
-        disk_io=DiskIO(cache.disk_io or default.disk_io),
-    )
+    wanted = settings.cache
+    given: dict[str, Any] = {
+        "codec": settings.codec,
+        "tiers": tuple(TierConfig(age=age, codec=codec) for age, codec in wanted.tiers or ()),
+        "refresh": wanted.refresh,
+        "first": wanted.first,
+        "first_blocks": wanted.first_blocks,
+        "important": wanted.important,
+        "device_bytes": wanted.device_bytes,
+        "host_bytes": wanted.host_bytes,
+        "disk_bytes": wanted.disk_bytes,
+        "keep": Keep(wanted.keep) if wanted.keep else None,
+        "disk_io": DiskIO(wanted.disk_io) if wanted.disk_io else None,
+    }
+    return CacheConfig(**{key: value for key, value in given.items() if value is not None})
 
 
-def _check_codec(film: Film, shot: Shot, config: ShotConfig) -> None:
-    """That there is such a codec and that it can hold this geometry."""
+def _check_forms(film: Film, shot: Shot, config: ShotConfig) -> None:
+    """That the policies make sense, and that there are such codecs, which can hold this geometry."""
     from longtake.kernels.codec import BlockGeometry, make_codec  # imports torch
+    from longtake.kernels.forms import make_form
 
-    geometry = BlockGeometry(num_tokens=config.tokens_per_block, head_dim=config.model.transformer.head_dim)
-    try:
-        make_codec(config.cache.codec, geometry)
-    except ConfigError as error:
-        raise film.source.error(film.key(shot, "codec"), str(error)) from error
+    head_dim = config.model.transformer.head_dim
+    geometry = BlockGeometry(num_tokens=config.tokens_per_block, head_dim=head_dim, grid=config.grid)
+    cache, prune = config.cache, config.history.prune
+    named: list[tuple[tuple[str, ...], str | None]] = [(("codec",), cache.codec)]
+    named += [(("cache", "tiers", str(tier.age)), tier.codec) for tier in cache.tiers]
+    named += [(("cache", "first"), cache.first), (("cache", "important"), cache.important)]
+    checks: list[tuple[tuple[str, ...], Callable[[], object]]] = [
+        (keys, partial(make_codec, codec, geometry)) for keys, codec in named if codec is not None
+    ]
+    if prune is not None and prune.merge is not None:
+        checks.append((("history", "prune", "merge"), partial(make_form, cache.codec, geometry, prune.merge)))
+    place = "tiers" if cache.tiers else "important" if cache.important is not None else "refresh"
+    checks.append((("cache", place), partial(FormPolicy, config.history, cache)))
+    for keys, check in checks:
+        try:
+            check()
+        except ConfigError as error:
+            raise film.source.error(film.key(shot, *keys), str(error)) from error
 
 
 def _after_blocks(film: Film, shot: Shot, history: HistoryConfig, before: ShotConfig | None) -> int:

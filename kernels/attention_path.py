@@ -5,7 +5,7 @@ which blocks to read and where they go:
 
     path.begin(q, k, v, rotary)                        the block's own, before RoPE: turned, and in FP8 calibrated
     for chunk in chunks:
-        path.write_history(pages, slots, rotary)       rows 0 .. n of the scratch
+        path.write_history(pages, slots, rotary)       rows 0 .. n of the scratch; other codecs' blocks at later rows
         path.write_own(n)                              with the last chunk: the block's own K/V behind them
         out, lse = path.attend(n + own)                merge() by lse when there are several chunks
 
@@ -71,8 +71,16 @@ class AttentionPath(ABC):
         self._own = (apply_rotary(q_THD, rotary).transpose(0, 1), apply_rotary(k_THD, rotary), v_THD)
 
     @abstractmethod
-    def write_history(self, pages_GHP: Tensor, slots_N: Tensor, rotary: Rotary) -> None:
-        """Unpack N blocks into rows 0 .. N*T; arguments as for Codec.materialise."""
+    def write_history(
+        self, pages_GHP: Tensor, slots_N: Tensor, rotary: Rotary, *, codec: Codec | None = None, row: int = 0
+    ) -> None:
+        """Unpack N blocks of T tokens into rows row .. row + N*T.
+
+        Args:
+            pages_GHP, slots_N, rotary: as for Codec.materialise.
+            codec: that encoded them; None: the path's own.
+            row: first row.
+        """
 
     @abstractmethod
     def write_own(self, row: int) -> None:
@@ -119,8 +127,10 @@ class DensePath(AttentionPath):
     def num_bytes(self) -> int:
         return self.k_HXD.nbytes + self.v_HXD.nbytes
 
-    def write_history(self, pages_GHP: Tensor, slots_N: Tensor, rotary: Rotary) -> None:
-        self.codec.materialise(pages_GHP, slots_N, rotary, self.k_HXD, self.v_HXD)
+    def write_history(
+        self, pages_GHP: Tensor, slots_N: Tensor, rotary: Rotary, *, codec: Codec | None = None, row: int = 0
+    ) -> None:
+        (codec or self.codec).materialise(pages_GHP, slots_N, rotary, self.k_HXD[:, row:], self.v_HXD[:, row:])
 
     def write_own(self, row: int) -> None:
         _, k_THD, v_THD = self._begun()
@@ -182,14 +192,16 @@ class Fp8Path(AttentionPath):
         _, k_turned_THD, v_THD = self._begun()
         self._scaling = (calibrate(k_turned_THD, centred=self.centred), calibrate(v_THD, centred=self.centred))
 
-    def write_history(self, pages_GHP: Tensor, slots_N: Tensor, rotary: Rotary) -> None:
+    def write_history(
+        self, pages_GHP: Tensor, slots_N: Tensor, rotary: Rotary, *, codec: Codec | None = None, row: int = 0
+    ) -> None:
         k_scaling, v_scaling = self._scalings()
-        self.codec.materialise(
+        (codec or self.codec).materialise(
             pages_GHP,
             slots_N,
             rotary,
-            self.scratch.k_HXD,
-            self.scratch.v_HXD,
+            self.scratch.k_HXD[:, row:],
+            self.scratch.v_HXD[:, row:],
             k_scaling=k_scaling,
             v_scaling=v_scaling if self.scratch.values_fp8 else None,
         )

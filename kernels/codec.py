@@ -8,7 +8,8 @@ before RoPE and turned when they are read.
                            0                             ^ a multiple of 16            P, a multiple of 16
 
 Most codecs treat K and V alike or apart, one tensor at a time: they are TensorCodecs, and `PairCodec` joins two of
-them. make_codec("k=quarot2,v=rtn4") joins any two.
+them. make_codec("k=quarot2,v=rtn4") joins any two; "rtn4+rtn2" codes the centre of each frame by the first and the
+rest by the second (kernels/spatial.py).
 
 Shape legend: T tokens of a block, H heads, D head dim, P payload bytes, G slots of an arena, N blocks read, X rows of
 the scratch (X >= N*T), B bytes of one tensor's section.
@@ -42,14 +43,18 @@ class BlockGeometry:
     Args:
         num_tokens: tokens of a block (T).
         head_dim: channels of a head (D).
+        grid: rows and columns of a latent frame's tokens, for codecs that look at where a token lies; None: unknown.
     """
 
     num_tokens: int
     head_dim: int
+    grid: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.num_tokens < 1 or self.head_dim < 1:
             raise ConfigError(f"a block needs tokens and channels: got {self.num_tokens} x {self.head_dim}.")
+        if self.grid is not None and (min(self.grid) < 1 or self.num_tokens % (self.grid[0] * self.grid[1])):
+            raise ConfigError(f"a block of {self.num_tokens} tokens is no number of frames of {self.grid} tokens.")
 
 
 class Side(Enum):
@@ -312,15 +317,31 @@ _FAMILIES: dict[str, str] = {
 
 
 def codec_names() -> list[str]:
-    """Every plain codec name; any two join as "k=NAME,v=NAME"."""
+    """Every plain codec name; any two join as "k=NAME,v=NAME", and as "CENTRE+REST"."""
     return sorted(_FAMILIES)
 
 
-def _tensor_codec(name: str, geometry: BlockGeometry, side: Side) -> TensorCodec:
+def make_tensor_codec(name: str, geometry: BlockGeometry, side: Side) -> TensorCodec:
+    """Make the codec of one tensor.
+
+    Args:
+        name: one of codec_names(), or two joined by "+".
+        geometry: the block.
+        side: which tensor it is for.
+
+    Raises:
+        ConfigError: as make_codec.
+    """
+    if "+" in name:
+        spatial = importlib.import_module("longtake.kernels.spatial")
+        split: TensorCodec = spatial.tensor_codec(name, geometry, side)
+        return split
     if name not in _FAMILIES:
         nearest = difflib.get_close_matches(name, _FAMILIES, n=1, cutoff=0.0)
         hint = f"did you mean {nearest[0]!r}?" if nearest else ""
-        raise ConfigError(f"unknown codec {name!r}: {hint} Known: {', '.join(codec_names())}; or 'k=NAME,v=NAME'.")
+        raise ConfigError(
+            f"unknown codec {name!r}: {hint} Known: {', '.join(codec_names())}; or 'k=NAME,v=NAME', or 'CENTRE+REST'."
+        )
     family = importlib.import_module(f"longtake.kernels.{_FAMILIES[name]}")
     make: Callable[[str, BlockGeometry, Side], TensorCodec] = family.tensor_codec
     return make(name, geometry, side)
@@ -330,7 +351,7 @@ def make_codec(name: str, geometry: BlockGeometry) -> Codec:
     """Make a codec by name.
 
     Args:
-        name: one of codec_names(), for K and V alike, or "k=NAME,v=NAME".
+        name: one of codec_names(), for K and V alike; "k=NAME,v=NAME"; and in place of a NAME also "CENTRE+REST".
         geometry: the block.
 
     Raises:
@@ -342,4 +363,5 @@ def make_codec(name: str, geometry: BlockGeometry) -> Codec:
         if set(parts) != {"k", "v"}:
             raise ConfigError(f"codec {name!r}: a mixed codec is written 'k=NAME,v=NAME'.")
         key, value = parts["k"], parts["v"]
-    return PairCodec(name, geometry, k=_tensor_codec(key, geometry, Side.K), v=_tensor_codec(value, geometry, Side.V))
+    k, v = make_tensor_codec(key, geometry, Side.K), make_tensor_codec(value, geometry, Side.V)
+    return PairCodec(name, geometry, k=k, v=v)

@@ -80,10 +80,15 @@ def _angles(positions: Sequence[int | float], num_pairs: int) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _spatial_table(height: int, width: int, head_dim: int, device: torch.device) -> Tensor:
+def _spatial_table(
+    height: int, width: int, head_dim: int, device: torch.device, merged: tuple[int, int] = (1, 1)
+) -> Tensor:
     _, pairs_h, pairs_w = axis_pairs(head_dim)
-    rows = _angles(range(height), pairs_h)[:, None].expand(height, width, pairs_h, 2)
-    columns = _angles(range(width), pairs_w)[None].expand(height, width, pairs_w, 2)
+    centre_y, centre_x = ((count - 1) / 2 for count in merged)
+    rows = _angles([row * merged[0] + centre_y for row in range(height)], pairs_h)
+    columns = _angles([column * merged[1] + centre_x for column in range(width)], pairs_w)
+    rows = rows[:, None].expand(height, width, pairs_h, 2)
+    columns = columns[None].expand(height, width, pairs_w, 2)
     return torch.cat((rows, columns), dim=2).reshape(height * width, pairs_h + pairs_w, 2).contiguous().to(device)
 
 
@@ -93,6 +98,8 @@ def rotary_table(
     width: int,
     head_dim: int,
     device: torch.device | str = "cpu",
+    *,
+    merged: tuple[int, int] = (1, 1),
 ) -> Rotary:
     """Build the tables of some latent frames.
 
@@ -102,6 +109,7 @@ def rotary_table(
         width: columns of tokens in a latent frame.
         head_dim: channels of one head, even.
         device: where the tables go.
+        merged: rows and columns of a full frame that one row and column stand for; they stand at the middle of those.
 
     Returns:
         Tables for len(frame_positions) * height * width tokens; the spatial one is shared between calls and must not be
@@ -110,7 +118,7 @@ def rotary_table(
     device = torch.device(device)
     pairs_t, _, _ = axis_pairs(head_dim)
     temporal = _angles(frame_positions, pairs_t).to(device)
-    return Rotary(temporal_YP2=temporal, spatial_SQ2=_spatial_table(height, width, head_dim, device))
+    return Rotary(temporal_YP2=temporal, spatial_SQ2=_spatial_table(height, width, head_dim, device, merged))
 
 
 def rotate_pairs(x_TD: Tensor, rotary: Rotary) -> Tensor:

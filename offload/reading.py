@@ -42,6 +42,11 @@ class Reading:
         self._ring, self._on_release = ring, on_release
 
     @property
+    def parts(self) -> tuple[Reading, ...]:
+        """By form of the blocks (`longtake.offload.forms`): this one has only the first."""
+        return (self,)
+
+    @property
     def streamed(self) -> bool:
         """Whether pages pass through a ring; layers are then best read in order, pass after pass."""
         return self._ring is not None
@@ -103,6 +108,11 @@ class Commit:
         self.summary_HS: Tensor | None = None
         self._pages_LHP = pages_LHP
         self._on_complete, self._on_abort = on_complete, on_abort
+
+    @property
+    def parts(self) -> tuple[Commit, ...]:
+        """By form of the block (`longtake.offload.forms`): this one has only the first."""
+        return (self,)
 
     def page(self, layer: int) -> Tensor:
         """Where one layer's payloads go: uint8 [H, P], contiguous, to be filled wholly on the current stream."""

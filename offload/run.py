@@ -1,6 +1,7 @@
 """A shot's folder on disk, open for one rank: lock, journal, store, and what is committed.
 
     <shot>/lock[.<rank>]  journal[.<rank>]  kv.zarr/<codec>/...        rank 0 has no suffix
+    <shot>/forms/<name>/lock  journal  kv.zarr/<codec>/...             further forms of its blocks, as offload/forms.py
 
 A block is committed when every head of it is listed in some rank's journal, so a gang of another size finds what the
 last one left. Opening agrees on the number of committed blocks, rolls the journals back to it, and deletes orphans.

@@ -11,6 +11,7 @@ from longtake.kernels.errors import StorageError
 from longtake.offload.chunkfiles import ChunkFiles
 from longtake.offload.errors import from_os_error
 from longtake.offload.files import FileOps, as_bytes, crc32c
+from longtake.offload.forms import FORMS_FOLDER
 from longtake.offload.journal import replay
 from longtake.offload.records import History, history
 from longtake.offload.run import covered_blocks, dropped_blocks, journals, whole_checksums
@@ -20,7 +21,7 @@ KV_FOLDER = "kv.zarr"
 
 
 def verify(path: Path, ops: FileOps | None = None) -> list[StorageError]:
-    """Check every checksum of a shot's folder: journals, payloads, the newest checkpoint, segments.
+    """Check every checksum of a shot's folder: journals, payloads in all their forms, the newest checkpoint, segments.
 
     A torn tail of a journal and files of blocks that were never committed are no damage: the next run cuts them. Blocks
     that were dropped are not looked for.
@@ -32,7 +33,13 @@ def verify(path: Path, ops: FileOps | None = None) -> list[StorageError]:
     Returns:
         One error for each bad file, in the order of blocks; each names block, layer, head and file where it has them.
     """
-    return list(_damages(path, ops or FileOps()))
+    ops = ops or FileOps()
+    return [error for folder in (path, *form_folders(path)) for error in _damages(folder, ops)]
+
+
+def form_folders(path: Path) -> list[Path]:
+    """The folders of a shot's further forms; see `longtake.offload.forms`."""
+    return sorted((path / FORMS_FOLDER).glob("*/"))
 
 
 def _damages(path: Path, ops: FileOps) -> Iterator[StorageError]:

@@ -27,7 +27,8 @@ from longtake.engine.model import CausalWan
 from longtake.engine.presets import PRESETS, Preset
 from longtake.engine.prompts import blend_of_block, make_prompts
 from longtake.engine.rolling import WindowStore
-from longtake.engine.rollout import Prefix, Rollout, open_cache
+from longtake.engine.rollout import Prefix, Rollout
+from longtake.engine.shotcache import open_cache
 from longtake.engine.tensor_files import rename
 from longtake.kernels.errors import ConfigError, StorageError
 from tests.engine.plain_loops import Film, closed_up, rebuilt, rolling, sigmas_of, windowed

@@ -20,8 +20,8 @@ from longtake.engine.config import (
     WriteBack,
 )
 from longtake.engine.random_model import write_random_model
-from longtake.engine.rollout import kv_shape
 from longtake.engine.shot import ShotRenderer, ShotResult
+from longtake.engine.shotcache import kv_shape
 from longtake.engine.timeline import Timeline
 from longtake.engine.weights import read_spec
 from longtake.kernels.errors import ConfigError, StorageError

@@ -24,8 +24,10 @@ from longtake.engine.config import (
 from longtake.engine.history import Candidates
 from longtake.engine.model import CausalWan
 from longtake.engine.retrieval import Choice, Retriever
-from longtake.engine.rollout import Prefix, Rollout, kv_shape, open_cache
+from longtake.engine.rollout import Prefix, Rollout
+from longtake.engine.shotcache import kv_shape, open_cache
 from longtake.kernels.errors import CapacityError, StorageError
+from longtake.offload.cache import KVCache
 from longtake.offload.run import RunDirectory
 
 CPU = torch.device("cpu")
@@ -79,7 +81,9 @@ def make_rollout(
 ) -> Rollout:
     torch.manual_seed(4)
     context = model.text_context(torch.randn(1, 5, GEOMETRY.text_dim))
-    return Rollout(shot, model, [context], open_cache(shot, CPU, len(prefix.latents), run), prefix)
+    return Rollout(
+        shot, model, [context], open_cache(shot, CPU, len(prefix.latents), () if run is None else (run,)), prefix
+    )
 
 
 def pan(positions: list[int], ring: int = 58) -> tuple[Tensor, ...]:
@@ -205,7 +209,7 @@ def test_the_device_holds_no_more_than_a_block_attends(model: CausalWan, tmp_pat
         rollout.step()
         sizes.add(sum(rollout.memory().values()) - rollout.memory()["host_checksums"])
     assert len(sizes) == 1
-    assert rollout.cache.arena.num_frames == 1 + 2 + 2 + 1
+    assert isinstance(rollout.cache, KVCache) and rollout.cache.arena.num_frames == 1 + 2 + 2 + 1
     assert rollout.memory()["retrieval_summaries"] == 12 * GEOMETRY.dim * 2
     rollout.cache.close()
     run.close()
@@ -238,7 +242,7 @@ def test_too_little_room_is_told_before_the_first_block(tier: str, model: Causal
     if tier == "disk":
         run = RunDirectory(tmp_path / "run", shape=kv_shape(shot), config_hash=fingerprint(shot))
     with pytest.raises(CapacityError, match=f"the {tier} {12 * block:,} bytes"):
-        open_cache(with_room(11), CPU, 0, run)
-    open_cache(with_room(12), CPU, 0, run).close()
+        open_cache(with_room(11), CPU, 0, () if run is None else (run,))
+    open_cache(with_room(12), CPU, 0, () if run is None else (run,)).close()
     if run is not None:
         run.close()

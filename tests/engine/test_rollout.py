@@ -25,8 +25,10 @@ from longtake.engine.config import (
 )
 from longtake.engine.model import CausalWan, TextContext
 from longtake.engine.noise import block_noise
-from longtake.engine.rollout import Prefix, Rollout, open_cache
+from longtake.engine.rollout import Prefix, Rollout
+from longtake.engine.shotcache import open_cache
 from longtake.kernels.rotary import Rotary, apply_rotary, rotary_table
+from longtake.offload.cache import KVCache, Reading
 
 # float32 rounding, carried through a few blocks of feedback.
 TOLERANCE = 5e-4
@@ -158,6 +160,7 @@ def test_equals_one_masked_pass(model: CausalWan, contexts: list[TextContext]) -
         run.step()
     for layer in range(GEOMETRY.num_layers):
         with cache.prepare(range(blocks - 1)) as reading:
+            assert isinstance(reading, Reading)
             pages, slots = reading.pages(layer)
             k_bytes = pages[slots.long()].view(torch.float32)[..., : tokens * GEOMETRY.head_dim]
             stored = k_bytes.unflatten(-1, (tokens, GEOMETRY.head_dim)).permute(0, 2, 1, 3).flatten(0, 1)
@@ -206,4 +209,4 @@ def test_window_keeps_the_device_arena_small(model: CausalWan, contexts: list[Te
         run.step()
         sizes.add(sum(run.memory().values()))
     assert len(sizes) == 1
-    assert cache.arena.num_frames == 4
+    assert isinstance(cache, KVCache) and cache.arena.num_frames == 4

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from longtake.jobs.film import Beat, Cache, Film, History, load_film, parse_film
+from longtake.jobs.film import Beat, Cache, Film, History, Prune, load_film, parse_film
 from longtake.kernels.errors import ConfigError
 
 HARBOUR = """\
@@ -80,6 +80,19 @@ cache.disk = "1TiB"
     assert settings.cache == Cache(device_bytes=6 << 30, host_bytes=64 << 30, disk_bytes=1 << 40)
 
 
+def test_how_blocks_are_kept() -> None:
+    film = parse_film(
+        "[film]\nattention = 'fp8'\n[film.cache]\nfirst = 'bf16'\ntiers = { 6 = 'int4', 2 = 'bf16' }\nrefresh = 4\n"
+        "[film.history]\nprune = { recent_blocks = 6, important = 0, merge = [2, 5] }\n" + SHOT + "cache.tiers = {}\n"
+        "cache.important = 'int8'\n" + SHOT.replace('"a"', '"b"')
+    )
+    first, second = (shot.settings for shot in film.shots)
+    assert (first.attention, second.attention) == ("fp8", "fp8")
+    assert second.cache == Cache(first="bf16", tiers=((2, "bf16"), (6, "int4")), refresh=4)
+    assert first.cache == Cache(first="bf16", tiers=(), refresh=4, important="int8")
+    assert first.history.prune == Prune(recent_blocks=6, important=0.0, merge=(2, 5))
+
+
 def test_keys_without_meaning_are_dropped_when_inherited() -> None:
     text = (
         '[film.history]\npolicy = "retrieve"\nrecent_blocks = 4\nretrieved_blocks = 2\n'
@@ -105,6 +118,15 @@ BAD: list[tuple[str, int, str]] = [
     (SHOT + "zzz = 3\n", 5, "shot.zzz: unknown key; known: name, duration, prompt"),
     (SHOT + "[shot.history]\nsinks = 3\n", 6, 'shot.history.sinks: unknown key; did you mean "sink_blocks"?'),
     (SHOT + "cache = { gpu = '6GiB' }\n", 5, "shot.cache.gpu: unknown key; known: device, host, disk"),
+    (SHOT + "cache = { tiers = 2 }\n", 5, "shot.cache.tiers: must be a table, not an integer; write tiers = { 2 ="),
+    (SHOT + "cache.tiers = { two = 'bf16' }\n", 5, 'shot.cache.tiers.two: {"two": "bf16"} is no tier; write an age'),
+    (SHOT + "cache.tiers = { 2 = 16 }\n", 5, 'shot.cache.tiers.2: {"2": 16} is no tier; write an age in blocks'),
+    (SHOT + "cache.refresh = 4\n", 5, "shot.cache.refresh: has no meaning without tiers; add tiers or remove it"),
+    (SHOT + "cache.first_blocks = 2\n", 5, "shot.cache.first_blocks: has no meaning without first; add first"),
+    (SHOT + "history.prune = { keep = 0.3 }\n", 5, "shot.history.prune.recent_blocks: missing; add recent_blocks = 6"),
+    (SHOT + "history.prune = { recent_blocks = 2, keep = 3 }\n", 5, "shot.history.prune.keep: 3 is not between 0"),
+    (SHOT + "history.prune = { recent_blocks = 2, merge = 2 }\n", 5, "prune.merge: 2 is no window; write merge = ["),
+    (SHOT + "attention = 'fp9'\n", 5, 'shot.attention: "fp9" is unknown; did you mean "fp8"?'),
     (SHOT + "[[shot.beat]]\nat='1s'\nprompt='p'\nend='2s'", 8, "shot.beat.end: unknown key; known: at, prompt"),
     ("film = 3\n" + SHOT, 1, "film: must be a table, not an integer; write it as [film]"),
     ("[[film]]\n" + SHOT, 1, "film: must be a table, not an array; write it as [film]"),
@@ -324,7 +346,7 @@ def test_key_finds_where_a_setting_comes_from() -> None:
 
 def test_content_hash_is_of_what_the_film_says() -> None:
     film = parse_film(HARBOUR)
-    assert film.content_hash == "5701f845d1f84c78fc90b9d6cef4bd47"
+    assert film.content_hash == "d9c8e58c3160a68e514c7fa9e8dfd0b3"
     same = parse_film("# a comment\n" + HARBOUR.replace("45s", "0m45s"), "other.toml")
     assert same == film
     assert same.content_hash == film.content_hash
@@ -342,8 +364,7 @@ def test_json_has_every_setting() -> None:
         "device_bytes": 6 << 30,
         "host_bytes": 64 << 30,
         "disk_bytes": None,
-        "keep": None,
-        "disk_io": None,
+        **dict.fromkeys(("keep", "disk_io", "tiers", "refresh", "first", "first_blocks", "important")),
     }
 
 

@@ -8,7 +8,7 @@ import torch
 from longtake.engine.config import ModelSpec, ShotConfig
 from longtake.engine.model import CausalWan
 from longtake.engine.presets import preset_spec
-from longtake.engine.rollout import open_cache
+from longtake.engine.shotcache import open_cache
 from longtake.jobs.film import parse_film
 from longtake.jobs.plan import plan_film, plan_shot, to_json
 from longtake.jobs.resolve import resolve

@@ -13,12 +13,15 @@ from hypothesis import strategies as st
 
 from longtake.engine.config import (
     BeatConfig,
+    CacheConfig,
     HistoryPolicy,
     MediaConfig,
     ModelSpec,
     Positions,
+    PruneConfig,
     ShotConfig,
     Switch,
+    TierConfig,
     WriteBack,
 )
 from longtake.engine.video import SegmentWriter
@@ -122,6 +125,13 @@ def test_models_are_read_once_and_folders_are_the_films(spec: ModelSpec, tmp_pat
         ("[film]\ncodec = 'bf17'\n" + SHOT, 2, "film.codec: unknown codec 'bf17'"),
         (SHOT + "history.retrieved_blocks = 2\n", 5, 'shot.history.retrieved_blocks: needs policy = "retrieve"'),
         (SHOT + 'history = { policy = "retrieve", positions = "absolute" }\n', 2, 'use "bounded" or "relative"'),
+        (SHOT + "cache.tiers = { 2 = 'bf17' }\n", 5, "shot.cache.tiers.2: unknown codec 'bf17': did you mean 'bf16'?"),
+        (SHOT + "cache.tiers = { 0 = 'bf16' }\n", 5, "shot.cache.tiers: tiers = [0]: ages are whole numbers from 1 on"),
+        (SHOT + "cache.first = 'bf17'\n", 5, "shot.cache.first: unknown codec 'bf17'"),
+        (SHOT + "codec = 'rtn4+rtn3'\n", 5, "shot.codec: unknown codec 'rtn3': did you mean 'rtn4'?"),
+        (SHOT + "cache.important = 'bf16'\n", 5, "shot.cache.important: important is the codec of blocks that pruning"),
+        (SHOT + "history.prune = { recent_blocks = 2, merge = [4, 2] }\n", 5, "prune.merge: tokens cannot be merged"),
+        (SHOT + 'cache.first = "int8"\nhistory = { policy = "retrieve", retrieved_blocks = 2 }\n', 2, "and prune"),
         (SHOT + NEXT + "size = [64, 64]\n", 9, 'shot.after: "a" has another model or size'),
         (SHOT + NEXT + "after_blocks = 8\n", 10, 'shot.after_blocks: 8 is more than "a" has; write at most 7'),
     ],
@@ -133,6 +143,20 @@ def test_bad_input(spec: ModelSpec, text: str, line: int, message: str) -> None:
     assert error.startswith(f"film.toml:{line}: ")
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+def test_how_blocks_are_kept(spec: ModelSpec) -> None:
+    text = (
+        SHOT
+        + "codec = 'rtn4+rtn2'\nattention = 'fp8'\n[shot.cache]\ntiers = { 2 = 'bf16' }\nrefresh = 4\nfirst = 'int8'\n"
+    )
+    config = resolved(text + "[shot.history]\nprune = { recent_blocks = 6, merge = [2, 2] }\n", spec)["a"]
+    tiers = (TierConfig(age=2, codec="bf16"),)
+    assert config.cache == CacheConfig(codec="rtn4+rtn2", tiers=tiers, refresh=4, first="int8")
+    assert config.history.prune == PruneConfig(recent_blocks=6, important=0.1, keep=0.3, merge=(2, 2))
+    assert config.attention == "fp8"
+    plain = resolved(SHOT, spec)["a"]
+    assert (plain.attention, plain.cache, plain.history.prune) == ("dense", CacheConfig(), None)
 
 
 def test_an_unknown_model_names_the_line() -> None:

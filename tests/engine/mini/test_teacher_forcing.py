@@ -11,7 +11,8 @@ from longtake.engine.history import Plan
 from longtake.engine.mini.teacher_forcing import Layout, Rotations, block_mask, make_attend
 from longtake.engine.model import CausalWan
 from longtake.kernels.attention_path import DensePath
-from longtake.kernels.codec import BlockGeometry, make_codec
+from longtake.kernels.codec import BlockGeometry
+from longtake.kernels.forms import make_form
 from longtake.offload.cache import CacheBudget, KVCache
 from longtake.offload.shape import ModelKVShape
 
@@ -43,8 +44,8 @@ def test_noisy_copy_equals_a_rollout_pass() -> None:
     flow = model(torch.cat((clean, noisy), dim=2), times, both, attend, text_mask)[:, :, 6:]
 
     # block by block, as a rollout does
-    geometry = BlockGeometry(num_tokens=layout.block_tokens, head_dim=32)
-    codec = make_codec("fp32", geometry)
+    form = make_form("fp32", BlockGeometry(num_tokens=layout.block_tokens, head_dim=32, grid=(3, 4)))
+    codec = form.codec
     shape = ModelKVShape(num_layers=2, num_heads=2, codec=codec)
     cache = KVCache(shape=shape, device=CPU, budget=CacheBudget(num_blocks=3))
     path = DensePath(codec, 2, 4 * layout.block_tokens, torch.float32, CPU)
@@ -58,7 +59,7 @@ def test_noisy_copy_equals_a_rollout_pass() -> None:
         context = texts[beat_of_block[block]]
         frames = slice(2 * block, 2 * block + 2)
         with cache.prepare(plan.blocks) as reading:
-            history = HistoryAttention(plan, reading, codec, (3, 4), 2, path, CPU)
+            history = HistoryAttention(plan, reading, [form], 2, path, CPU)
             single = model(noisy[:, :, frames], torch.full((1, 2), float(1000 * sigmas[block])), context, history)
             torch.testing.assert_close(flow[:, :, frames], single, rtol=0, atol=2e-5)
             commit = cache.begin_commit(block)
