@@ -71,19 +71,18 @@ def _pass(
     shape: ModelKVShape, device: torch.device, work: Path, wish: DiskIO, files: ChunkFiles, num_blocks: int
 ) -> dict[str, float]:
     num_files = num_blocks * shape.block_bytes // (chunk_layout(shape).file_bytes - 4)
-    folder = work / "raw"
-    folder.mkdir()
-    found = _own_speed(folder, files, chunk_layout(shape).file_bytes, num_files)
-    shutil.rmtree(folder)
-    folder = work / "run"
-    run = RunDirectory(folder, shape=shape, config_hash="bench", disk_io=wish)
+    (work / "raw").mkdir()
+    found = _own_speed(work / "raw", files, chunk_layout(shape).file_bytes, num_files)
+    run = RunDirectory(work / "run", shape=shape, config_hash="bench", disk_io=wish)
     try:
         found["spill_MB_s"] = _spill(shape, device, run, num_blocks)
-        _forget(folder)
+        _forget(work / "run")
         found["prefetch_MB_s"] = _prefetch(shape, device, run, num_blocks)
     finally:
         run.close()
-        shutil.rmtree(folder)
+        shutil.rmtree(work / "raw")
+        shutil.rmtree(work / "run")
+        os.sync()  # what a file system does about deleted files, it does now
     return found
 
 

@@ -68,13 +68,11 @@ class ChunkFiles:
             OSError: as the system reports it.
         """
         with self.reading(path, file_bytes) as fd:
-            for buffer in buffers:
-                self.fill(fd, buffer, offset)
-                offset += buffer.size
+            self.fill(fd, buffers, offset)
 
-    def fill(self, fd: int, buffer: Bytes, offset: int) -> None:
-        """Fill one buffer from an open file."""
-        if read_all(self.ops, fd, buffer, offset) != buffer.size:
+    def fill(self, fd: int, buffers: Sequence[Bytes], offset: int) -> None:
+        """Fill buffers from an open file."""
+        if read_all(self.ops, fd, buffers, offset) != sum(buffer.size for buffer in buffers):
             raise WrongSizeError("the file ended early")
 
     @contextlib.contextmanager

@@ -144,7 +144,7 @@ class DeepNvmeFiles(ChunkFiles):
             if last > first:
                 lane.read(path, last - first, first)
             if end > last:
-                self.fill(fd, lane.bytes[last - first : end - first], last)
+                self.fill(fd, [lane.bytes[last - first : end - first]], last)
             for buffer in buffers:
                 buffer[:] = lane.bytes[offset - first : offset - first + buffer.size]
                 offset += buffer.size

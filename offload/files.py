@@ -36,9 +36,9 @@ class FileOps:
         """Write some of the buffers' bytes and return how many; it may be fewer than given."""
         return os.writev(fd, [buffer.data for buffer in buffers])
 
-    def read(self, fd: int, buffer: Bytes, offset: int) -> int:
-        """Read into a buffer from an offset and return how many bytes came; 0 at the end of the file."""
-        return os.preadv(fd, [buffer.data], offset)
+    def read(self, fd: int, buffers: Sequence[Bytes], offset: int) -> int:
+        """Read into buffers from an offset and return how many bytes came; 0 at the end of the file."""
+        return os.preadv(fd, [buffer.data for buffer in buffers], offset)
 
     def fsync(self, fd: int) -> None:
         """Force a file or directory to the disk."""
@@ -89,31 +89,46 @@ def write_all(ops: FileOps, fd: int, buffers: Iterable[Bytes]) -> int:
     Raises:
         OSError: a system call failed, or made no progress.
     """
-    pending = [buffer for buffer in buffers if buffer.size]
-    pending.reverse()
+    pending = _pending(buffers)
     total = 0
     while pending:
-        batch = pending[-1 : -_MAX_BUFFERS - 1 : -1]
-        written = ops.write(fd, batch)
+        written = ops.write(fd, _next(pending))
         if written <= 0:
             raise OSError(f"write made no progress after {total} bytes")
         total += written
-        while pending and written >= pending[-1].size:
-            written -= pending.pop().size
-        if written:
-            pending[-1] = pending[-1][written:]
+        _advance(pending, written)
     return total
 
 
-def read_all(ops: FileOps, fd: int, buffer: Bytes, offset: int) -> int:
-    """Fill a buffer from an offset, stopping early only at the end of the file; returns the bytes read."""
+def read_all(ops: FileOps, fd: int, buffers: Iterable[Bytes], offset: int) -> int:
+    """Fill buffers from an offset, stopping early only at the end of the file; returns the bytes read."""
+    pending = _pending(buffers)
     done = 0
-    while done < buffer.size:
-        got = ops.read(fd, buffer[done:], offset + done)
+    while pending:
+        got = ops.read(fd, _next(pending), offset + done)
         if got <= 0:
             break
         done += got
+        _advance(pending, got)
     return done
+
+
+def _pending(buffers: Iterable[Bytes]) -> list[Bytes]:
+    """What is still to be moved, the next buffer last."""
+    return [buffer for buffer in buffers if buffer.size][::-1]
+
+
+def _next(pending: list[Bytes]) -> list[Bytes]:
+    """The buffers of one system call."""
+    return pending[-1 : -_MAX_BUFFERS - 1 : -1]
+
+
+def _advance(pending: list[Bytes], num_bytes: int) -> None:
+    """Take off what was moved."""
+    while pending and num_bytes >= pending[-1].size:
+        num_bytes -= pending.pop().size
+    if num_bytes:
+        pending[-1] = pending[-1][num_bytes:]
 
 
 def write_file(ops: FileOps, path: Path, buffers: Iterable[Bytes]) -> int:

@@ -49,12 +49,12 @@ class FaultyOps(FileOps):
                 self.free_bytes -= written
             return written
 
-    def read(self, fd: int, buffer: Bytes, offset: int) -> int:
+    def read(self, fd: int, buffers: Sequence[Bytes], offset: int) -> int:
         with self._lock:
             if self.fail_reads:
                 self.fail_reads -= 1
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return super().read(fd, buffer[: self.short], offset)
+        return super().read(fd, buffers if self.short is None else [buffers[0][: self.short]], offset)
 
     def allocate(self, fd: int, num_bytes: int) -> None:
         if self.free_bytes is not None and num_bytes > self.free_bytes:
