@@ -186,7 +186,9 @@ class DirectorActor:
         if time.monotonic() < self._no_launch_before:
             return
         loop = asyncio.get_running_loop()
-        wanted = muster(self._mind.demand(), gangs, hosts, self._options.max_gangs)
+        quiet_s = time.monotonic() - 2 * self._options.lease_s
+        silent = [name for name, heard in self._heard.items() if heard < quiet_s]
+        wanted = muster(self._mind.demand(), gangs, hosts, self._options.max_gangs, silent)
         if self._options.rents:
             lacking = () if self._at_limit(gangs) else wanted.lacking
             await loop.run_in_executor(None, self._rental.ask, lacking)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from longtake.jobs.ledger import FilmRecord
@@ -69,6 +69,7 @@ def muster(
     gangs: Sequence[Crewing],
     hosts: Mapping[str, Sequence[int]],
     max_gangs: int | None = None,
+    silent: Collection[str] = (),
 ) -> Muster:
     """Gangs to start so that every task has one, as far as there are devices.
 
@@ -79,8 +80,13 @@ def muster(
         gangs: those that exist.
         hosts: devices of each host, by kind.
         max_gangs: no more than so many altogether.
+        silent: names of gangs that said nothing for a while: they have their devices, and nothing is expected of them.
     """
-    unassigned, started, lacking = list(gangs), list[tuple[Crewing, FilmRecord]](), list[FilmRecord]()
+    unassigned, started, lacking = (
+        [gang for gang in gangs if gang.name not in silent],
+        list[tuple[Crewing, FilmRecord]](),
+        list[FilmRecord](),
+    )
     free = {kind: _free(sizes, [gang for gang in gangs if gang.device == kind]) for kind, sizes in hosts.items()}
     kept: dict[str, int] = {}
     for film in demand:

@@ -42,4 +42,4 @@ def test_a_gang_that_dies_young_again_and_again_goes_on_smaller() -> None:
     for _ in range(10 * MOST_YOUNG_DEATHS):
         deaths.started(deaths.sizes[-1], now)
         deaths.ended(now + 1)
-    assert deaths.sizes == (1,), "one is left to go on"
+    assert list(deaths.sizes) == [1], "one is left to go on"

@@ -283,6 +283,14 @@ def test_what_waits_for_devices_keeps_them_from_less_urgent_films() -> None:
     assert [film for _, film in found.started] == [other], "no host could ever hold it"
 
 
+def test_nothing_is_expected_of_a_silent_gang() -> None:
+    silent = Crewing(device="cuda", sizes=(1,), key="a")
+    found = muster([record()], [silent], {"cuda": [2]}, silent=[silent.name])
+    assert len(found.started) == 1
+    found = muster([record()], [silent], {"cuda": [1]}, silent=[silent.name])
+    assert (found.started, len(found.lacking)) == ((), 1), "it still has its device"
+
+
 def test_gangs_are_known_by_their_names() -> None:
     crewing = Crewing(device="cuda", sizes=(1, 2), key="ab12")
     assert crewing.name == "gang-cuda-1_2-ab12"

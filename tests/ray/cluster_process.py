@@ -1,9 +1,9 @@
 """A whole cluster and the job of one film as one tree of processes, to be killed as one: for test_kills.
 
-    python -P -m tests.ray.cluster_process FILM DIR NUM_NODES
+    python -P -m tests.ray.cluster_process FILM DIR COUNTS [SIZES [DEVICE]]
 
-A head without CPUs and nodes with one CPU each, all on loopback. A line "node" on stdin adds a node. Prints what the
-job prints; the exit code is the job's.
+A head without devices, and nodes with so many each, such as 1,1; all on loopback. "node" on stdin adds one of one.
+SIZES are those of gangs, such as 1,2; DEVICE is cpu or cuda. Prints what the job prints, and ends with its exit code.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from longtake.jobs.ledger import FilmRecord
 from longtake.jobs.local_ray import bind_to_loopback
 
 
-def order(film_path: str, directory: str) -> FilmOrder:
+def order(film_path: str, directory: str, sizes: tuple[int, ...], device: str) -> FilmOrder:
     film = load_film(film_path)
     record = FilmRecord(
         title=film.title,
@@ -29,13 +29,17 @@ def order(film_path: str, directory: str) -> FilmOrder:
         source=film_path,
         max_tries=50,
         backoff_s=0.2,
+        gang_sizes=sizes,
+        device=device,
     )
     options = FarmOptions(lease_s=8.0, watch_s=0.5, relaunch_s=0.5, max_gangs=2)
     return FilmOrder(directory=directory, record=record, options=options)
 
 
 def main() -> int:
-    film, directory, num_nodes = sys.argv[1:4]
+    film, directory, counts = sys.argv[1:4]
+    sizes = tuple(map(int, sys.argv[4].split(","))) if len(sys.argv) > 4 else (1,)
+    device = sys.argv[5] if len(sys.argv) > 5 else "cpu"
     bind_to_loopback()
     import ray
     from ray.cluster_utils import Cluster
@@ -46,18 +50,29 @@ def main() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    head = {"num_cpus": 0, "include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": port}
+    head = {
+        "num_cpus": 0,
+        "num_gpus": 0,
+        "include_dashboard": True,
+        "dashboard_host": "127.0.0.1",
+        "dashboard_port": port,
+    }
     cluster: Any = Cluster(initialize_head=True, head_node_args=head)
-    for _ in range(int(num_nodes)):
-        cluster.add_node(num_cpus=1)
+
+    def add_node(count: int) -> None:
+        cluster.add_node(**({"num_cpus": count} if device == "cpu" else {"num_cpus": 1, "num_gpus": count}))
+
+    for count in counts.split(","):
+        add_node(int(count))
     ray.init(address=cluster.address, namespace=NAMESPACE, log_to_driver=False)
 
     def listen() -> None:
         for _ in sys.stdin:
-            cluster.add_node(num_cpus=1)
+            add_node(1)
 
     threading.Thread(target=listen, daemon=True).start()
-    code = follow(order(film, directory), stop=lambda: False, say=lambda line: print(line, flush=True), interval_s=0.3)
+    what = order(film, directory, sizes, device)
+    code = follow(what, stop=lambda: False, say=lambda line: print(line, flush=True), interval_s=0.3)
     stop_ray: Any = ray.shutdown  # has no types
     stop_ray()
     cluster.shutdown()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.ray.films import write_film
+from tests.ray.following import Following
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as Ray sets it for a worker with one CPU: the same sums, the same bits
 
@@ -45,3 +46,18 @@ def local_cluster() -> Iterator[str]:
 
     with local_ray(num_cpus=2) as address:
         yield address
+
+
+@pytest.fixture
+def following(local_cluster: str, tmp_path: Path) -> Iterator[Callable[..., Following]]:
+    """Submits films; those that a test leaves open are cancelled."""
+    begun: list[Following] = []
+
+    def follow(film: Path, **options: Any) -> Following:
+        begun.append(Following(film, tmp_path / f"out-{film.stem}", **options))
+        return begun[-1]
+
+    yield follow
+    for one in begun:
+        one.stop = True
+        one.join(60)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
-import threading
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,61 +13,10 @@ import pytest
 
 from longtake.engine.video import probe
 from longtake.jobs import cli
-from longtake.jobs.film import load_film
-from longtake.jobs.filmorder import FarmOptions, FilmOrder
-from longtake.jobs.ledger import FilmRecord
 from tests.ray.films import digest, processes, render_undisturbed, wait_for
+from tests.ray.following import Following
 
 pytestmark = pytest.mark.ray
-
-
-class Following(threading.Thread):
-    """`follow` in a thread: the job of a film, in this process."""
-
-    def __init__(self, film: Path, out: Path, *, priority: int = 0, sizes: tuple[int, ...] = (1,)) -> None:
-        super().__init__(daemon=True)
-        loaded = load_film(film)
-        self.out, self.lines, self.code, self.stop = out, list[str](), -1, False
-        record = FilmRecord(
-            title=loaded.title,
-            content_hash=loaded.content_hash,
-            toml=film.read_text(),
-            source=str(film),
-            priority=priority,
-            gang_sizes=sizes,
-            backoff_s=0.2,
-        )
-        self.order = FilmOrder(directory=str(out), record=record, options=FarmOptions(lease_s=8.0, watch_s=0.5))
-        self.start()
-
-    def run(self) -> None:
-        from longtake.jobs.driver import follow
-
-        self.code = follow(self.order, stop=lambda: self.stop, say=self.lines.append, interval_s=0.2)
-
-    def shot(self, name: str) -> dict[str, Any]:
-        """Its entry in status.json; empty before there is one."""
-        path = self.out / "status.json"
-        entry: dict[str, Any] = json.loads(path.read_text())["shots"].get(name, {}) if path.exists() else {}
-        return entry
-
-    def wait_blocks(self, name: str, blocks: int) -> None:
-        wait_for(lambda: self.shot(name).get("blocks_done", 0) >= blocks)
-
-
-@pytest.fixture
-def following(local_cluster: str, tmp_path: Path) -> Iterator[Callable[..., Following]]:
-    """Submits films; those that a test leaves open are cancelled."""
-    begun: list[Following] = []
-
-    def follow(film: Path, **options: Any) -> Following:
-        begun.append(Following(film, tmp_path / f"out-{film.stem}", **options))
-        return begun[-1]
-
-    yield follow
-    for one in begun:
-        one.stop = True
-        one.join(60)
 
 
 def test_six_shots_on_two_gangs_with_a_worker_killed(

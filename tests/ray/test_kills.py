@@ -18,7 +18,8 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from tests.ray.films import digest, processes, render_undisturbed
+from longtake.engine.video import probe
+from tests.ray.films import digest, processes, render_undisturbed, wait_for
 
 pytestmark = pytest.mark.ray
 
@@ -34,14 +35,18 @@ VICTIMS = {
 class Run:
     """A cluster in a tree of processes that renders one film, begun again after everything was killed."""
 
-    def __init__(self, film: Path, out: Path, seed: int) -> None:
+    def __init__(
+        self, film: Path, out: Path, seed: int, counts: str = "1,1", sizes: str = "1", device: str = "cpu"
+    ) -> None:
         self.film, self.out, self.draw = film, out, random.Random(seed)
+        self.options = [counts, sizes, device]
         self.output = out.with_suffix(".txt")
         self.killed: Counter[str] = Counter()
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-P", "-m", "tests.ray.cluster_process", str(self.film), str(self.out), "2"]
+        module = ["-P", "-m", "tests.ray.cluster_process"]
+        command = [sys.executable, *module, str(self.film), str(self.out), *self.options]
         root = str(Path(__file__).parents[2])
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), root]).strip(":")}
         with open(self.output, "a") as output:
@@ -132,6 +137,26 @@ def test_worker_gang_and_director_killed(film_of: Callable[..., Path], tmp_path:
     run = survive(film, tmp_path / "out", ["director", "gang"], seed=1, pause_s=1, patience_s=200)
     assert digest(run.out / "film.mp4") == expected
     assert sum(run.killed.values()) == 2
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.multigpu)])
+def test_a_gang_of_two_goes_on_as_one_where_only_one_device_is_left(
+    device: str, film_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    film = film_of(shots=(("a", 40, None),))
+    out = tmp_path / "out"
+    out.mkdir()
+    run = Run(film, out, 1, counts="2", sizes="1,2", device=device)
+    try:
+        wait_for(lambda: run.blocks_done() >= 3)
+        assert run.kill("raylet"), "the host with both devices; another one has one"
+        assert run.process.wait(200) == 0, run.output.read_text()[-3000:]
+    finally:
+        run.end()
+    log = (out / "a.log").read_text()
+    assert re.findall(rf"on (\d) x {device}", log) == ["2", "1"]
+    assert int(re.findall(r"block (\d+)/\d+ goes on", log)[-1]) >= 3
+    assert probe(out / "film.mp4").frames == 320
 
 
 @pytest.mark.slow
