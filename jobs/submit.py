@@ -18,6 +18,7 @@ from longtake.jobs.filmorder import ORDER_VARIABLE, FilmOrder
 from longtake.kernels.errors import ConfigError, WorkerError
 
 MAX_ORDER_BYTES = 120_000
+START_S = 60.0
 _POLL_S = 1.0
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
@@ -67,6 +68,7 @@ def submit(client: Any, order: FilmOrder, *, python: str = "python") -> Submitte
 
     Raises:
         ConfigError: the film is too long for a job.
+        WorkerError: the cluster does not take it.
     """
     encoded = order.encode()
     if len(encoded) > MAX_ORDER_BYTES:
@@ -77,7 +79,8 @@ def submit(client: Any, order: FilmOrder, *, python: str = "python") -> Submitte
         return Submitted(job=job, is_new=False)
     if status is not None:
         client.delete_job(job)
-    client.submit_job(
+    _submit_job(
+        client,
         entrypoint=f"{shlex.quote(python)} -P -m longtake.jobs.driver",
         submission_id=job,
         runtime_env={"env_vars": {ORDER_VARIABLE: encoded}},
@@ -85,6 +88,19 @@ def submit(client: Any, order: FilmOrder, *, python: str = "python") -> Submitte
         entrypoint_num_cpus=0,
     )
     return Submitted(job=job, is_new=True)
+
+
+def _submit_job(client: Any, **job: Any) -> None:
+    """Submit; a cluster that has just been started has no agent for jobs yet, and says so."""
+    until = time.monotonic() + START_S
+    while True:
+        try:
+            client.submit_job(**job)
+            return
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > until:
+                raise WorkerError(f"the cluster takes no job: {error}") from error
+        time.sleep(_POLL_S)
 
 
 def wait(client: Any, job: str, *, say: Callable[[str], None], stop: Callable[[], bool]) -> int:

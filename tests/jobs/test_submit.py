@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from longtake.jobs import cli
+from longtake.jobs import submit as submission
 from longtake.jobs.filmorder import ORDER_VARIABLE, FarmOptions, FilmOrder
 from longtake.jobs.ledger import FilmRecord
 from longtake.jobs.orders import Action
 from longtake.jobs.submit import submission_id, submit, wait
 from longtake.jobs.wishes import make_wish, take_wishes
-from longtake.kernels.errors import ConfigError
+from longtake.kernels.errors import ConfigError, WorkerError
 
 EVIL = 'Harbour"; rm -rf ~ #$(id)'
 
@@ -69,6 +70,23 @@ def test_submitting_twice_is_submitting_once() -> None:
     cluster.states[first.job] = "FAILED"
     assert submit(cluster, order()).is_new
     assert len(cluster.jobs) == 1
+
+
+def test_a_cluster_that_is_being_started_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submission, "_POLL_S", 0.01)
+    cluster, refusals = Cluster(), ["No available agent to submit job", "No available agent to submit job"]
+    accept = cluster.submit_job
+
+    def submit_job(**how: Any) -> None:
+        if refusals:
+            raise RuntimeError(f"Request failed with status code 500: {refusals.pop()}")
+        accept(**how)
+
+    cluster.submit_job = submit_job  # type: ignore[method-assign]
+    assert submit(cluster, order()).job in cluster.jobs
+    refusals.append("the disk is on fire")
+    with pytest.raises(WorkerError, match=r"takes no job: .* on fire"):
+        submit(cluster, order(content_hash="other"))
 
 
 def test_no_word_of_a_film_reaches_a_shell() -> None:
