@@ -15,6 +15,8 @@ from longtake.jobs.resolve import resolve
 from longtake.kernels.errors import CapacityError
 
 FILM = """\
+[film]
+codec = "bf16"
 [[shot]]
 name = "a"
 duration = "1m"

@@ -156,7 +156,7 @@ def test_how_blocks_are_kept(spec: ModelSpec) -> None:
     assert config.history.prune == PruneConfig(recent_blocks=6, important=0.1, keep=0.3, merge=(2, 2))
     assert config.attention == "fp8"
     plain = resolved(SHOT, spec)["a"]
-    assert (plain.attention, plain.cache, plain.history.prune) == ("dense", CacheConfig(), None)
+    assert (plain.attention, plain.cache, plain.history.prune) == ("dense", CacheConfig(codec="int4"), None)
 
 
 def test_an_unknown_model_names_the_line() -> None:
