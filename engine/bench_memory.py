@@ -5,6 +5,10 @@ of the whole turn are committed as history; then a few blocks are generated and 
 they show was last seen one turn ago, and only the history can tell how it looked. A faster camera returns sooner, so
 speeds give ages.
 
+Retrieval. True blocks of a pan over several turns, and of one that turns round half way, are committed under a window
+of 4 into which others come back. One of those is right if it looks within one block's pan of where the block looks that
+it came back for; counted are blocks for which there were as many right ones to be had.
+
 Consistency. The model renders a film of its own over several turns; frames at equal camera angles are compared with
 each other: what it invented must still be there a turn later.
 
@@ -52,6 +56,11 @@ def window(blocks: int, sinks: int = 1) -> HistoryConfig:
     return HistoryConfig(sink_blocks=sinks, recent_blocks=blocks - sinks)
 
 
+RETRIEVE = dataclasses.replace(
+    window(4, 0), policy=HistoryPolicy.RETRIEVE, retrieved_blocks=4, positions=Positions.BOUNDED, trained_frames=60
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     """One way to remember: a history policy and a codec."""
@@ -61,11 +70,14 @@ class Case:
     codec: str
 
 
+BROUGHT_BACK = Case(name="window 4 and 4 brought back", history=RETRIEVE, codec="bf16")
 CASES = (
     Case(name="full", history=FULL, codec="bf16"),
     Case(name="full, int4", history=FULL, codec="int4"),
     Case(name="window 24", history=window(24), codec="bf16"),
     Case(name="window 4", history=window(4, 0), codec="bf16"),
+    Case(name="window 8", history=window(8, 0), codec="bf16"),
+    BROUGHT_BACK,
 )
 
 
@@ -175,6 +187,37 @@ def _decoded_psnr(models: Models, past: Tensor, latents: Tensor, target: Tensor)
 
 
 @torch.inference_mode()
+def retrieval(models: Models, seed: int, pan_px: int, blocks: int, turns_round: bool) -> dict[str, float]:
+    """How many of the blocks that come back are right, and how many of those that could have come back are."""
+    spec, device = models.spec, models.device
+    frames_a_block = spec.block_frames * spec.temporal_stride
+    script = plain_script(seed, pan_px)
+    if turns_round:
+        back = dataclasses.replace(script[0].scene, pan_px=-pan_px)
+        script = (*script, dataclasses.replace(script[0], at_s=blocks // 2 * frames_a_block / FPS, scene=back))
+    num_frames = 1 + (blocks * spec.block_frames - 1) * spec.temporal_stride
+    latents = StreamingEncoder(models.vae).encode_float(from_uint8(film_truth(seed, script, num_frames, device)))
+    prefix = Prefix(latents=latents.split(spec.block_frames, dim=1))
+    context = [models.transformer.text_context(models.text.encode(script[0].prompt)[None].to(device))]
+    shot = make_shot(models, seed, script, BROUGHT_BACK, 1, blocks)
+    rollout = Rollout(shot, models.transformer, context, open_cache(shot, device, blocks), prefix)
+    path = camera_path(script, num_frames, 0.0)[frames_a_block // 2 :: frames_a_block]
+
+    def right(time: int, other: int) -> bool:
+        apart = abs(float(path[time] - path[other])) % RING_PX
+        return min(apart, RING_PX - apart) <= abs(pan_px) * frames_a_block
+
+    found, chance = [], []
+    for time in range(blocks):
+        rollout.step()
+        could = [right(time, other) for other in rollout.timeline.retrievable(rollout.timeline.entry(time))]
+        if sum(could) >= RETRIEVE.retrieved_blocks:
+            found.append(float(np.mean([right(time, other) for other in rollout.retrieved])))
+            chance.append(float(np.mean(could)))
+    return {"right": float(np.mean(found)), "by chance": float(np.mean(chance)), "blocks": len(found)}
+
+
+@torch.inference_mode()
 def own_film(models: Models, seed: int, pan_px: int, case: Case, seconds: float) -> Tensor:
     """A film from the prompt alone: uint8 [N, height, width, 3] on the device."""
     spec = models.spec
@@ -205,13 +248,17 @@ def run_memory(
         age = f"{RING_PX / speed / FPS:.1f} s"
         visits[age] = {case: record.summary([row[case] for row in rows]) for case in rows[0]}
         print(age, {case: round(found["median"], 2) for case, found in visits[age].items()}, flush=True)
+    brought_back: dict[str, list[dict[str, float]]] = {}
+    for path, turns_round in (("pan", False), ("pan that turns round", True)):
+        brought_back[path] = [retrieval(models, FIRST_SEED + w, 4, 28, turns_round) for w in range(worlds)]
+        print("brought back,", path, brought_back[path], flush=True)
     films: dict[str, Any] = {}
     if film_s:
-        for case in CASES[:1] + CASES[2:]:
+        for case in (CASES[0], *CASES[2:]):
             turns = [consistency(own_film(models, FIRST_SEED + w, 4, case, film_s), 4) for w in range(min(worlds, 4))]
             films[case.name] = [record.summary(found) for found in zip(*turns, strict=True)]
             print(case.name, [round(turn["median"], 2) for turn in films[case.name]], flush=True)
-    return {"return_visit_psnr_db": visits, "consistency_psnr_db_by_turn": films}
+    return {"return_visit_psnr_db": visits, "brought_back": brought_back, "consistency_psnr_db_by_turn": films}
 
 
 def main(arguments: list[str]) -> None:

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,9 +105,10 @@ class Retriever:
         self._chosen_from: Candidates | None = None
         self._choice = Choice(time=-1)
         for entry, summary_HS in enumerate(known):
-            if summary_HS.shape[1] != 2 * head_dim:
+            if summary_HS.shape != (num_heads, 2 * head_dim):
                 raise StorageError("the journal lacks what retrieval needs of a block; use --fresh", block=entry)
-            self._means_EHD[entry].view(torch.uint8).copy_(torch.from_numpy(summary_HS))
+        if known:
+            self._means_EHD[: len(known)].view(torch.uint8).copy_(torch.from_numpy(np.stack(known)))
 
     @property
     def num_bytes(self) -> int:
