@@ -238,13 +238,20 @@ def consistency(film: Tensor, pan_px: int) -> list[float]:
 
 
 def run_memory(
-    name: str, device: torch.device, *, worlds: int, blocks: int, speeds: tuple[int, ...], film_s: float
+    name: str,
+    device: torch.device,
+    *,
+    worlds: int,
+    blocks: int,
+    speeds: tuple[int, ...],
+    film_s: float,
+    cases: tuple[Case, ...] = CASES,
 ) -> dict[str, Any]:
-    """All cases at all ages; see the module's docstring."""
+    """Cases at all ages; see the module's docstring."""
     models = load(name, device)
     visits: dict[str, dict[str, dict[str, float]]] = {}
     for speed in speeds:
-        rows = [return_visit(models, FIRST_SEED + w, speed, CASES, blocks) for w in range(worlds)]
+        rows = [return_visit(models, FIRST_SEED + w, speed, cases, blocks) for w in range(worlds)]
         age = f"{RING_PX / speed / FPS:.1f} s"
         visits[age] = {case: record.summary([row[case] for row in rows]) for case in rows[0]}
         print(age, {case: round(found["median"], 2) for case, found in visits[age].items()}, flush=True)
@@ -271,7 +278,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--speeds", default="4,3,2")
     parser.add_argument("--film-seconds", type=float, default=60.0)
+    parser.add_argument("--cases", default=";".join(case.name for case in CASES), help="of return visits, NAME;NAME")
     options = parser.parse_args(arguments)
+    cases = tuple(case for case in CASES if case.name in options.cases.split(";"))
     speeds = tuple(int(speed) for speed in options.speeds.split(","))
     results = run_memory(
         options.model,
@@ -280,6 +289,7 @@ def main(arguments: list[str]) -> None:
         blocks=options.blocks,
         speeds=speeds,
         film_s=options.film_seconds,
+        cases=cases,
     )
     config = {
         "model": options.model,
@@ -288,6 +298,6 @@ def main(arguments: list[str]) -> None:
         "blocks": options.blocks,
         "speeds_px_a_frame": speeds,
         "film_s": options.film_seconds,
-        "cases": [dataclasses.asdict(case) for case in CASES],
+        "cases": [dataclasses.asdict(case) for case in cases],
     }
     record.write(options.json, "memory", config, results)

@@ -34,7 +34,7 @@ from longtake.jobs.source import quote
 from longtake.kernels.errors import ConfigError, LongtakeError
 from longtake.offload.chunkfiles import DiskIO
 
-_RETRIEVED = 2  # blocks, unless the film or the model says
+_RETRIEVED = 4  # blocks, unless the film or the model says
 
 ReadModel: TypeAlias = Callable[[str], ModelSpec]
 
@@ -167,7 +167,7 @@ def _history(film: Film, shot: Shot, default: HistoryConfig) -> HistoryConfig:
         sink_blocks=default.sink_blocks if wanted.sink_blocks is None else wanted.sink_blocks,
         recent_blocks=wanted.recent_blocks or default.recent_blocks,
         retrieved_blocks=(wanted.retrieved_blocks or default.retrieved_blocks or _RETRIEVED) if retrieve else 0,
-        positions=Positions(wanted.positions) if wanted.positions else default.positions,
+        positions=Positions(wanted.positions or (Positions.BOUNDED if retrieve else default.positions)),
         trained_frames=default.trained_frames,
         jitter=default.jitter if wanted.jitter is None else wanted.jitter,
         prune=default.prune if wanted.prune is None else _prune(wanted.prune),

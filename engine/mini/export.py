@@ -28,7 +28,13 @@ SETTINGS = {
     "height": HEIGHT,
     "width": WIDTH,
     "text_len": TEXT_LEN,
-    "history": {"policy": "window", "sink_blocks": 1, "recent_blocks": 24, "positions": "relative"},
+    "history": {
+        "policy": "window",
+        "sink_blocks": 1,
+        "recent_blocks": 24,
+        "positions": "relative",
+        "trained_frames": LAYOUT.num_blocks * LAYOUT.block_frames,
+    },
 }
 
 

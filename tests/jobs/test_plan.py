@@ -72,8 +72,8 @@ def test_retrieval_keeps_a_little_of_every_block(spec: ModelSpec) -> None:
     window, retrieve = (
         plan_film(resolve(parse_film(film % policy), lambda name: spec))[0] for policy in ("window", "retrieve")
     )
-    assert (window.attended_blocks, retrieve.attended_blocks) == (3, 5)
-    assert retrieve.arena_bytes == 6 * retrieve.block_bytes
+    assert (window.attended_blocks, retrieve.attended_blocks) == (3, 7)
+    assert retrieve.arena_bytes == 8 * retrieve.block_bytes
     assert retrieve.summary_bytes == 2 * retrieve.num_blocks * spec.transformer.dim
     assert retrieve.device_bytes - window.device_bytes > retrieve.summary_bytes
     small = film % "retrieve" + f'cache = {{ disk = "{retrieve.history_bytes - 1}B" }}\n'

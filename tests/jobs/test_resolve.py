@@ -100,6 +100,13 @@ def test_order_of_rendering(spec: ModelSpec) -> None:
     assert list(resolved(text, spec)) == ["a", "b"]
 
 
+def test_what_comes_back_keeps_its_distance(spec: ModelSpec) -> None:
+    history = resolved(SHOT + 'history = { policy = "retrieve" }\n', spec)["a"].history
+    assert (history.retrieved_blocks, history.positions) == (4, "bounded")
+    window = resolved(SHOT, spec)["a"].history
+    assert (window.retrieved_blocks, window.positions) == (0, "relative")
+
+
 def test_models_are_read_once_and_folders_are_the_films(spec: ModelSpec, tmp_path: Path) -> None:
     asked = []
 
