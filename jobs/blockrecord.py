@@ -77,7 +77,11 @@ def _record(data: dict[str, Any]) -> BlockRecord:
         stages_s={str(name): float(seconds) for name, seconds in data.get("stages_s", {}).items()},
         memory={str(name): int(size) for name, size in data.get("memory", {}).items()},
         tiers={str(name): _tier(tier, num_ranks) for name, tier in data.get("tiers", {}).items()},
-        totals={name: float(value) for name, value in data.items() if name not in known},
+        totals={
+            name: float(value)
+            for name, value in data.items()
+            if name not in known and isinstance(value, int | float)  # others are for people
+        },
     )
 
 

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from longtake.jobs.blockrecord import TierUse, last_record, read_records
+from longtake.jobs import cli
+from longtake.jobs.blockrecord import TIERS, TierUse, last_record, read_records
 
 
 def line(block: int, **values: Any) -> str:
@@ -24,6 +25,23 @@ def test_the_last_whole_line(tmp_path: Path) -> None:
     for text in ("", "[1]\n", "nonsense\n", '{"block": 1}\n'):
         path.write_text(text)
         assert last_record(tmp_path) is None
+
+
+def test_what_is_no_number_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(line(1, disk_io="pool", up_bytes=7, note=None, more={"a": 1}))
+    assert (record := last_record(tmp_path)) is not None
+    assert record.totals == {"up_bytes": 7.0}
+
+
+def test_what_the_engine_writes_is_read(tiny_model: Path, tmp_path: Path) -> None:
+    film = tmp_path / "film.toml"
+    film.write_text(f'[film]\nmodel = "{tiny_model}"\n[[shot]]\nname = "a"\nduration = "3s"\nprompt = "p"\n')
+    assert cli.run(["render", str(film), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    records = list(read_records(tmp_path / "out" / "a"))
+    assert [record.block for record in records] == list(range(1, len(records) + 1)) and records
+    assert set(records[-1].tiers) == set(TIERS)
+    assert {"denoise", "commit", "decode"} <= set(records[-1].stages_s)
+    assert records[-1].total("written_bytes") > 0 and records[-1].memory["weights"] > 0
 
 
 def test_tiers_are_of_all_ranks(tmp_path: Path) -> None:
