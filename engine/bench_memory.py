@@ -42,6 +42,7 @@ from longtake.engine.mini.prompts import Beat, Scene, Script, camera_path, descr
 from longtake.engine.mini.render import render
 from longtake.engine.mini.world import FPS, RING_PX, build_worlds
 from longtake.engine.model import CausalWan
+from longtake.engine.quality import psnr
 from longtake.engine.rollout import Prefix, Rollout, open_cache
 from longtake.engine.text import TextEncoder
 from longtake.engine.vae import StreamingDecoder, StreamingEncoder, from_uint8, load_vae
@@ -121,12 +122,6 @@ def film_truth(seed: int, script: Script, num_frames: int, device: torch.device)
     time_s = (torch.arange(num_frames, dtype=torch.float64, device=device) / FPS)[None]
     video = render(worlds, angle, time_s)[0]
     return (video * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-
-
-def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """PSNR in dB of each frame of two uint8 clips [N, height, width, 3]."""
-    error = (a.float() - b.float()).square().mean(dim=(1, 2, 3)).clamp_min(1e-3)
-    return 10 * torch.log10(255.0**2 / error)
 
 
 def make_shot(
