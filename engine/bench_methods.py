@@ -84,20 +84,20 @@ class Stage:
         spec, device = self.models.spec, self.models.device
         num_blocks = self._film_blocks(self.seconds)
         rollout = self._rollout(method, seed, num_blocks)
-        _reset_peak(device)
-        decoder, frames, block_s = StreamingDecoder(self.models.vae), [], []
+        decoder, frames, block_s, peak_bytes = StreamingDecoder(self.models.vae), [], [], 0
         for _ in range(num_blocks):
+            _reset_peak(device)
             started = time.perf_counter()
             clean = rollout.step()
             _wait(device)
             block_s.append(time.perf_counter() - started)
+            peak_bytes = max(peak_bytes, _peak(device) or sum(rollout.memory().values()))
             frames.append(decoder.decode(clean).cpu())
-        memory = rollout.memory()
         return Film(
             frames=torch.cat(frames)[: round(self.seconds * spec.fps)],
             block_s=block_s,
-            memory=memory,
-            peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else sum(memory.values()),
+            memory=rollout.memory(),
+            peak_bytes=peak_bytes,
             encoded_bits=rollout.codec.bits_per_element,
         )
 
@@ -237,8 +237,12 @@ def _past(moment: int, pasts: dict[int, dict[int, tuple[Tensor, Tensor]]], refer
 
 def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak(device: torch.device) -> int:
+    """The allocator's since the reset; 0 on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 def _wait(device: torch.device) -> None:

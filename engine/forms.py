@@ -14,10 +14,18 @@ reader reads of it, in its commit pass, and never again::
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from longtake.engine.config import CacheConfig, HistoryConfig, HistoryPolicy
 from longtake.kernels.errors import ConfigError
+
+Numbers: TypeAlias = NDArray[np.int64]
+LEFT_OUT = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,35 +71,36 @@ class FormPolicy:
         """Whether every block is read, and in the first form."""
         return len(self.specs) == 1 and self._prune is None
 
-    def form(self, reader: int, block: int) -> int | None:
-        """Number of the form that a reader reads a block in; None: it leaves the block out."""
+    def forms(self, reader: int, blocks: Sequence[int]) -> Numbers:
+        """Numbers of the forms that a reader reads some blocks in; LEFT_OUT for those that it leaves out."""
         cache, prune = self._cache, self._prune
-        if cache.first is not None and block < cache.first_blocks:
-            return self._of(cache.first)
-        if prune is not None and reader - block > prune.recent_blocks and block >= self._sinks:
+        block = np.asarray(blocks, dtype=np.int64)
+        found = np.zeros(len(block), dtype=np.int64)
+        for tier in reversed(cache.tiers):
+            found[block >= (reader - tier.age) // cache.refresh * cache.refresh] = self._of(tier.codec)
+        if prune is not None:
+            old = (reader - block > prune.recent_blocks) & (block >= self._sinks)
             place = rank(block)
-            if place >= prune.important + (1.0 - prune.important) * prune.keep:
-                if prune.merge is None:
-                    return None
-                return self._number[FormSpec(codec=cache.codec, window=prune.merge)]
-            if place < prune.important and cache.important is not None:
-                return self._of(cache.important)
-        for tier in cache.tiers:
-            if block >= (reader - tier.age) // cache.refresh * cache.refresh:
-                return self._of(tier.codec)
-        return 0
+            if cache.important is not None:
+                found[old & (place < prune.important)] = self._of(cache.important)
+            spec = None if prune.merge is None else FormSpec(codec=cache.codec, window=prune.merge)
+            pruned = old & (place >= prune.important + (1.0 - prune.important) * prune.keep)
+            found[pruned] = LEFT_OUT if spec is None else self._number[spec]
+        if cache.first is not None:
+            found[block < cache.first_blocks] = self._of(cache.first)
+        return found
 
     def _of(self, codec: str) -> int:
         return self._number[FormSpec(codec=codec)]
 
 
-def rank(block: int) -> float:
+def rank(block: Numbers) -> NDArray[np.float64]:
     """A place in [0, 1) for each block, evenly spread however many blocks in a row there are (golden ratio, Weyl).
 
     The block's importance, 0 the most: the first block has 0. A rule without tensors, so that what is dropped is known
     before a shot starts and never comes back.
     """
-    return (block * 0x9E3779B97F4A7C15) % (1 << 64) / (1 << 64)
+    return (block.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)).astype(np.float64) / 2.0**64
 
 
 def _check(history: HistoryConfig, cache: CacheConfig) -> None:

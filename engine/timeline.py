@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import enum
 from bisect import bisect_left, bisect_right
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from itertools import accumulate
 from typing import TypeAlias
+
+import numpy as np
 
 from longtake.engine import history
 from longtake.engine.config import HistoryPolicy, Loop, Positions, ShotConfig, Switch, WriteBack
-from longtake.engine.forms import FormPolicy
+from longtake.engine.forms import LEFT_OUT, FormPolicy, Numbers
 from longtake.engine.history import Candidates, Plan
 from longtake.kernels.errors import ConfigError
 from longtake.offload.pages import page
@@ -67,6 +67,36 @@ class _Replays:
     index: int
     first: int
     count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _View:
+    """How an entry looks at the history.
+
+    Args:
+        versions: it sees the newest entries of blocks once those of this step are committed.
+        own_blocks: computed together.
+        first: the first block in time that it sees, but for sinks.
+    """
+
+    versions: int
+    own_blocks: int = 1
+    first: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Usage:
+    """Who reads what, over a whole shot.
+
+    Args:
+        last_FE: for each form and entry the last entry that reads it so, or LEFT_OUT.
+        most_held: for each form the most entries that are there to be read later.
+        most_whole: the most entries of a plan that are not merged.
+    """
+
+    last_FE: Numbers
+    most_held: tuple[int, ...]
+    most_whole: int
 
 
 class Timeline:
@@ -140,39 +170,41 @@ class Timeline:
 
     def read_plan(self, entry: Entry, retrieved: tuple[int, ...] = ()) -> Plan:
         """What the denoising steps of a RENDER entry attend; ``retrieved`` are the blocks in time brought back."""
-        own = 1
-        if self._rolling:
-            own = min(len(self._shot.sampler.timesteps), self._shot.num_blocks - entry.step)
-        versions = entry.step - 1 if self._rebuild else entry.step
-        return self._plan(entry, versions, own_blocks=own, retrieved=retrieved)
+        return self._made(entry, self._read_view(entry), retrieved)
 
     def window_plan(self, entry: Entry, own_blocks: int) -> Plan:
         """As :meth:`read_plan`, for so many blocks together."""
-        return self._plan(entry, entry.step, own_blocks=own_blocks)
+        return self._made(entry, _View(versions=entry.step, own_blocks=own_blocks), ())
 
     def write_plan(self, entry: Entry, retrieved: tuple[int, ...] = ()) -> Plan:
         """What the pass attends that commits an entry; one committed anew sees only such and the sinks."""
+        return self._made(entry, self._write_view(entry), retrieved)
+
+    def _read_view(self, entry: Entry) -> _View:
+        own = 1
+        if self._rolling:
+            own = min(len(self._shot.sampler.timesteps), self._shot.num_blocks - entry.step)
+        return _View(versions=entry.step - 1 if self._rebuild else entry.step, own_blocks=own)
+
+    def _write_view(self, entry: Entry) -> _View:
         first = 0
         if self._rebuild:
             first = entry.step + self._prefix - self._history.recent_blocks + 1
         elif entry.kind is Kind.REPLAY:
             first = next(replays.first for replays in self._replays if replays.step == entry.step)
-        return self._plan(entry, entry.step, first=first, retrieved=retrieved)
+        return _View(versions=entry.step, first=first)
 
     def reads(self, index: int, expected: Expected = lambda entry: ()) -> list[tuple[int, ...]]:
         """Every list of pages (entries, in their forms) that is read for one entry, in order.
 
         ``expected`` guesses what it brings back.
         """
-        return list(dict.fromkeys(plan.pages for plan in self._plans(index, expected)))
-
-    def _plans(self, index: int, expected: Expected = lambda entry: ()) -> list[Plan]:
         entry = self.entry(index)
         retrieved = expected(entry)
         plans = [self.write_plan(entry, retrieved)]
         if entry.kind is Kind.RENDER:
             plans.insert(0, self.read_plan(entry, retrieved))
-        return plans
+        return list(dict.fromkeys(plan.pages for plan in plans))
 
     def coming(self, index: int, count: int, expected: Expected = lambda entry: ()) -> list[tuple[int, ...]]:
         """What the next ``count`` commits will read, from ``index`` on, as far as that is known; see :meth:`reads`."""
@@ -182,12 +214,8 @@ class Timeline:
     def needed_later(self, index: int) -> tuple[int, ...]:
         """Pages that entry ``index`` or any later one may read; all others can leave fast memory."""
         if not self.forms.plain:
-            return tuple(
-                page(form, entry)
-                for form, last in enumerate(self._last_reads)
-                for entry, reader in last.items()
-                if entry < index <= reader
-            )
+            read = np.argwhere(self._usage.last_FE[:, :index] >= index).tolist()
+            return tuple(page(form, entry) for form, entry in read)
         needed: set[int] = set()
         for last in self._until_second_render(index):
             needed.update(*self.reads(last))
@@ -199,7 +227,7 @@ class Timeline:
     def max_attended(self) -> int:
         """The most entries that any commit attends at once, with all their tokens."""
         if not self.forms.plain:
-            return self._most_whole
+            return self._usage.most_whole
         return history.max_attended(self._history, self._prefix + self._shot.num_blocks)
 
     @property
@@ -210,20 +238,20 @@ class Timeline:
     def max_held_in(self, form: int) -> int:
         """As :attr:`max_held`, of any form."""
         if not self.forms.plain:
-            return self._most_held[form]
+            return self._usage.most_held[form]
         old_and_new = 2 * self._history.recent_blocks - 1 if self._rebuild else 0
         return min(max(self.max_attended, old_and_new), self.num_entries)
 
     def kept(self, form: int) -> Sequence[int]:
         """Entries that are encoded in a form, ascending: in the first all, in others those that will be read in it."""
-        return range(self.num_entries) if form == 0 else sorted(self._last_reads[form])
+        return range(self.num_entries) if form == 0 else np.flatnonzero(self._usage.last_FE[form] >= 0).tolist()
 
     def kept_pages(self, first: int, last: int) -> Iterator[int]:
         """The pages of entries ``first`` to ``last`` - 1, in all the forms that each is kept in."""
         yield from range(first, last)
-        for form, reads in enumerate(() if self.forms.plain else self._last_reads):
-            if form:
-                yield from (page(form, entry) for entry in reads if first <= entry < last)
+        if not self.forms.plain:
+            kept = np.argwhere(self._usage.last_FE[1:, first:last] >= 0).tolist()
+            yield from (page(form + 1, first + entry) for form, entry in kept)
 
     @property
     def max_kept(self) -> int:
@@ -239,26 +267,26 @@ class Timeline:
         return min(len(self._shot.sampler.timesteps), self._shot.num_blocks) if self._rolling else 1
 
     @cached_property
-    def _last_reads(self) -> tuple[dict[int, int], ...]:
-        """For each form: entry -> the last entry that reads it so."""
-        last: tuple[dict[int, int], ...] = tuple({} for _ in self.forms.specs)
+    def _usage(self) -> _Usage:
+        """Who reads what, over the whole shot; plans themselves are not made for it."""
+        last_FE = np.full((len(self.forms.specs), self.num_entries), LEFT_OUT)
+        whole = np.array([not spec.merged for spec in self.forms.specs])
+        most_whole = 0
         for index in range(self.num_entries):
-            for plan in self._plans(index):
-                for form, entry in zip(plan.forms or (0,) * len(plan.blocks), plan.blocks, strict=True):
-                    last[form][entry] = index
-        return last
-
-    @cached_property
-    def _most_held(self) -> tuple[int, ...]:
-        """For each form: the most entries that are there to be read by some later one."""
-        return tuple(_most_at_once(last) for last in self._last_reads)
-
-    @cached_property
-    def _most_whole(self) -> int:
-        """The most entries of a plan that are not merged."""
-        whole = [not spec.merged for spec in self.forms.specs]
-        plans = (plan for index in range(self.num_entries) for plan in self._plans(index))
-        return max(sum(whole[form] for form in plan.forms) for plan in plans)
+            entry = self.entry(index)
+            views = [self._write_view(entry)]
+            if entry.kind is Kind.RENDER:
+                views.append(self._read_view(entry))
+            for view in dict.fromkeys(views):
+                times = self._attended(entry, view)
+                forms = self.forms.forms(entry.time, times)
+                entries = np.asarray(self._entries(times, view.versions), dtype=np.int64)
+                read = forms != LEFT_OUT
+                last_FE[forms[read], entries[read]] = index
+                most_whole = max(most_whole, int(whole[forms[read]].sum()))
+        return _Usage(
+            last_FE=last_FE, most_held=tuple(_most_at_once(last_E) for last_E in last_FE), most_whole=most_whole
+        )
 
     def _until_second_render(self, index: int) -> Iterator[int]:
         renders = 0
@@ -299,34 +327,32 @@ class Timeline:
         cuts = [self._prefix + at for at, kind in self._floors if at <= step and kind is Switch.CUT]
         return cuts[-1] if cuts else None
 
-    def _plan(
-        self,
-        entry: Entry,
-        versions: int,
-        *,
-        own_blocks: int = 1,
-        first: int = 0,
-        retrieved: tuple[int, ...] = (),
-    ) -> Plan:
-        """As :meth:`_make_plan`; the last few are kept, as each is asked for several times around its entry."""
-        return self._made(entry, versions, own_blocks, first, retrieved)
+    def _make_plan(self, entry: Entry, view: _View, retrieved: tuple[int, ...]) -> Plan:
+        """The last few are kept (``_made``), as each is asked for several times around its entry."""
+        config, time = self._history, entry.time
+        wanted = self._attended(entry, view)
+        if retrieved:
+            wanted = tuple(sorted({*wanted, *retrieved}))
+        cut, own_blocks = self._cut(entry.step), view.own_blocks
+        start, starts = history.place(config, time, wanted, self._frames, own_blocks=own_blocks, cut=cut)
+        blocks = self._entries(wanted, view.versions)
+        plan = Plan(block=entry.index, start=start, blocks=blocks, starts=starts, own_blocks=own_blocks)
+        return plan if self.forms.plain else _with_forms(plan, self.forms.forms(time, wanted).tolist())
 
-    def _make_plan(self, entry: Entry, versions: int, own_blocks: int, first: int, retrieved: tuple[int, ...]) -> Plan:
-        """Plan over the entries that are the newest of their blocks once those of step ``versions`` are committed."""
+    def _attended(self, entry: Entry, view: _View) -> tuple[int, ...]:
+        """Blocks in time that an entry attends, but for those brought back and those left out."""
         config, time = self._history, entry.time
         wanted = history.attended(config, time)
         if config.policy is not HistoryPolicy.FULL or self._floors:
-            sinks, floor = config.sink_blocks, max(first, self._floor(entry.step))
-            if own_blocks > 1:
-                floor = max(floor, time - config.recent_blocks + own_blocks - 1)
+            sinks, floor = config.sink_blocks, max(view.first, self._floor(entry.step))
+            if view.own_blocks > 1:
+                floor = max(floor, time - config.recent_blocks + view.own_blocks - 1)
             wanted = tuple(other for other in wanted if other < sinks or other >= floor)
-        if retrieved:
-            wanted = tuple(sorted({*wanted, *retrieved}))
-        cut = self._cut(entry.step)
-        start, starts = history.place(config, time, wanted, self._frames, own_blocks=own_blocks, cut=cut)
-        blocks = tuple(self._newest(other, versions) for other in wanted) if self._replays else wanted
-        plan = Plan(block=entry.index, start=start, blocks=blocks, starts=starts, own_blocks=own_blocks)
-        return plan if self.forms.plain else _with_forms(plan, [self.forms.form(time, other) for other in wanted])
+        return wanted
+
+    def _entries(self, times: tuple[int, ...], versions: int) -> tuple[int, ...]:
+        """Blocks as entries: the newest of each once those of step ``versions`` are committed."""
+        return tuple(self._newest(time, versions) for time in times) if self._replays else times
 
     def _newest(self, time: int, step: int) -> int:
         """The newest entry of a block once the replays of ``step`` are committed."""
@@ -338,24 +364,24 @@ class Timeline:
         return self.index_of(time - self._prefix)
 
 
-def _with_forms(plan: Plan, forms: Sequence[int | None]) -> Plan:
+def _with_forms(plan: Plan, forms: Sequence[int]) -> Plan:
     """A plan with its blocks' forms, without those that have none; what is left stays where it stood."""
-    kept = [index for index, form in enumerate(forms) if form is not None]
+    kept = [index for index, form in enumerate(forms) if form != LEFT_OUT]
     return replace(
         plan,
         blocks=tuple(plan.blocks[index] for index in kept),
         starts=tuple(plan.starts[index] for index in kept),
-        forms=tuple(form for form in forms if form is not None),
+        forms=tuple(forms[index] for index in kept),
     )
 
 
-def _most_at_once(last_reads: dict[int, int]) -> int:
+def _most_at_once(last_E: Numbers) -> int:
     """The most entries that are committed and still to be read, while any one is being committed."""
-    changes: Counter[int] = Counter()
-    for entry, reader in last_reads.items():
-        changes[entry + 1] += 1
-        changes[reader + 1] -= 1
-    return max(accumulate(changes[index] for index in sorted(changes)), default=0)
+    (entries,) = np.nonzero(last_E >= 0)
+    changes = np.zeros(len(last_E) + 1, dtype=np.int64)
+    np.add.at(changes, entries + 1, 1)
+    np.add.at(changes, last_E[entries] + 1, -1)
+    return int(changes.cumsum().max(initial=0))
 
 
 def _check(shot: ShotConfig) -> None:

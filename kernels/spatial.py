@@ -11,6 +11,7 @@ Shape legend: T tokens, H heads, D head dim, B bytes of a section.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -31,6 +32,17 @@ def centre_tokens(rows: int, columns: int) -> list[int]:
     return [row * columns + column for row in middle(rows) for column in middle(columns)]
 
 
+@lru_cache(maxsize=16)
+def _orders(geometry: BlockGeometry, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A block's tokens in stored order, the centre's first, and the places where they are stored: int64 [T] each."""
+    assert geometry.grid is not None
+    rows, columns = geometry.grid
+    inner = set(centre_tokens(rows, columns))
+    order = sorted(range(geometry.num_tokens), key=lambda token: (token % (rows * columns) not in inner, token))
+    stored = torch.tensor(order)
+    return stored.to(device), torch.argsort(stored).to(device)
+
+
 class SpatialSplit(TensorCodec):
     """Two codecs, each over its own tokens.
 
@@ -47,15 +59,10 @@ class SpatialSplit(TensorCodec):
                 f"codec {centre}+{rest} needs to know a frame's rows and columns: give the geometry's grid."
             )
         rows, columns = geometry.grid
-        inner = set(centre_tokens(rows, columns))
-        if not 0 < len(inner) < rows * columns:
+        num_inner = len(centre_tokens(rows, columns))
+        if not 0 < num_inner < rows * columns:
             raise ConfigError(f"a frame of {rows} x {columns} tokens has no centre and rest; use one codec for it.")
-        frames = range(0, geometry.num_tokens, rows * columns)
-        order = [first + token for first in frames for token in sorted(inner)]
-        order += [first + token for first in frames for token in range(rows * columns) if token not in inner]
-        self.num_centre = len(inner) * len(frames)
-        self._order = torch.tensor(order)
-        self._back = torch.argsort(self._order)
+        self.num_centre = geometry.num_tokens // (rows * columns) * num_inner
         sizes = (self.num_centre, geometry.num_tokens - self.num_centre)
         self.parts = tuple(
             make_tensor_codec(name, BlockGeometry(num_tokens=size, head_dim=geometry.head_dim), side)
@@ -71,7 +78,7 @@ class SpatialSplit(TensorCodec):
         return self.layout.num_bytes
 
     def pack(self, x_HTD: Tensor, seeds: Sequence[int]) -> Tensor:
-        ordered = x_HTD.index_select(1, self._order.to(x_HTD.device))
+        ordered = x_HTD.index_select(1, _orders(self.geometry, x_HTD.device)[0])
         section = self.layout.empty(x_HTD.shape[:1], x_HTD.device)
         self.layout.view(section, "centre").copy_(self.parts[0].pack(ordered[:, : self.num_centre], seeds))
         self.layout.view(section, "rest").copy_(self.parts[1].pack(ordered[:, self.num_centre :], seeds))
@@ -82,7 +89,7 @@ class SpatialSplit(TensorCodec):
             part.unpack(self.layout.view(section_B, name))
             for name, part in zip(("centre", "rest"), self.parts, strict=True)
         ]
-        return torch.cat(parts, dim=-2).index_select(-2, self._back.to(section_B.device))
+        return torch.cat(parts, dim=-2).index_select(-2, _orders(self.geometry, section_B.device)[1])
 
 
 def tensor_codec(name: str, geometry: BlockGeometry, side: Side) -> TensorCodec:
