@@ -108,10 +108,11 @@ def load_v(v, head, start, num_keys, stride_h, stride_d, stride_x, D: tl.constex
 
 @triton.jit
 def quantise_queries_kernel(
-    q, k_centre, q8, q_scale, shift, stride_qh, stride_qt, num_queries, softmax_scale,
-    D: tl.constexpr, ROWS: tl.constexpr,
+    q, k_centre, q8, q_scale, shift, stride_qh, stride_qt, stride_oh, stride_ot, num_queries, softmax_scale,
+    D: tl.constexpr, ROWS: tl.constexpr, BY_HEAD: tl.constexpr,
 ):  # fmt: skip
-    """ROWS queries of a head to e4m3, a scale each, and what K's centre takes from their scores."""
+    """ROWS queries of a head to e4m3, and what K's centre takes from their scores; q_scale [H] is given with BY_HEAD,
+    otherwise each query gets one, [H, T]."""
     head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < num_queries
@@ -119,13 +120,17 @@ def quantise_queries_kernel(
     place = q + head * stride_qh + row.to(tl.int64)[:, None] * stride_qt + column[None, :]
     tile = tl.load(place, mask=live[:, None], other=0.0).to(tl.float32)
     moved = tl.sum(tile * tl.load(k_centre + head * D + column)[None, :], 1) * softmax_scale
-    largest = tl.max(tl.abs(tile), 1)
-    scale = tl.where(largest > 0, largest * (1.0 / 448.0), 1.0)
-    tile = tl.minimum(tl.maximum(tile / scale[:, None], -448.0), 448.0)
-    out = q8 + (head * num_queries + row)[:, None] * D + column[None, :]
-    tl.store(out, tile.to(tl.float8e4nv), mask=live[:, None])
-    tl.store(q_scale + head * num_queries + row, scale, mask=live)
     tl.store(shift + head * num_queries + row, moved, mask=live)
+    if BY_HEAD:
+        tile = tile * (1.0 / tl.load(q_scale + head))
+    else:
+        largest = tl.max(tl.abs(tile), 1)
+        scale = tl.where(largest > 0, largest * (1.0 / 448.0), 1.0)
+        tl.store(q_scale + head * num_queries + row, scale, mask=live)
+        tile = tile / scale[:, None]
+    tile = tl.minimum(tl.maximum(tile, -448.0), 448.0)
+    out = q8 + head * stride_oh + row.to(tl.int64)[:, None] * stride_ot + column[None, :]
+    tl.store(out, tile.to(tl.float8e4nv), mask=live[:, None])
 
 
 @triton.jit
@@ -281,6 +286,27 @@ def join_kernel(
         tl.store(lse + head.to(tl.int64) * num_queries + row, top + tl.log(total), mask=live)
 
 
+def quantise_queries(q_HTD: Tensor, scale_H: Tensor, k_centre_HD: Tensor) -> tuple[Tensor, Tensor]:
+    """Triton twin of flash3.quantise_reference.
+
+    Args:
+        q_HTD: [H, T, D] any float type, D 64 or 128, channels contiguous.
+        scale_H: float32 [H], powers of two.
+        k_centre_HD: float32 [H, D].
+
+    Returns:
+        e4m3 [H, T, D] (a view of [T, H, D]) and the shift, float32 [H, T].
+    """
+    num_heads, num_queries, dim = q_HTD.shape
+    q8_HTD = torch.empty((num_queries, num_heads, dim), dtype=torch.float8_e4m3fn, device=q_HTD.device).transpose(0, 1)
+    shift_HT = torch.empty((num_heads, num_queries), dtype=torch.float32, device=q_HTD.device)
+    quantise_queries_kernel[(triton.cdiv(num_queries, QUERY_ROWS), num_heads)](
+        q_HTD, k_centre_HD, q8_HTD, scale_H, shift_HT, q_HTD.stride(0), q_HTD.stride(1), q8_HTD.stride(0),
+        q8_HTD.stride(1), num_queries, dim**-0.5, D=dim, ROWS=QUERY_ROWS, BY_HEAD=True,
+    )  # fmt: skip
+    return q8_HTD, shift_HT
+
+
 def split_programs(launch: AttendLaunch, device: torch.device) -> int:
     """Programs that share the work on a device; 0 if each tile has its own."""
     if device.type != "cuda" or not launch.programs_per_sm:
@@ -328,8 +354,8 @@ def attend(
     q8_HTD = torch.empty((num_heads, num_queries, dim), dtype=torch.float8_e4m3fn, device=q_HTD.device)
     q_scale_HT, shift_HT = torch.empty_like(lse_HT), torch.empty_like(lse_HT)
     quantise_queries_kernel[(triton.cdiv(num_queries, QUERY_ROWS), num_heads)](
-        q_HTD, k_scaling.centre_HD, q8_HTD, q_scale_HT, shift_HT, q_HTD.stride(0), q_HTD.stride(1), num_queries,
-        dim**-0.5, D=dim, ROWS=QUERY_ROWS,
+        q_HTD, k_scaling.centre_HD, q8_HTD, q_scale_HT, shift_HT, q_HTD.stride(0), q_HTD.stride(1), q8_HTD.stride(0),
+        q8_HTD.stride(1), num_queries, dim**-0.5, D=dim, ROWS=QUERY_ROWS, BY_HEAD=False,
     )  # fmt: skip
     attend_kernel[(programs,)](
         q8_HTD, q_scale_HT, shift_HT, k_arg, v_arg, k_scaling.scale_H, v_scaling.scale_H, v_scaling.centre_HD, out_HTD,

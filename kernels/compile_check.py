@@ -28,7 +28,6 @@ from longtake.kernels import (
     attention_fp8_triton,
     attention_triton,
     dense_triton,
-    flash3_triton,
     lt2_triton,
     norm_silu_triton,
     rotary_triton,
@@ -221,12 +220,13 @@ def fp8_cases() -> Iterator[Case]:
             local=128,
         )  # fmt: skip
     for dim in (64, 128):
-        yield Case(
-            name=f"queries {dim}",
-            kernel=attention_fp8_triton.quantise_queries_kernel,
-            types=attend,
-            constants={"D": dim, "ROWS": attention_fp8_triton.QUERY_ROWS},
-        )
+        for by_head in (False, True):
+            yield Case(
+                name=f"queries {dim}{' by head' * by_head}",
+                kernel=attention_fp8_triton.quantise_queries_kernel,
+                types=attend,
+                constants={"D": dim, "ROWS": attention_fp8_triton.QUERY_ROWS, "BY_HEAD": by_head},
+            )
         yield Case(
             name=f"join {dim}",
             kernel=attention_fp8_triton.join_kernel,
@@ -253,16 +253,7 @@ def fp8_cases() -> Iterator[Case]:
 
 
 def other_cases() -> Iterator[Case]:
-    """Queries for FlashAttention-3, and the VAE's norms at Wan's widths."""
-    for dim in (64, 128):
-        yield Case(
-            name=f"queries by head {dim}",
-            kernel=flash3_triton.quantise_kernel,
-            types={"q": "*bf16", "scale": "*fp32", "k_centre": "*fp32", "q8": "*fp8e4nv", "shift": "*fp32",
-                   "stride_qh": "i32", "stride_qt": "i32", "stride_oh": "i32", "stride_ot": "i32",
-                   "num_queries": "i32", "softmax_scale": "fp32"},
-            constants={"D": dim, "ROWS": flash3_triton.QUERY_ROWS},
-        )  # fmt: skip
+    """The VAE's norms at Wan's widths."""
     for channels in (96, 192, 384):
         padded = triton.next_power_of_2(channels)
         yield Case(

@@ -69,9 +69,9 @@ def quantise(q_HTD: Tensor, q_scaling: Scaling, k_scaling: Scaling) -> Queries:
         k_scaling: of the keys they will meet.
     """
     if q_HTD.is_cuda:
-        from longtake.kernels import flash3_triton
+        from longtake.kernels.attention_fp8_triton import quantise_queries
 
-        q8_HTD, shift_HT = flash3_triton.quantise(q_HTD, q_scaling.scale_H, k_scaling.centre_HD)
+        q8_HTD, shift_HT = quantise_queries(q_HTD, q_scaling.scale_H, k_scaling.centre_HD)
         return Queries(q_HTD=q8_HTD, scale_H=q_scaling.scale_H, shift_HT=shift_HT)
     return quantise_reference(q_HTD, q_scaling, k_scaling)
 
