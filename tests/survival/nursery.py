@@ -166,7 +166,7 @@ def kill_at(name: str, count: int) -> Callable[[str], None]:
 
 def watch(step: Callable[[str], None]) -> None:
     """Have each step of `STEPS` reported when it is over."""
-    from longtake.engine import latents, rollout, video
+    from longtake.engine import latents, shotcache, video
     from longtake.offload.cache import KVCache
     from longtake.offload.files import write_file
     from longtake.offload.run import RunDirectory
@@ -192,7 +192,7 @@ def watch(step: Callable[[str], None]) -> None:
         step("latents half written")
         return write_file(ops, path, buffers)
 
-    setattr(rollout, "KVCache", WatchedCache)  # noqa: B010
+    setattr(shotcache, "KVCache", WatchedCache)  # noqa: B010
     setattr(latents, "write_file", torn_write)  # noqa: B010
     after(latents.LatentLog, "write", "latents")
     after(video.SegmentWriter, "write", "segment half written")
