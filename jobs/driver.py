@@ -87,6 +87,7 @@ def follow(order: FilmOrder, *, stop: Callable[[], bool], say: Print, interval_s
         time.sleep(interval_s)
         view = _call(director, "view", order.directory)
     teller.tell(view)
+    say(summary(view))
     _call(director, "release", order.directory)
     for task in view.tasks:
         if task.state is State.DEAD:

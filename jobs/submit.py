@@ -99,7 +99,8 @@ def _submit_job(client: Any, **job: Any) -> None:
             return
         except RuntimeError as error:
             if "No available agent" not in str(error) or time.monotonic() > until:
-                raise WorkerError(f"the cluster takes no job: {error}") from error
+                hint = "if another Ray runs on this machine, submit to it with --address, or stop it"
+                raise WorkerError(f"the cluster takes no job: {error}; {hint}") from error
         time.sleep(_POLL_S)
 
 

@@ -8,6 +8,8 @@ SIZES are those of gangs, such as 1,2; DEVICE is cpu or cuda. Prints what the jo
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import socket
 import sys
 import threading
@@ -66,13 +68,24 @@ def main() -> int:
         add_node(int(count))
     ray.init(address=cluster.address, namespace=NAMESPACE, log_to_driver=False)
 
-    def listen() -> None:
-        for _ in sys.stdin:
-            add_node(1)
+    what, codes = order(film, directory, sizes, device), list[int]()
+    lines: queue.Queue[str] = queue.Queue()
 
+    def render() -> None:
+        codes.append(follow(what, stop=lambda: False, say=lambda line: print(line, flush=True), interval_s=0.3))
+
+    def listen() -> None:
+        for line in sys.stdin:
+            lines.put(line)
+
+    job = threading.Thread(target=render, daemon=True)
+    job.start()
     threading.Thread(target=listen, daemon=True).start()
-    what = order(film, directory, sizes, device)
-    code = follow(what, stop=lambda: False, say=lambda line: print(line, flush=True), interval_s=0.3)
+    while job.is_alive():
+        with contextlib.suppress(queue.Empty):
+            lines.get(timeout=0.3)
+            add_node(1)  # Ray starts nodes in the main thread only
+    code = codes[0] if codes else 1
     stop_ray: Any = ray.shutdown  # has no types
     stop_ray()
     cluster.shutdown()

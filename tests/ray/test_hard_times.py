@@ -108,20 +108,4 @@ def test_submitting_twice_is_one_job_with_its_log_in_the_dashboard(
     assert "Job 160/160 frames, 1 of 1 shots done" in log
     assert submit(client, order, python=sys.executable).is_new
     wait_for(lambda: client.get_job_status(first.job) in ("SUCCEEDED", "FAILED"))
-    assert client.get_job_status(first.job) == "SUCCEEDED", "there was nothing left to do"
-
-
-def test_everything_killed_and_submitted_again(film_of: Callable[..., Path], tmp_path: Path) -> None:
-    film = film_of("gone", shots=(("a", 60, None), ("b", 4, "a")), title="Gone")
-    out = tmp_path / "out-gone"
-    command = ["longtake", "submit", str(film), "--out", str(out), "--device", "cpu"]
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    log = out / "a.log"
-    wait_for(lambda: log.exists() and "block 4/" in log.read_text())
-    for process in [*processes(root=first.pid), first]:
-        process.kill()
-    first.wait(20)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert re.search(r"block ([4-9]|\d\d)/\d+ goes on from here", log.read_text())
-    assert digest(out / "film.mp4") == render_undisturbed(film, tmp_path / "undisturbed")
+    assert client.get_job_status(first.job) == "SUCCEEDED", client.get_job_logs(first.job)
