@@ -20,6 +20,8 @@ from longtake.kernels.errors import ConfigError, WorkerError
 MAX_ORDER_BYTES = 120_000
 START_S = 60.0
 _POLL_S = 1.0
+_RESUBMISSIONS = 5
+_BIRTH_S = 15.0
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -77,17 +79,29 @@ def submit(client: Any, order: FilmOrder, *, python: str = "python") -> Submitte
     status = _status(client, job)
     if status is not None and status not in _ENDED:
         return Submitted(job=job, is_new=False)
-    if status is not None:
-        client.delete_job(job)
-    _submit_job(
-        client,
-        entrypoint=f"{shlex.quote(python)} -P -m longtake.jobs.driver",
-        submission_id=job,
-        runtime_env={"env_vars": {ORDER_VARIABLE: encoded}},
-        metadata={"film": order.record.title, "directory": order.directory},
-        entrypoint_num_cpus=0,
-    )
+    for _ in range(_RESUBMISSIONS):
+        if status is not None:
+            client.delete_job(job)
+        _submit_job(
+            client,
+            entrypoint=f"{shlex.quote(python)} -P -m longtake.jobs.driver",
+            submission_id=job,
+            runtime_env={"env_vars": {ORDER_VARIABLE: encoded}},
+            metadata={"film": order.record.title, "directory": order.directory},
+            entrypoint_num_cpus=0,
+        )
+        if status is None or not _stillborn(client, job):
+            break
+        time.sleep(_POLL_S)
     return Submitted(job=job, is_new=True)
+
+
+def _stillborn(client: Any, job: str) -> bool:
+    """Whether a job died before its process began: the actor that kept the last job of that name was on its way out."""
+    until = time.monotonic() + _BIRTH_S
+    while (status := _status(client, job)) == "PENDING" and time.monotonic() < until:
+        time.sleep(_POLL_S / 4)
+    return status == "FAILED" and client.get_job_info(job).driver_exit_code is None
 
 
 def _submit_job(client: Any, **job: Any) -> None:

@@ -72,6 +72,26 @@ def test_submitting_twice_is_submitting_once() -> None:
     assert len(cluster.jobs) == 1
 
 
+def test_a_job_whose_namesake_was_still_ending_is_submitted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submission, "_POLL_S", 0.01)
+    cluster, num_stillborn = Cluster(), 2
+    job = submit(cluster, order()).job
+    cluster.states[job] = "SUCCEEDED"
+    accept = cluster.submit_job
+
+    def submit_job(**how: Any) -> None:
+        nonlocal num_stillborn
+        accept(**how)
+        if num_stillborn:
+            num_stillborn -= 1
+            cluster.states[job] = "FAILED"
+
+    cluster.submit_job = submit_job  # type: ignore[method-assign]
+    cluster.get_job_info = lambda job: SimpleNamespace(driver_exit_code=None)  # type: ignore[method-assign]
+    assert submit(cluster, order()).is_new
+    assert (num_stillborn, cluster.states[job]) == (0, "RUNNING")
+
+
 def test_a_cluster_that_is_being_started_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submission, "_POLL_S", 0.01)
     cluster, refusals = Cluster(), ["No available agent to submit job", "No available agent to submit job"]
