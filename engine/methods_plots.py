@@ -11,6 +11,7 @@ from longtake.kernels.errors import ConfigError
 _MARKS = {"study": "o", "codecs": "s", "policies": "^"}
 _COLOURS = {"study": "tab:blue", "codecs": "tab:green", "policies": "tab:red"}
 _MOST_CURVES = 10
+_LABEL = (90, 9)  # width and height of a name, in pixels of the canvas
 
 
 def draw(results: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Path]:
@@ -37,15 +38,25 @@ def draw(results: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Path]:
 
 
 def _scatter(axis: Any, points: Mapping[str, tuple[float, float]], rows: Mapping[str, Mapping[str, Any]]) -> None:
-    """Points by group, each with its name beside it."""
+    """Points by group."""
     for group, mark in _MARKS.items():
         of_group = [point for name, point in points.items() if rows[name]["group"] == group]
         if of_group:
             axis.scatter(*zip(*of_group, strict=True), marker=mark, color=_COLOURS[group], label=group, s=22, zorder=3)
-    for name, point in points.items():
-        axis.annotate(name, point, fontsize=5.5, xytext=(3, 3), textcoords="offset points")
     axis.grid(alpha=0.3)
+    axis.margins(0.08)
     axis.legend(fontsize=8)
+
+
+def _label(axis: Any, points: Mapping[str, tuple[float, float]]) -> None:
+    """Names beside points, pushed up where they would lie on one another; the axis has its final size and limits."""
+    taken: list[tuple[float, float]] = []
+    for name, point in sorted(points.items(), key=lambda item: item[1][1]):
+        x, y = at = axis.transData.transform(point)
+        while any(abs(x - other_x) < _LABEL[0] and abs(y - other_y) < _LABEL[1] for other_x, other_y in taken):
+            y += 1
+        taken.append((x, y))
+        axis.annotate(name, point, fontsize=5.5, xytext=(5, y - at[1] + 2), textcoords="offset pixels")
 
 
 def _over_bits(rows: Mapping[str, Mapping[str, Any]], folder: Path) -> Path:
@@ -60,11 +71,17 @@ def _over_bits(rows: Mapping[str, Mapping[str, Any]], folder: Path) -> Path:
         (f"behind a true past of {last} s, against the world", lambda row: row["past"][last]["world_psnr_db"]),
     ]
     figure, axes = pyplot.subplots(2, 2, figsize=(15, 11), sharex=True, layout="constrained")
+    labels = []
     for axis, (title, value) in zip(axes.flat, panels, strict=True):
-        _scatter(axis, {name: (row["bits"], value(row)) for name, row in rows.items()}, rows)
+        points = {name: (row["bits"], value(row)) for name, row in rows.items()}
+        labels.append((axis, points))
+        _scatter(axis, points, rows)
         axis.set(title=title, ylabel="PSNR, dB", xscale="log", xlabel="bits an element, everything held counted")
         axis.set_xticks(ticks := [1, 2, 3, 4, 6, 8, 16], [str(tick) for tick in ticks])
         axis.minorticks_off()
+    figure.canvas.draw()
+    for axis, points in labels:
+        _label(axis, points)
     return _save(figure, folder / "methods_quality_over_bits.png")
 
 
@@ -91,8 +108,11 @@ def _peak_over_ratio(rows: Mapping[str, Mapping[str, Any]], folder: Path) -> Pat
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(10, 7), layout="constrained")
-    _scatter(axis, {name: (row["ratio"], row["peak_bytes"] / 2**20) for name, row in rows.items()}, rows)
+    points = {name: (row["ratio"], row["peak_bytes"] / 2**20) for name, row in rows.items()}
+    _scatter(axis, points, rows)
     axis.set(xlabel="ratio: bytes of BF16's history over this one's", ylabel="peak memory, MiB")
+    figure.canvas.draw()
+    _label(axis, points)
     return _save(figure, folder / "methods_peak_over_ratio.png")
 
 
