@@ -6,6 +6,7 @@ A job runs once and dies with its cluster; what lasts is the run's directory. Su
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 import shlex
 import sys
@@ -20,8 +21,6 @@ from longtake.kernels.errors import ConfigError, WorkerError
 MAX_ORDER_BYTES = 120_000
 START_S = 60.0
 _POLL_S = 1.0
-_RESUBMISSIONS = 5
-_BIRTH_S = 15.0
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -75,43 +74,39 @@ def submit(client: Any, order: FilmOrder, *, python: str = "python") -> Submitte
     encoded = order.encode()
     if len(encoded) > MAX_ORDER_BYTES:
         raise ConfigError(f"the film is too long for one job ({len(encoded)} bytes packed); split it into several")
-    job = submission_id(order)
-    status = _status(client, job)
-    if status is not None and status not in _ENDED:
-        return Submitted(job=job, is_new=False)
-    for _ in range(_RESUBMISSIONS):
-        if status is not None:
-            client.delete_job(job)
-        _submit_job(
-            client,
-            entrypoint=f"{shlex.quote(python)} -P -m longtake.jobs.driver",
-            submission_id=job,
-            runtime_env={"env_vars": {ORDER_VARIABLE: encoded}},
-            metadata={"film": order.record.title, "directory": order.directory},
-            entrypoint_num_cpus=0,
-        )
-        if status is None or not _stillborn(client, job):
-            break
-        time.sleep(_POLL_S)
-    return Submitted(job=job, is_new=True)
+    base = submission_id(order)
+    known = {name: status for name, status in _jobs(client).items() if name == base or name.startswith(f"{base}-")}
+    running = [name for name, status in known.items() if status not in _ENDED]
+    if running:
+        return Submitted(job=running[0], is_new=False)
+    # not the name of a job that has ended: Ray may not be done with that one, and the dashboard still shows it
+    numbers = itertools.chain([base], (f"{base}-{number}" for number in itertools.count(2)))
+    job = next(name for name in numbers if name not in known)
+    is_new = _submit_job(
+        client,
+        entrypoint=f"{shlex.quote(python)} -P -m longtake.jobs.driver",
+        submission_id=job,
+        runtime_env={"env_vars": {ORDER_VARIABLE: encoded}},
+        metadata={"film": order.record.title, "directory": order.directory},
+        entrypoint_num_cpus=0,
+    )
+    return Submitted(job=job, is_new=is_new)
 
 
-def _stillborn(client: Any, job: str) -> bool:
-    """Whether a job died before its process began: the actor that kept the last job of that name was on its way out."""
-    until = time.monotonic() + _BIRTH_S
-    while (status := _status(client, job)) == "PENDING" and time.monotonic() < until:
-        time.sleep(_POLL_S / 4)
-    return status == "FAILED" and client.get_job_info(job).driver_exit_code is None
+def _submit_job(client: Any, **job: Any) -> bool:
+    """Submit; a cluster that has just been started has no agent for jobs yet, and says so.
 
-
-def _submit_job(client: Any, **job: Any) -> None:
-    """Submit; a cluster that has just been started has no agent for jobs yet, and says so."""
+    Returns:
+        Whether it was submitted here; someone else may have done so at the same moment.
+    """
     until = time.monotonic() + START_S
     while True:
         try:
             client.submit_job(**job)
-            return
+            return True
         except RuntimeError as error:
+            if "already exists" in str(error):
+                return False
             if "No available agent" not in str(error) or time.monotonic() > until:
                 hint = "if another Ray runs on this machine, submit to it with --address, or stop it"
                 raise WorkerError(f"the cluster takes no job: {error}; {hint}") from error
@@ -157,5 +152,9 @@ def cluster_python(*, is_local: bool) -> str:
 
 def _status(client: Any, job: str) -> str | None:
     """The job's status; None if there is no such job."""
-    jobs = {info.submission_id: info.status for info in client.list_jobs()}
-    return str(jobs[job].value) if job in jobs else None
+    return _jobs(client).get(job)
+
+
+def _jobs(client: Any) -> dict[str, str]:
+    """The status of all submitted jobs."""
+    return {info.submission_id: str(info.status.value) for info in client.list_jobs() if info.submission_id}

@@ -41,10 +41,6 @@ class Cluster:
         assert submission_id not in self.jobs, "Ray refuses an id twice"
         self.jobs[submission_id], self.states[submission_id] = how, "RUNNING"
 
-    def delete_job(self, job: str) -> None:
-        assert self.states[job] not in ("RUNNING", "PENDING")
-        del self.jobs[job], self.states[job]
-
     def stop_job(self, job: str) -> None:
         self.states[job] = "STOPPED"
 
@@ -68,28 +64,11 @@ def test_submitting_twice_is_submitting_once() -> None:
     assert first.is_new
     assert not submit(cluster, order()).is_new
     cluster.states[first.job] = "FAILED"
-    assert submit(cluster, order()).is_new
-    assert len(cluster.jobs) == 1
-
-
-def test_a_job_whose_namesake_was_still_ending_is_submitted_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submission, "_POLL_S", 0.01)
-    cluster, num_stillborn = Cluster(), 2
-    job = submit(cluster, order()).job
-    cluster.states[job] = "SUCCEEDED"
-    accept = cluster.submit_job
-
-    def submit_job(**how: Any) -> None:
-        nonlocal num_stillborn
-        accept(**how)
-        if num_stillborn:
-            num_stillborn -= 1
-            cluster.states[job] = "FAILED"
-
-    cluster.submit_job = submit_job  # type: ignore[method-assign]
-    cluster.get_job_info = lambda job: SimpleNamespace(driver_exit_code=None)  # type: ignore[method-assign]
-    assert submit(cluster, order()).is_new
-    assert (num_stillborn, cluster.states[job]) == (0, "RUNNING")
+    second = submit(cluster, order())
+    assert (second.job, second.is_new) == (f"{first.job}-2", True)
+    assert submit(cluster, order()) == submission.Submitted(job=second.job, is_new=False)
+    cluster.states[second.job] = "SUCCEEDED"
+    assert submit(cluster, order()).job == f"{first.job}-3"
 
 
 def test_a_cluster_that_is_being_started_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,6 +106,7 @@ def test_submitting_twice_is_one_job_with_its_log_in_the_dashboard(
     log = client.get_job_logs(first.job)
     assert client.get_job_status(first.job) == "SUCCEEDED", log
     assert "Job 160/160 frames, 1 of 1 shots done" in log
-    assert submit(client, order, python=sys.executable).is_new
-    wait_for(lambda: client.get_job_status(first.job) in ("SUCCEEDED", "FAILED"))
-    assert client.get_job_status(first.job) == "SUCCEEDED", client.get_job_logs(first.job)
+    third = submit(client, order, python=sys.executable)
+    assert (third.job, third.is_new) == (f"{first.job}-2", True)
+    wait_for(lambda: client.get_job_status(third.job) in ("SUCCEEDED", "FAILED"))
+    assert client.get_job_status(third.job) == "SUCCEEDED", client.get_job_logs(third.job)
