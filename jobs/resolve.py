@@ -29,7 +29,8 @@ from longtake.engine.config import (
 )
 from longtake.engine.forms import FormPolicy
 from longtake.engine.timeline import Timeline
-from longtake.jobs.film import Beat, Film, Prune, Settings, Shot
+from longtake.jobs.film import Beat, Film, Shot
+from longtake.jobs.film_settings import Prune, Settings
 from longtake.jobs.source import quote
 from longtake.kernels.errors import ConfigError, LongtakeError
 from longtake.offload.chunkfiles import DiskIO

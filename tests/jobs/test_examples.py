@@ -56,8 +56,9 @@ def test_films_in_the_pages(page: str) -> None:
 
 
 def test_every_key_is_on_the_page() -> None:
-    from longtake.jobs import film
+    from longtake.jobs import film, film_settings
 
     page = (ROOT / "docs" / "film.md").read_text()
-    keys = {*film._FILM_KEYS, *film._SHOT_KEYS, *film._HISTORY_KEYS, *film._CACHE_KEYS, "at"}
+    settings = (*film_settings._HISTORY_KEYS, *film_settings._CACHE_KEYS, *film_settings._PRUNE_KEYS)
+    keys = {*film._FILM_KEYS, *film._SHOT_KEYS, *film._BEAT_KEYS, *settings}
     assert {key for key in keys if f"`{key}`" not in page and f"[[shot.{key}]]" not in page} == set()

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from longtake.jobs.film import Beat, Cache, Film, History, Prune, load_film, parse_film
+from longtake.jobs.film import Beat, Film, load_film, parse_film
+from longtake.jobs.film_settings import Cache, History, Prune
 from longtake.kernels.errors import ConfigError
 
 HARBOUR = """\
