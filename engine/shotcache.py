@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from longtake.engine.config import HistoryPolicy, Keep, ShotConfig, fingerprint
+from longtake.engine.config import HistoryPolicy, Keep, ShotConfig
+from longtake.engine.essence import fingerprint
 from longtake.engine.forms import FormPolicy
 from longtake.engine.gang import Gang
 from longtake.engine.timeline import Timeline

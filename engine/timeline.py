@@ -21,10 +21,10 @@ from typing import TypeAlias
 import numpy as np
 
 from longtake.engine import history
-from longtake.engine.config import HistoryPolicy, Loop, Positions, ShotConfig, Switch, WriteBack
+from longtake.engine.config import HistoryPolicy, Loop, ShotConfig, Switch, WriteBack
+from longtake.engine.contradictions import check_settings
 from longtake.engine.forms import LEFT_OUT, FormPolicy, Numbers
 from longtake.engine.history import Candidates, Plan
-from longtake.kernels.errors import ConfigError
 from longtake.offload.pages import page
 
 _KEPT_PLANS = 32
@@ -115,7 +115,7 @@ class Timeline:
         self._frames = shot.model.block_frames
         self._rolling = shot.sampler.loop is Loop.ROLLING
         self._rebuild = shot.sampler.write_back is WriteBack.REBUILD
-        _check(shot)
+        check_settings(shot)
         self.forms = FormPolicy(shot.history, shot.cache)
         self._made = lru_cache(maxsize=_KEPT_PLANS)(self._make_plan)
         self._beat_steps = tuple(
@@ -382,37 +382,3 @@ def _most_at_once(last_E: Numbers) -> int:
     np.add.at(changes, entries + 1, 1)
     np.add.at(changes, last_E[entries] + 1, -1)
     return int(changes.cumsum().max(initial=0))
-
-
-def _check(shot: ShotConfig) -> None:
-    window = shot.history.policy is HistoryPolicy.WINDOW
-    rolling, rebuild = shot.sampler.loop is Loop.ROLLING, shot.sampler.write_back is WriteBack.REBUILD
-    if rebuild and (not window or shot.history.sink_blocks):
-        raise ConfigError(
-            f"shot {shot.name!r}: {shot.model.name} rebuilds its history from the last blocks, it needs "
-            'policy = "window" and sink_blocks = 0'
-        )
-    if rebuild and rolling:
-        raise ConfigError(f"shot {shot.name!r}: a rolling window cannot rebuild its history; choose one")
-    if rolling and not window:
-        raise ConfigError(f'shot {shot.name!r}: a rolling window needs policy = "window"')
-    if rolling and (shot.begins_with_picture or shot.guide is not None):
-        raise ConfigError(f"shot {shot.name!r}: a rolling window starts from noise, not from a picture or a video")
-    retrieve = shot.history.policy is HistoryPolicy.RETRIEVE
-    if retrieve and shot.history.positions is Positions.ABSOLUTE:
-        raise ConfigError(
-            f'shot {shot.name!r}: with policy = "retrieve" old blocks must come near, which positions = "absolute" '
-            'does not let them; use "bounded" or "relative"'
-        )
-    if retrieve != bool(shot.history.retrieved_blocks):
-        raise ConfigError(f'shot {shot.name!r}: retrieved_blocks goes with policy = "retrieve", from 1 block on')
-    if retrieve and not FormPolicy(shot.history, shot.cache).plain:
-        raise ConfigError(
-            f'shot {shot.name!r}: what policy = "retrieve" reads is not known before, as tiers, first and prune '
-            'need it to be; use policy = "window" or "full" with them'
-        )
-    for beat in shot.beats[1:]:
-        if beat.switch is Switch.RECACHE and (rolling or rebuild):
-            raise ConfigError(
-                f"shot {shot.name!r}: {shot.model.name} cannot recache at {beat.at_s:g}s; use keep, flush or cut"
-            )

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longtake.engine.config import ShotConfig, essence, to_json
+from longtake.engine.config import ShotConfig
+from longtake.engine.essence import essence, to_json
 from longtake.kernels.errors import ConfigError, StorageError
 
 FORMAT = 1

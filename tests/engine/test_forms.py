@@ -20,10 +20,8 @@ from longtake.engine.config import (
     PruneConfig,
     ShotConfig,
     TierConfig,
-    essence,
-    fingerprint,
-    to_json,
 )
+from longtake.engine.essence import essence, fingerprint, to_json
 from longtake.engine.forms import LEFT_OUT, FormPolicy, FormSpec, rank
 from longtake.engine.model import CausalWan, TextContext
 from longtake.engine.noise import block_noise

@@ -19,8 +19,8 @@ from longtake.engine.config import (
     ModelSpec,
     SamplerConfig,
     ShotConfig,
-    fingerprint,
 )
+from longtake.engine.essence import fingerprint
 from longtake.engine.history import Candidates
 from longtake.engine.model import CausalWan
 from longtake.engine.retrieval import Choice, Retriever
