@@ -223,10 +223,10 @@ def test_full_disks_are_interruptions(
 def test_a_full_disk_budget(film: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The film may be changed in its budgets only, and goes on."""
     small, out = film.with_name("small.toml"), tmp_path / "out"
-    small.write_text(film.read_text().replace("[film.cache]", '[film.cache]\ndisk = "8KiB"'))
+    small.write_text(film.read_text().replace("[film.cache]", '[film.cache]\ndisk = "4KiB"'))
     for _ in range(2):
         assert render(small, out) == 3
-        assert "the disk budget of 8,192 bytes is full" in error_line(capsys)
+        assert "the disk budget of 4,096 bytes is full" in error_line(capsys)
     assert json.loads((out / "status.json").read_text())["shots"]["arrival"]["state"] == "PAUSED"
     assert len(list(out.glob("arrival/latents.zarr/c.*"))) >= 1
     assert render(film, out) == 0
