@@ -91,6 +91,7 @@ class Director:
         self._wall, self._clock, self._publish = wall, clock, publish
         self._films: dict[str, _OpenFilm] = {}
         self._idle: dict[str, tuple[Gang, float]] = {}
+        self._starts: dict[str, list[str]] = {}  # incarnations by gang, in the order in which they were heard of
         self.hosts: Mapping[str, Sequence[int]] | None = None
         """Devices of each host, by kind; None: not known yet."""
 
@@ -176,8 +177,11 @@ class Director:
         """A task for a gang that has none. Asking again after a lost answer gives the same one.
 
         Returns:
-            The order; None if there is nothing to do now; `Leave` if the gang's devices are wanted for another size.
+            The order; None if there is nothing to do now; `Leave` if the gang's devices are wanted for another size, or
+            if its workers were given up for dead and others have come in their place.
         """
+        if self._is_replaced(gang):
+            return Leave()
         for film, task in self._held(gang.name):
             if task.incarnation == gang.incarnation:
                 return self._order(film, task, gang)
@@ -201,6 +205,13 @@ class Director:
             return Leave()
         self._idle[gang.name] = (gang, self._clock())
         return None
+
+    def _is_replaced(self, gang: Gang) -> bool:
+        """Whether later workers of the gang have asked; were both served, each would take the other's lease."""
+        starts = self._starts.setdefault(gang.name, [])
+        holding = [task.incarnation for _, task in self._held(gang.name) if task.incarnation is not None]
+        starts += [start for start in (*holding, gang.incarnation) if start not in starts]
+        return starts[-1] != gang.incarnation
 
     def heartbeat(self, lease: Lease, progress: Progress) -> Verdict:
         """A gang works on its task."""

@@ -134,6 +134,26 @@ def test_a_worker_started_anew_goes_on_with_its_shot(tmp_path: Path) -> None:
     new = order(mind.next_order(again)).lease
     assert (new.task, new.epoch) == (old.task, old.epoch + 1)
     assert mind.view(where).tasks[0].num_failures == 1
+    # the old worker was cut off, not dead: it hears that its lease is lost, and must not take the new one's
+    assert mind.heartbeat(old, Progress(blocks_done=1)) is Verdict.LOST
+    assert isinstance(mind.next_order(GANG), Leave)
+    assert mind.heartbeat(new, Progress(blocks_done=2)) is Verdict.GO
+
+
+def test_a_director_that_came_back_knows_which_worker_is_the_newer(tmp_path: Path) -> None:
+    clock = Clock()
+    mind, where = director(clock), film(tmp_path)
+    mind.submit(where, record(), tasks_of(None))
+    order(mind.next_order(GANG))
+    mind.close(where)
+    mind = director(clock)
+    mind.submit(where, record(), tasks_of(None))
+    clock.now += 1.5
+    again = Gang(name="g1", incarnation="2")
+    mind.next_order(again)
+    assert isinstance(mind.next_order(GANG), Leave)
+    clock.now += 1.5
+    assert order(mind.next_order(again)).lease.epoch == 2
 
 
 def test_a_higher_priority_takes_a_gang_at_a_block_boundary(tmp_path: Path) -> None:
