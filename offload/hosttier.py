@@ -273,17 +273,29 @@ class HostTier:
             LongtakeError: a write failed, and its block holds the last frames.
         """
         began = time.perf_counter()
+        others_read = block in self._arriving
+        self._bring(block)
+        if others_read and block in self._unreadable:  # it may have begun in a worse moment, for a plan given up since
+            self._let_go(block)
+            self._bring(block)
+        self.counters.stalled_read_s += time.perf_counter() - began
+        if block in self._unreadable:
+            self._let_go(block)
+            raise self._unreadable[block]
+
+    def _bring(self, block: int) -> None:
+        """Pin a block's frame and wait until its read has ended, well or not."""
         while not self.fetch(block, DEMANDED):
             self._wait_for_frame(f"block {block}")
         self.table.pin(block)
         while block in self._arriving:
             self._lock.wait()
-        self.counters.stalled_read_s += time.perf_counter() - began
-        if block in self._unreadable:
-            self.table.unpin(block)
-            if not self.table.pinned(block):
-                self.table.evict(block)
-            raise self._unreadable[block]
+
+    def _let_go(self, block: int) -> None:
+        """Undo the pin of a block that could not be read."""
+        self.table.unpin(block)
+        if not self.table.pinned(block):
+            self.table.evict(block)
 
     def _wait_for_frame(self, wanted_for: str) -> None:
         """Wait for a worker to report; what is under way must be able to free a frame."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from longtake.kernels.errors import LongtakeError, StorageError
 from longtake.offload.cache import CacheBudget, KVCache
 from longtake.offload.chunkfiles import ChunkFiles, DiskIO
 from longtake.offload.errors import DiskFullError
-from longtake.offload.files import FileOps
+from longtake.offload.files import Bytes, FileOps
 from longtake.offload.run import RunDirectory
 from longtake.offload.spill import STEPS, Step
 from longtake.offload.verify import verify
@@ -148,6 +150,35 @@ def test_failed_read_changes_nothing_and_may_be_tried_again(tmp_path: Path) -> N
     ops.fail_reads = 0
     assert cache._device.table.num_pinned == 0
     check_passes(cache, (0, 1, 2, 3))
+    close(cache, run)
+
+
+def test_read_still_failing_for_a_plan_given_up_is_tried_again_for_the_next(tmp_path: Path) -> None:
+    class SlowToFail(FaultyOps):
+        """Block 1's failures are told only when they may be."""
+
+        begun, may_end = threading.Event(), threading.Event()
+
+        def read(self, fd: int, buffers: Sequence[Bytes], offset: int) -> int:
+            if self.fail_reads and "/c.1." in os.readlink(f"/proc/self/fd/{fd}"):
+                self.begun.set()
+                self.may_end.wait()
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return super().read(fd, buffers, offset)
+
+    cache, run = open_cache(tmp_path)
+    for block in range(9):
+        commit(cache, block)
+    close(cache, run)
+    ops = SlowToFail()
+    cache, run = open_cache(tmp_path, ops=ops, host=3)
+    ops.fail_reads = 1000
+    with pytest.raises(StorageError, match="reading block 0"):
+        cache.prepare((0, 1))
+    assert ops.begun.wait(60)
+    ops.fail_reads = 0
+    threading.Timer(0.2, ops.may_end.set).start()
+    check_passes(cache, (1, 0))
     close(cache, run)
 
 
