@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 
 from longtake.engine.gang_failure import Failed, GangError, abort_groups, exit_code, portable
-from longtake.engine.gang_link import HEARTBEAT_S, Door, Link, knock
+from longtake.engine.gang_link import HEARTBEAT_S, LOST_AFTER_S, Door, Link, knock
 from longtake.engine.mesh import ALONE, TIMEOUT_S, Axis, Mesh, MeshShape, default_mesh, open_mesh, parse_mesh
 from longtake.engine.place import Place, place
 from longtake.kernels.errors import ConfigError, LongtakeError
@@ -43,8 +43,10 @@ T = TypeVar("T")
 GRACE_S = 5.0
 # For a rank that noticed, to put its things away.
 UNWIND_S = 60.0
+# For a rank that works, to notice before its collectives are aborted.
+_NOTICE_S = 0.5
 # An error that may be the echo of another rank's end waits this long for the news.
-_NEWS_S = 2.0
+_NEWS_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +77,9 @@ class _Dismissed:
 
 
 class Gang:
-    """One rank's side of the gang. Agreements come from one thread; as a context manager it ends with its body.
+    """One rank's side of the gang. Agreements come from one thread.
+
+    As a context manager it ends with its body: on rank 0 that dismisses the others, which wait for it.
 
     Args:
         rank, size: of this process.
@@ -250,13 +254,25 @@ class Gang:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
+        late = self._await_dismissal() if error is None else None
+        if (ended := error or late) is None:
             self._close()
             return
-        failure = self._failure_behind(error)
+        failure = self._failure_behind(ended)
         self._close(failed=True)
-        if failure is not None and failure.error is not error:
-            raise failure.error from error
+        if failure is not None and failure.error is not ended:
+            raise failure.error from ended
+        if late is not None:
+            raise late
+
+    def _await_dismissal(self) -> BaseException | None:
+        """A rank that left before rank 0 would pass for dead. Returns what ended the gang meanwhile."""
+        if self._link is not None and not self.leads:
+            try:
+                self._wait(lambda: self._dismissed, None)
+            except BaseException as late:
+                return late
+        return None
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
@@ -274,7 +290,7 @@ class Gang:
         if self._link is None:
             return None
         # what torch raises of a broken collective says nothing of why; the news may still be on its way
-        echo = isinstance(error, RuntimeError) and not isinstance(error, LongtakeError)
+        echo = isinstance(error, RuntimeError) and not isinstance(error, LongtakeError | torch.OutOfMemoryError)
         with self._news:
             if echo:
                 self._news.wait_for(lambda: self._failure is not None, _NEWS_S)
@@ -323,7 +339,7 @@ class Gang:
     def _on_lost(self, rank: int, how: str) -> None:
         with self._news:
             if not self._dismissed:
-                self._end(Failed(rank=rank, error=GangError(f"rank {rank} {how}", rank=rank)))
+                self._end(Failed(rank=rank, error=GangError(f"rank {rank} {how}", rank=rank), lost=True))
                 self._news.notify_all()
 
     def _end(self, failure: Failed) -> None:
@@ -336,7 +352,7 @@ class Gang:
         threading.Thread(target=self._end_hard, name="gang-end", daemon=True).start()
 
     def _end_hard(self) -> None:
-        time.sleep(_NEWS_S / 4)  # a rank that works notices by itself
+        time.sleep(_NOTICE_S)
         if not self._closed:
             abort_groups()
         time.sleep(GRACE_S)
@@ -353,7 +369,7 @@ class Gang:
     @property
     def speaks(self) -> bool:
         """Whether it is this rank's part to tell the user of the failure: rank 0's, or rank 1's when that is gone."""
-        lost_leader = self._failure is not None and self._failure.rank == 0
+        lost_leader = self._failure is not None and self._failure.lost and self._failure.rank == 0
         return self.leads or (lost_leader and self.rank == 1)
 
     # -- waiting
@@ -374,13 +390,13 @@ class Gang:
             return arrived
 
 
-def join(timeout_s: float = TIMEOUT_S, heartbeat_s: float = HEARTBEAT_S) -> Gang:
+def join(timeout_s: float = TIMEOUT_S, heartbeat_s: float = HEARTBEAT_S, lost_after_s: float = LOST_AFTER_S) -> Gang:
     """Meet the other processes that a launcher started (torchrun, Ray Train): what they set in the environment says
     who they are. Without a launcher, a gang of one.
 
     Args:
         timeout_s: for a collective, and for a rank that does not answer.
-        heartbeat_s: between signs of life; see Link.
+        heartbeat_s, lost_after_s: between signs of life, and without one; see Link.
 
     Raises:
         WorkerError: the others were not met in time.
@@ -396,7 +412,7 @@ def join(timeout_s: float = TIMEOUT_S, heartbeat_s: float = HEARTBEAT_S) -> Gang
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
     gang = Gang(here.rank, here.size, here.local_rank, timeout_s)
     connections = _meet(here, timeout_s)
-    gang._link = Link(connections, gang._on_message, gang._on_lost, heartbeat_s)
+    gang._link = Link(connections, gang._on_message, gang._on_lost, heartbeat_s, lost_after_s)
     gang._link.start()
     return gang
 

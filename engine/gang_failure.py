@@ -21,10 +21,11 @@ class GangError(WorkerError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
-    """The news that a rank failed."""
+    """The news that a rank failed, or that it was lost: it died or fell silent, and can say nothing itself."""
 
     rank: int
     error: BaseException
+    lost: bool = False
 
 
 def exit_code(error: BaseException) -> int:

@@ -25,6 +25,8 @@ HEARTBEAT_S = 5.0
 LOST_AFTER_S = 60.0
 
 _NONCE_BYTES = 32
+# For one that knocked, to say who it is: strangers are not waited for longer.
+_INTRODUCTION_S = 30.0
 
 
 class Link:
@@ -34,7 +36,8 @@ class Link:
         connections: by rank; the link owns them.
         on_message: called in the link's thread with each message: (rank, message).
         on_lost: called in the link's thread when a rank's connection broke, or it fell silent: (rank, how).
-        heartbeat_s: seconds between signs of life; a rank without any for twelve of them is lost.
+        heartbeat_s: seconds between signs of life.
+        lost_after_s: a rank without any for so many seconds is lost.
     """
 
     def __init__(
@@ -43,10 +46,11 @@ class Link:
         on_message: Callable[[int, Any], None],
         on_lost: Callable[[int, str], None],
         heartbeat_s: float = HEARTBEAT_S,
+        lost_after_s: float = LOST_AFTER_S,
     ) -> None:
         self._connections = dict(connections)
         self._on_message, self._on_lost = on_message, on_lost
-        self._heartbeat_s, self._lost_after_s = heartbeat_s, heartbeat_s * LOST_AFTER_S / HEARTBEAT_S
+        self._heartbeat_s, self._lost_after_s = heartbeat_s, lost_after_s
         self._locks = {rank: threading.Lock() for rank in self._connections}
         self._heard = dict.fromkeys(self._connections, time.monotonic())
         self._woken, self._waker = Pipe(duplex=False)
@@ -164,7 +168,7 @@ class Door:
 
     @staticmethod
     def _introduction(connection: Connection) -> tuple[int, bytes]:
-        if not connection.poll(10):
+        if not connection.poll(_INTRODUCTION_S):
             raise EOFError
         rank, proof = connection.recv_bytes(1024).split(b" ", 1)
         return int(rank), proof

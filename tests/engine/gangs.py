@@ -29,7 +29,7 @@ class RankError(AssertionError):
 
 
 def run_ranks(
-    function: Callable[..., Any], num_ranks: int, *arguments: Any, timeout_s: float = 60.0, **environment: str
+    function: Callable[..., Any], num_ranks: int, *arguments: Any, timeout_s: float = 240.0, **environment: str
 ) -> list[Any]:
     """Call ``function(rank, *arguments)`` on every rank.
 
@@ -37,16 +37,29 @@ def run_ranks(
         function: of a test module; it may call ``longtake.engine.gang.join``.
         num_ranks: processes.
         arguments: must pickle.
-        timeout_s: after which all are killed.
+        timeout_s: after which all are killed, so that a hang is told before pytest's own limit; no test waits for it.
         environment: variables beside those of a launcher.
 
     Returns:
         What it returned, by rank; for a rank that raised, the exception; for one that died, its exit code as RankError.
     """
+    with socket.socket() as reserved:
+        # bound until the end, so that nobody else is given the port; rank 0's store may still listen there
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind(("127.0.0.1", 0))
+        return _run_at(reserved.getsockname()[1], function, num_ranks, arguments, timeout_s, environment)
+
+
+def _run_at(
+    port: int,
+    function: Callable[..., Any],
+    num_ranks: int,
+    arguments: tuple[Any, ...],
+    timeout_s: float,
+    environment: dict[str, str],
+) -> list[Any]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
     shared = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
@@ -73,7 +86,7 @@ def _result(process: ForkServerProcess, ours: Connection, deadline: float) -> An
         arrived = ours.poll(max(0.0, deadline - time.monotonic()))
         result = ours.recv() if arrived else RankError("hung")
     except EOFError:
-        process.join(5)
+        process.join(max(1.0, deadline - time.monotonic()))
         result = RankError(f"died with {process.exitcode}")
     process.join(max(1.0, deadline - time.monotonic()))
     if process.is_alive():

@@ -161,7 +161,7 @@ def test_the_command(hub: FakeHub, tmp_path: Path) -> None:
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
 
     def longtake(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["longtake", *arguments], env=environment, capture_output=True, text=True, timeout=120)
+        return subprocess.run(["longtake", *arguments], env=environment, capture_output=True, text=True, timeout=240)
 
     result = longtake("pull", "self-forcing")
     assert (result.returncode, result.stderr) == (0, "")
