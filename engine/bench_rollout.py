@@ -38,7 +38,7 @@ from longtake.engine.model import CausalWan
 from longtake.engine.presets import PRESETS, preset_spec
 from longtake.engine.rollout import Rollout
 from longtake.engine.shotcache import open_cache
-from longtake.engine.timing import EventTimer
+from longtake.engine.timing import StageClock
 from longtake.engine.vae import StreamingDecoder, load_vae
 from longtake.engine.vae_fast import make_fast
 from longtake.engine.weights import load_transformer, read_spec
@@ -194,11 +194,12 @@ def run_rollout(bench: RolloutBench) -> dict[str, Any]:
 
 
 def _stages(rollout: Rollout, device: torch.device) -> dict[str, float]:
-    timer = EventTimer(device)
+    timer = StageClock(device)
     rollout._timer = timer
     with timer("block"):
         rollout.step()
-    stages = timer.totals()
+    _wait(device)
+    stages = timer.seconds()
     block = stages.pop("block")
     return {"block": block, **stages, "linear and rest": block - sum(stages.values())}
 

@@ -37,7 +37,7 @@ from longtake.engine.mesh import ALONE, Mesh, open_mesh, parse_mesh
 from longtake.engine.rollout import Rollout
 from longtake.engine.shotcache import open_cache
 from longtake.engine.tensor_parallel import ShardedRMSNorm, ShardedWan
-from longtake.engine.timing import EventTimer
+from longtake.engine.timing import StageClock
 
 _WARM_UP_BLOCKS = 2
 # Kernels by what they are for: the first pattern that a name matches.
@@ -169,14 +169,15 @@ def _block(rollout: Rollout, gang: Gang) -> tuple[float, float]:
 
 
 def _stages(rollout: Rollout, model: ShardedWan, gang: Gang) -> dict[str, float]:
-    timer = EventTimer(rollout.device)
+    timer = StageClock(rollout.device)
     before = rollout._timer, model.timer
     rollout._timer, model.timer = timer, timer
     gang.any(False)
     with timer("block"):
         rollout.step()
     rollout._timer, model.timer = before
-    stages = timer.totals()
+    _wait(rollout.device)
+    stages = timer.seconds()
     block = stages.pop("block")
     return {"block": block, **stages, "linear and rest": block - sum(stages.values())}
 

@@ -203,9 +203,10 @@ class _Run:
     def until(self, stop: Callable[[], bool], progress: Callable[[BlockProgress], None]) -> bool:
         """The main loop; returns whether the shot is finished."""
         rollout, files, shot = self._rollout, self._files, self._shot
+        if files.num_done:
+            latents_shown = files.segments.first_block * shot.model.block_frames
+            progress(self._report(files.num_done, min(shot.num_frames, shot.frames_of_latents(latents_shown)), 0.0))
         with MetricsLog(files.path / METRICS_NAME, files.num_done) as metrics, self._emitter() as emitter:
-            if files.num_done:
-                progress(self._report(files.num_done, emitter.num_frames, 0.0))
             keep = shot.cache.keep
             retention = Retention(keep, rollout.timeline, rollout.cache, self._gang, lambda: emitter.num_kept)
 

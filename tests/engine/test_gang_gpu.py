@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +86,7 @@ def test_sharded_equals_whole(num_ranks: int, compiled: bool) -> None:
     whole.load_state_dict(random_weights())
     whole.cast(torch.bfloat16).to(device).eval().requires_grad_(False)
     expected = flow(whole, device)
-    ranks = run_ranks(on_every_mesh, num_ranks, MESHES[num_ranks], compiled, timeout_s=240)
+    ranks = run_ranks(on_every_mesh, num_ranks, MESHES[num_ranks], compiled)
     assert all(isinstance(found, list) for found in ranks), ranks
     for index, text in enumerate(MESHES[num_ranks]):
         flows = [torch.from_numpy(found[index]) for found in ranks]
@@ -117,20 +116,20 @@ def test_shots_go_on_with_other_numbers_of_gpus(mesh: str, tmp_path: Path) -> No
     kept: dict[str, tuple[str, int]] = {}
     for num_ranks, count in zip(sizes, blocks, strict=True):
         environment = {"LONGTAKE_MESH": f"{mesh}={num_ranks}"} if mesh else {}
-        found = run_ranks(render, num_ranks, model, folder, count, timeout_s=240, **environment)
+        found = run_ranks(render, num_ranks, model, folder, count, **environment)
         assert all(isinstance(one, bool) for one in found), found
         now = chunks(folder, 0, 99)
         assert kept.items() <= now.items()
         kept = now
     assert found[0]
     alone = tmp_path / "alone"
-    assert run_ranks(render, 1, model, alone, 99, timeout_s=120) == [True]
+    assert run_ranks(render, 1, model, alone, 99) == [True]
     assert latents(folder).shape == latents(alone).shape
     assert latents(folder).isfinite().all()
 
 
 def die(rank: int) -> None:
-    with join(60.0) as gang:
+    with join(3600.0) as gang:  # no collective's own limit ends this
         x = torch.ones(1 << 20, device=gang.device("cuda"))
         dist.all_reduce(x)
         torch.cuda.synchronize()
@@ -143,8 +142,6 @@ def die(rank: int) -> None:
 
 def test_a_killed_rank_ends_all_while_nccl_waits() -> None:
     need(2)
-    started = time.monotonic()
-    found = run_ranks(die, 2, timeout_s=55)
-    assert time.monotonic() - started < 40
+    found = run_ranks(die, 2, timeout_s=120)
     assert isinstance(found[0], GangError) or str(found[0]) == "died with 1"
     assert isinstance(found[1], RankError)

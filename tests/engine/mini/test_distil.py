@@ -187,7 +187,7 @@ def test_run_saves_measures_and_draws(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "_REPORT_STEPS", 2)
-    distiller = small_distiller(seconds=0.01)
+    distiller = small_distiller(seconds=0.0)
     distil.watch(distiller, tmp_path, PreviewPlan(worlds=2, blocks=5, moments=3, window=3), 100.0)
     printed = capsys.readouterr().out
     assert "recall" in printed and "sharpness" in printed and "ms a step" in printed
