@@ -3,7 +3,8 @@
 Protocol: in held-out worlds of the shipped model a camera pans for one turn; the true latents are committed, and one
 block is generated behind them. What each layer's attention was given is recorded in float32: keys and values of the
 commit passes, queries of the third denoising step. Each codec encodes and reads back every block; errors as in
-longtake.kernels.compare, whose made-up inputs (``--kinds noise,structured``) are at the real models' size.
+longtake.kernels.compare, whose made-up inputs (``--kinds noise,structured``) are at the real models' size, and whose
+files (``--data``) hold what was recorded of any other model.
 """
 
 from __future__ import annotations
@@ -22,10 +23,24 @@ from longtake.engine.vae import StreamingEncoder, from_uint8
 from longtake.kernels import compare, synthetic
 from longtake.kernels.attention_path import AttentionPath
 from longtake.kernels.codec import codec_names
+from longtake.kernels.errors import ConfigError
 from longtake.kernels.rotary import Rotary, apply_rotary, rotary_table
 
 _STEP = 2  # whose queries are recorded: neither noise nor finished
-_WAN = synthetic.Grid(frames=3, height=30, width=52)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _MadeUp:
+    """Size of made-up inputs."""
+
+    grid: synthetic.Grid
+    blocks: int
+    heads: int
+    dim: int
+
+
+_WAN = _MadeUp(grid=synthetic.Grid(frames=3, height=30, width=52), blocks=3, heads=2, dim=128)
+_MINI = _MadeUp(grid=synthetic.Grid(frames=3, height=6, width=10), blocks=7, heads=4, dim=64)
 
 
 class _Recorder:
@@ -77,22 +92,18 @@ def main(arguments: list[str]) -> None:
     """Command line of ``longtake bench codecs``."""
     parser = argparse.ArgumentParser(prog="longtake bench codecs", description=__doc__)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--model", default="mini", help="trained on the procedural world; none: made-up inputs only")
+    parser.add_argument("--model", default="mini", help="trained on the procedural world; none: the other inputs only")
+    parser.add_argument("--data", type=Path, help="K, V and Q of a model, .safetensors, instead of --model")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the model")
     parser.add_argument("--worlds", type=int, default=2)
     parser.add_argument("--blocks", type=int, default=11, help="blocks of history; a turn is 11")
-    parser.add_argument("--kinds", default="", help="made-up inputs as well: noise, structured")
+    parser.add_argument("--kinds", default="", help="made-up inputs as well: noise,structured")
+    parser.add_argument("--small", action="store_true", help="made-up inputs at mini's size, not Wan's")
     parser.add_argument("--codecs", default="", help="names with semicolons; default: all")
     parser.add_argument("--queries", type=int, default=180, help="queries of a sample that are attended")
     options = parser.parse_args(arguments)
-    inputs: dict[str, list[compare.Sample]] = {}
-    if options.model != "none":
-        models = load(options.model, torch.device(options.device))
-        worlds = (recorded(models, FIRST_SEED + world, options.blocks) for world in range(options.worlds))
-        inputs[options.model] = [sample for samples in worlds for sample in samples]
-    for kind in filter(None, options.kinds.split(",")):
-        inputs[kind] = [compare.synthetic_sample(kind, _WAN, blocks=3, heads=2, dim=128, seed=0)]
     names = options.codecs.split(";") if options.codecs else codec_names()
+    inputs = _inputs(options)
     with torch.inference_mode():
         rows = [
             compare.measure(kind, name, samples, options.queries) for kind, samples in inputs.items() for name in names
@@ -100,3 +111,21 @@ def main(arguments: list[str]) -> None:
     print(compare.table(rows))
     config = {key: str(value) for key, value in vars(options).items() if key != "json"}
     record.write(options.json, "codecs", config, [dataclasses.asdict(row) for row in rows])
+
+
+def _inputs(options: argparse.Namespace) -> dict[str, list[compare.Sample]]:
+    """What the codecs encode, by its name in the table."""
+    inputs: dict[str, list[compare.Sample]] = {}
+    if options.data is not None:
+        inputs[options.data.stem] = compare.load_samples(options.data)
+    elif options.model != "none":
+        models = load(options.model, torch.device(options.device))
+        worlds = (recorded(models, FIRST_SEED + world, options.blocks) for world in range(options.worlds))
+        inputs[options.model] = [sample for samples in worlds for sample in samples]
+    size = _MINI if options.small else _WAN
+    for kind in filter(None, options.kinds.split(",")):
+        sample = compare.synthetic_sample(kind, size.grid, blocks=size.blocks, heads=size.heads, dim=size.dim, seed=0)
+        inputs[kind] = [sample]
+    if not inputs:
+        raise ConfigError("there is nothing to encode: give --model, --data or --kinds")
+    return inputs

@@ -1,4 +1,4 @@
-"""Codecs side by side: `python -m longtake.kernels.compare --json FILE`.
+"""Codecs side by side; ``longtake bench codecs`` is the command.
 
 For each kind of input and each codec: bits an element, the error of K and of V, the error of attention's output, and
 the time to encode a block. Everything runs the plain references in float32, on a CPU if need be. Errors are norms:
@@ -6,7 +6,7 @@ the time to encode a block. Everything runs the plain references in float32, on 
     k_error, v_error   of the difference, over the norm of what varies (each channel's mean over all tokens taken away)
     output_error       of the difference of attention's output, over the norm of the exact output (fp32, dense)
 
-Inputs: "noise" and "structured" (synthetic.py), or --data FILE.safetensors with K/V of a model:
+Inputs: "noise" and "structured" (synthetic.py), what a caller recorded, or a .safetensors file with K/V of a model:
 
     k_THD, v_THD   [N*T, H, D] blocks one after the other, after norm, before RoPE
     q_THD          [T', H, D] queries after norm, before RoPE, of one block
@@ -20,20 +20,19 @@ Shape legend: N blocks, T tokens of a block, H heads, D head dim, X = N*T rows.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from longtake.kernels import synthetic
 from longtake.kernels.attention import attend
-from longtake.kernels.clock import relative_error, setting
-from longtake.kernels.codec import BlockGeometry, Codec, codec_names, make_codec
+from longtake.kernels.clock import relative_error
+from longtake.kernels.codec import BlockGeometry, Codec, make_codec
 from longtake.kernels.errors import ConfigError
 from longtake.kernels.rotary import Rotary, apply_rotary, rotary_table
 
@@ -69,9 +68,15 @@ class Row:
 
 
 def synthetic_sample(kind: str, grid: synthetic.Grid, *, blocks: int, heads: int, dim: int, seed: int) -> Sample:
-    """Noise or structure, queries of the block after the last."""
-    draw = synthetic.structured if kind == "structured" else synthetic.noise
-    history = draw(grid, blocks=blocks, heads=heads, dim=dim, seed=seed)
+    """Noise or structure, queries of the block after the last.
+
+    Raises:
+        ConfigError: there is no such kind.
+    """
+    draws = {"noise": synthetic.noise, "structured": synthetic.structured}
+    if kind not in draws:
+        raise ConfigError(f"{kind!r} is no kind of made-up input; use {' or '.join(draws)}")
+    history = draws[kind](grid, blocks=blocks, heads=heads, dim=dim, seed=seed)
     frames = blocks * grid.frames
     own = rotary_table(range(frames, frames + grid.frames), grid.height, grid.width, dim)
     return Sample(
@@ -86,11 +91,11 @@ def load_samples(path: Path) -> list[Sample]:
     """Read K, V and Q of a model (the format is in this module's docstring).
 
     Raises:
-        ConfigError: a tensor or a piece of metadata is missing, or they do not fit each other.
+        ConfigError: there is no such file, a tensor or a piece of metadata is missing, or they do not fit each other.
     """
-    from safetensors import safe_open
-
     samples = []
+    if not path.is_file():
+        raise ConfigError("there is no such file.", path=path)
     with safe_open(path, framework="pt") as file:
         names, metadata = set(file.keys()), file.metadata() or {}
         prefixes = sorted(name.removesuffix("k_THD") for name in names if name.endswith("k_THD"))
@@ -181,49 +186,3 @@ def table(rows: Sequence[Row]) -> str:
             f"{row.output_error:>10.4f}{row.encode_block_ms:>11.2f}"
         )
     return "\n".join(lines)
-
-
-def main() -> int:
-    """Measure, print the table, write JSON."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, help="where the figures go")
-    parser.add_argument("--data", type=Path, help="K, V and Q of a model, .safetensors; instead of made-up inputs")
-    parser.add_argument("--kinds", default="noise,structured")
-    parser.add_argument(
-        "--codecs", default="", help="names with semicolons (or commas, without mixed ones); all if empty"
-    )
-    parser.add_argument("--queries", type=int, default=256, help="queries of a sample that are attended")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--commit", default="", help="recorded when this is no git checkout")
-    for name, value in (("frames", 3), ("height", 30), ("width", 52), ("heads", 2), ("dim", 128), ("blocks", 3)):
-        parser.add_argument(f"--{name}", type=int, default=value)
-    args = parser.parse_args()
-    names = codec_names()
-    if args.codecs:
-        names = args.codecs.split(";") if "=" in args.codecs else args.codecs.replace(";", ",").split(",")
-    grid = synthetic.Grid(frames=args.frames, height=args.height, width=args.width)
-    inputs: dict[str, list[Sample]] = {}
-    if args.data:
-        inputs[args.data.stem] = load_samples(args.data)
-    else:
-        for kind in args.kinds.split(","):
-            inputs[kind] = [
-                synthetic_sample(kind, grid, blocks=args.blocks, heads=args.heads, dim=args.dim, seed=args.seed)
-            ]
-    with torch.inference_mode():
-        rows = [measure(kind, name, samples, args.queries) for kind, samples in inputs.items() for name in names]
-    print(table(rows))
-    if args.json:
-        report = {
-            "benchmark": "codecs",
-            "setting": setting(args.commit),
-            "config": {key: str(value) for key, value in vars(args).items()},
-            "rows": [asdict(row) for row in rows],
-        }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

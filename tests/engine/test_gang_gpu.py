@@ -115,8 +115,8 @@ def test_shots_go_on_with_other_numbers_of_gpus(mesh: str, tmp_path: Path) -> No
     folder, blocks = tmp_path / "arrival", [1, 2, 1, 9][-len(sizes) :]
     kept: dict[str, tuple[str, int]] = {}
     for num_ranks, count in zip(sizes, blocks, strict=True):
-        environment = {"LONGTAKE_MESH": f"{mesh}={num_ranks}"} if mesh else {}
-        found = run_ranks(render, num_ranks, model, folder, count, **environment)
+        axes = f"{mesh}={num_ranks}" if mesh else ""
+        found = run_ranks(render, num_ranks, model, folder, count, LONGTAKE_MESH=axes)
         assert all(isinstance(one, bool) for one in found), found
         now = chunks(folder, 0, 99)
         assert kept.items() <= now.items()

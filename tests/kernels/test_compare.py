@@ -1,24 +1,19 @@
+"""Codecs side by side: errors in the order of their bits, files of K/V read or refused."""
+
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from longtake.kernels import compare
+from longtake.kernels import compare, synthetic
+from longtake.kernels.codec import codec_names
 from longtake.kernels.errors import ConfigError
 
-SMALL = "--height 3 --width 5 --heads 2 --dim 64 --blocks 2 --queries 16"
+SMALL = synthetic.Grid(frames=3, height=3, width=5)
 METADATA = {"frames": "3", "height": "3", "width": "5"}
-
-
-def run(monkeypatch: pytest.MonkeyPatch, target: Path, *more: str) -> list[dict[str, float | str]]:
-    monkeypatch.setattr("sys.argv", ["compare", "--json", str(target), *SMALL.split(), *more])
-    assert compare.main() == 0
-    rows: list[dict[str, float | str]] = json.loads(target.read_text())["rows"]
-    return rows
 
 
 def tensors(prefix: str = "", blocks: int = 2) -> dict[str, torch.Tensor]:
@@ -28,28 +23,34 @@ def tensors(prefix: str = "", blocks: int = 2) -> dict[str, torch.Tensor]:
     return made | {prefix + "positions": torch.arange(3 * blocks + 3)}
 
 
-def test_every_codec_on_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = run(monkeypatch, tmp_path / "codecs.json")
-    names = {row["codec"] for row in rows}
-    assert {"bf16", "kivi2", "qvg-pro", "nvfp4"} <= names and len(rows) == 2 * len(names)
-    error = {(row["kind"], row["codec"]): float(row["output_error"]) for row in rows}
-    for kind in ("noise", "structured"):
-        assert error[kind, "fp32"] < 1e-5 < error[kind, "bf16"] < error[kind, "int8"] < error[kind, "rtn2"]
+@pytest.mark.parametrize("kind", ["noise", "structured"])
+def test_every_codec(kind: str) -> None:
+    samples = [compare.synthetic_sample(kind, SMALL, blocks=2, heads=2, dim=64, seed=0)]
+    rows = [compare.measure(kind, name, samples, num_queries=16) for name in codec_names()]
+    error = {row.codec: row.output_error for row in rows}
+    assert {"bf16", "kivi2", "qvg-pro", "nvfp4"} <= error.keys()
+    assert error["fp32"] < 1e-5 < error["bf16"] < error["int8"] < error["rtn2"]
+    assert [line.split()[1] for line in compare.table(rows).splitlines()[1:]][-1] == "fp32"
 
 
-def test_a_model_s_own_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_s_own_tensors(tmp_path: Path) -> None:
     path = tmp_path / "layers.safetensors"
     save_file(tensors("a.") | tensors("b."), path, METADATA)
-    rows = run(monkeypatch, tmp_path / "codecs.json", "--data", str(path), "--codecs", "k=bf16,v=int8;int8")
-    assert [(row["kind"], row["codec"]) for row in rows] == [("layers", "k=bf16,v=int8"), ("layers", "int8")]
-    assert float(rows[0]["k_error"]) < 0.003 < float(rows[1]["k_error"]) < 0.01
+    samples = compare.load_samples(path)
+    assert len(samples) == 2
+    mixed, plain = (compare.measure("layers", name, samples, 16) for name in ("k=bf16,v=int8", "int8"))
+    assert mixed.k_error < 0.003 < plain.k_error < 0.01
 
 
-def test_incomplete_files_are_named(tmp_path: Path) -> None:
+def test_bad_inputs_are_named(tmp_path: Path) -> None:
     path = tmp_path / "half.safetensors"
+    with pytest.raises(ConfigError, match="there is no such file"):
+        compare.load_samples(path)
     save_file({k: v for k, v in tensors().items() if k != "v_THD"}, path, METADATA)
     with pytest.raises(ConfigError, match="lacks v_THD"):
         compare.load_samples(path)
     save_file(tensors() | {"positions": torch.arange(4)}, path, METADATA)
     with pytest.raises(ConfigError, match="do not fit 4 positions"):
         compare.load_samples(path)
+    with pytest.raises(ConfigError, match="'nois' is no kind of made-up input; use noise or structured"):
+        compare.synthetic_sample("nois", SMALL, blocks=2, heads=2, dim=64, seed=0)
