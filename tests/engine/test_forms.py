@@ -31,7 +31,8 @@ from longtake.engine.timeline import Timeline
 from longtake.kernels.errors import ConfigError
 from longtake.offload.forms import FormCache
 from longtake.offload.pages import form_and_block
-from tests.engine.test_rollout import FULL, GEOMETRY, TOLERANCE, WINDOW, contexts, make_shot, model
+from tests.engine.small_rollout import GEOMETRY
+from tests.engine.test_rollout import FULL, TOLERANCE, WINDOW, contexts, make_shot, model
 
 __all__ = ["contexts", "model"]
 

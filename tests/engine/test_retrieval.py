@@ -10,16 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longtake.engine.config import (
-    BeatConfig,
-    CacheConfig,
-    HistoryConfig,
-    HistoryPolicy,
-    ModelConfig,
-    ModelSpec,
-    SamplerConfig,
-    ShotConfig,
-)
+from longtake.engine.config import CacheConfig, HistoryConfig, HistoryPolicy, ShotConfig
 from longtake.engine.essence import fingerprint
 from longtake.engine.history import Candidates
 from longtake.engine.model import CausalWan
@@ -29,61 +20,28 @@ from longtake.engine.shotcache import kv_shape, open_cache
 from longtake.kernels.errors import CapacityError, StorageError
 from longtake.offload.cache import KVCache
 from longtake.offload.run import RunDirectory
+from tests.engine import small_rollout
+from tests.engine.small_rollout import GEOMETRY, random_contexts, random_model
 
 CPU = torch.device("cpu")
 NOTHING = Prefix()
-GEOMETRY = ModelConfig(num_heads=2, head_dim=32, num_layers=2, ffn_dim=64, text_dim=16, in_channels=4, out_channels=4)
 RETRIEVE = HistoryConfig(policy=HistoryPolicy.RETRIEVE, sink_blocks=1, recent_blocks=2, retrieved_blocks=2)
 
 
 def make_shot(num_blocks: int, codec: str = "bf16", history: HistoryConfig = RETRIEVE, after: int = 0) -> ShotConfig:
-    sampler = SamplerConfig(timesteps=(1000, 500))
-    spec = ModelSpec(
-        path=Path("unused"),
-        name="test",
-        transformer=GEOMETRY,
-        sampler=sampler,
-        block_frames=2,
-        fps=16,
-        height=32,
-        width=96,
-        text_len=5,
-        history=history,
-    )
-    return ShotConfig(
-        name="shot",
-        model=spec,
-        num_frames=8 * num_blocks if after else 1 + 4 * (2 * num_blocks - 1),
-        fps=16,
-        height=32,
-        width=96,
-        seed=11,
-        beats=(BeatConfig(at_s=0, prompt="a"),),
-        sampler=sampler,
-        history=history,
-        cache=CacheConfig(codec=codec),
-        after="before" if after else None,
-        after_blocks=after,
-    )
+    return small_rollout.make_shot(history, codec, num_blocks, size=(32, 96), after_blocks=after)
 
 
 @pytest.fixture(scope="module")
 def model() -> CausalWan:
-    torch.manual_seed(3)
-    model = CausalWan(GEOMETRY).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.normal_().mul_(0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5)
-    return model
+    return random_model()
 
 
 def make_rollout(
     shot: ShotConfig, model: CausalWan, prefix: Prefix = NOTHING, run: RunDirectory | None = None
 ) -> Rollout:
-    torch.manual_seed(4)
-    context = model.text_context(torch.randn(1, 5, GEOMETRY.text_dim))
-    return Rollout(
-        shot, model, [context], open_cache(shot, CPU, len(prefix.latents), () if run is None else (run,)), prefix
-    )
+    cache = open_cache(shot, CPU, len(prefix.latents), () if run is None else (run,))
+    return Rollout(shot, model, random_contexts(model, 1), cache, prefix)
 
 
 def pan(positions: list[int], ring: int = 58) -> tuple[Tensor, ...]:

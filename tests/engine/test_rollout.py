@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,75 +11,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longtake.engine import history, rollout
-from longtake.engine.config import (
-    BeatConfig,
-    CacheConfig,
-    HistoryConfig,
-    HistoryPolicy,
-    ModelConfig,
-    ModelSpec,
-    Positions,
-    SamplerConfig,
-    ShotConfig,
-)
+from longtake.engine.config import BeatConfig, HistoryConfig, HistoryPolicy, Positions, ShotConfig
 from longtake.engine.model import CausalWan, TextContext
 from longtake.engine.noise import block_noise
 from longtake.engine.rollout import Prefix, Rollout
 from longtake.engine.shotcache import open_cache
 from longtake.kernels.rotary import Rotary, apply_rotary, rotary_table
 from longtake.offload.cache import KVCache, Reading
+from tests.engine import small_rollout
+from tests.engine.small_rollout import GEOMETRY, ONE_BEAT, random_contexts, random_model
 
 # float32 rounding, carried through a few blocks of feedback.
 TOLERANCE = 5e-4
 
-GEOMETRY = ModelConfig(num_heads=2, head_dim=32, num_layers=2, ffn_dim=96, text_dim=16, in_channels=4, out_channels=4)
 FULL = HistoryConfig(policy=HistoryPolicy.FULL, positions=Positions.ABSOLUTE)
 WINDOW = HistoryConfig(sink_blocks=1, recent_blocks=2)
+TWO_BEATS = (*ONE_BEAT, BeatConfig(at_s=0.8, prompt="b"))
 
 
 def make_shot(history_config: HistoryConfig = FULL, codec: str = "fp32", num_blocks: int = 5) -> ShotConfig:
-    sampler = SamplerConfig(timesteps=(1000, 500))
-    spec = ModelSpec(
-        path=Path("unused"),
-        name="test",
-        transformer=GEOMETRY,
-        sampler=sampler,
-        block_frames=2,
-        fps=16,
-        height=48,
-        width=64,
-        text_len=5,
-        history=history_config,
-    )
-    return ShotConfig(
-        name="shot",
-        model=spec,
-        num_frames=1 + 4 * (2 * num_blocks - 1),
-        fps=16,
-        height=48,
-        width=64,
-        seed=11,
-        beats=(BeatConfig(at_s=0, prompt="a"), BeatConfig(at_s=0.8, prompt="b")),
-        sampler=sampler,
-        history=history_config,
-        cache=CacheConfig(codec=codec),
-    )
+    return small_rollout.make_shot(history_config, codec, num_blocks, beats=TWO_BEATS)
 
 
 @pytest.fixture(scope="module")
 def model() -> CausalWan:
-    torch.manual_seed(3)
-    model = CausalWan(GEOMETRY).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        scale = 0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
-        parameter.normal_().mul_(scale)
-    return model
+    return random_model()
 
 
 @pytest.fixture(scope="module")
 def contexts(model: CausalWan) -> list[TextContext]:
-    torch.manual_seed(4)
-    return [model.text_context(torch.randn(1, 5, GEOMETRY.text_dim)) for _ in range(2)]
+    return random_contexts(model, 2)
 
 
 def render(shot: ShotConfig, model: CausalWan, contexts: list[TextContext], prefix: Prefix | None = None) -> Tensor:
@@ -137,7 +97,7 @@ def test_equals_uncached(history_config: HistoryConfig, model: CausalWan, contex
 
 def test_equals_one_masked_pass(model: CausalWan, contexts: list[TextContext]) -> None:
     """With full history at absolute positions the commit passes are one pass under a block-causal mask."""
-    shot = replace(make_shot(), beats=(BeatConfig(at_s=0, prompt="a"),))
+    shot = replace(make_shot(), beats=ONE_BEAT)
     clean = render(shot, model, contexts)
     blocks, _, frames = clean.shape[:3]
     tokens = shot.tokens_per_block
@@ -190,7 +150,7 @@ def test_prompt_changes_the_film_from_its_beat_on(model: CausalWan, contexts: li
 
 def test_prefix_is_history(model: CausalWan, contexts: list[TextContext]) -> None:
     """A shot that starts from another's blocks sees what the other would have seen."""
-    shot = replace(make_shot(), beats=(BeatConfig(at_s=0, prompt="a"),))
+    shot = replace(make_shot(), beats=ONE_BEAT)
     film = render(shot, model, contexts)
     later = replace(shot, after="shot", after_blocks=3, num_frames=4 * 2 * 2)
     continued = render(later, model, contexts, Prefix(latents=tuple(film[:3])))
