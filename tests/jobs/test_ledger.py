@@ -126,9 +126,9 @@ def kill_writers(path: Path, num_rounds: int) -> int:
 
 
 def test_killed_writers_lose_nothing(tmp_path: Path) -> None:
-    assert kill_writers(tmp_path / "ledger.sqlite", 4) > 4
+    assert kill_writers(tmp_path / "ledger.sqlite", 4) >= 4
 
 
 @pytest.mark.slow
 def test_many_killed_writers_lose_nothing(tmp_path: Path) -> None:
-    assert kill_writers(tmp_path / "ledger.sqlite", 60) > 60
+    assert kill_writers(tmp_path / "ledger.sqlite", 60) >= 60

@@ -6,6 +6,7 @@ import hashlib
 import json
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,15 +80,40 @@ def test_a_shot_alone_brings_the_one_it_starts_from(tmp_path: Path, tiny_model: 
     assert digest(out / "arrival" / "arrival.mp4") == digest(tmp_path / "other" / "arrival" / "arrival.mp4")
 
 
+STOPPED_IN_A_BLOCK = """
+import sys, time
+from longtake.jobs import cli, render
+
+plain = render.engine
+
+def engine():
+    render_shot, join = plain()
+
+    def until_stopped(shot, folder, device, *, stop, progress):
+        def told(block):
+            progress(block)
+            while not stop():
+                time.sleep(0.01)
+
+        return render_shot(shot, folder, device, stop=stop, progress=told)
+
+    return until_stopped, join
+
+render.engine = engine
+sys.exit(cli.run(sys.argv[1:]))
+"""
+
+
 def test_stopped_and_gone_on_gives_the_same_film(tmp_path: Path, tiny_model: Path) -> None:
     film, out = write_film(tmp_path, tiny_model), tmp_path / "out"
-    film.write_text(film.read_text().replace('"2s"', '"30s"'))
-    command = ["longtake", "render", str(film), "--out", str(out), "--device", "cpu"]
+    film.write_text(film.read_text().replace('"2s"', '"9s"'))
+    arguments = ["render", str(film), "--out", str(out), "--device", "cpu"]
+    command = [sys.executable, "-c", STOPPED_IN_A_BLOCK, *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        assert process.stdout.readline().startswith("arrival block 1/31")
+        assert process.stdout.readline().startswith("arrival block 1/10")
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=240)
     assert process.returncode == 3
     assert errors.splitlines()[-1] == "longtake: stopped at a block boundary; run the same command again to go on"
     assert json.loads((out / "status.json").read_text())["state"] == "PAUSED"

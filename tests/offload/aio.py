@@ -6,7 +6,6 @@ import errno
 import importlib.util
 import mmap
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ class PlainHandle:
         if self._faults.fail_writes:
             self._faults.fail_writes -= 1
             return 0
-        time.sleep(self._faults.write_delay_s)
+        self._faults.take_time()
         length = buffer.numel()
         if self._faults.short is not None and self._faults.short % ALIGNMENT == 0:
             length = min(length, self._faults.short)

@@ -19,6 +19,9 @@ class FaultyOps(FileOps):
         free_bytes: room until writes say ENOSPC; None: endless.
         short: most bytes that one write or read moves; None: all.
         write_delay_s: time that each write takes.
+
+    Attributes:
+        may_write: writes wait until it is set.
     """
 
     def __init__(self, *, free_bytes: int | None = None, short: int | None = None, write_delay_s: float = 0.0) -> None:
@@ -29,11 +32,17 @@ class FaultyOps(FileOps):
         self.fail_reads = 0
         self.fail_writes = 0
         self.num_writes = 0
+        self.may_write = threading.Event()
+        self.may_write.set()
         self._lock = threading.Lock()
 
+    def take_time(self) -> None:
+        """What a write does first."""
+        time.sleep(self.write_delay_s)
+        assert self.may_write.wait(100), "whoever was to let writes go on waits for one"
+
     def write(self, fd: int, buffers: Sequence[Bytes]) -> int:
-        if self.write_delay_s:
-            time.sleep(self.write_delay_s)
+        self.take_time()
         with self._lock:
             self.num_writes += 1
             if self.fail_writes:
@@ -65,6 +74,13 @@ class FaultyOps(FileOps):
         if self.fail_fsync:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         super().fsync(fd)
+
+
+class Unsynced(FileOps):
+    """Real system calls that force nothing to the disk: for many openings in tests in which no machine dies."""
+
+    def fsync(self, fd: int) -> None:
+        pass
 
 
 def flip_bit(path: Path, bit: int) -> None:

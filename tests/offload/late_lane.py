@@ -6,7 +6,9 @@ import queue
 import random
 import threading
 import time
+import weakref
 from collections.abc import Iterable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,13 +26,16 @@ class LateFence(Fence):
         self._passed.set()
 
     def wait(self) -> None:
-        assert self._passed.wait(30), "a copy waits for something that never happens"
+        assert self._passed.wait(120), "a copy waits for something that never happens"
 
     def synchronize(self) -> None:
         self.wait()
 
     def done(self) -> bool:
         return self._passed.is_set()
+
+
+_Job: TypeAlias = tuple[list[tuple[Tensor, Tensor]], list[Fence], LateFence]
 
 
 class LateLane(Lane):
@@ -43,28 +48,30 @@ class LateLane(Lane):
 
     def __init__(self, device: torch.device, job_delay_s: float = 0.0) -> None:
         super().__init__(device)
-        self._job_delay_s = job_delay_s
-        self._jobs: queue.SimpleQueue[tuple[list[tuple[Tensor, Tensor]], list[Fence], LateFence]] = queue.SimpleQueue()
-        self._delays = random.Random(1)
-        threading.Thread(target=self._work, daemon=True).start()
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        weakref.finalize(self, self._jobs.put, None)
+        threading.Thread(target=_work, args=(self._jobs, job_delay_s), daemon=True).start()
 
     def copy(self, pairs: Iterable[tuple[Tensor, Tensor]], after: Iterable[Fence] = ()) -> Fence:
-        fence = LateFence()
-        self._jobs.put((list(pairs), list(after), fence))
-        return fence
+        job: _Job = (list(pairs), list(after), LateFence())
+        self._jobs.put(job)
+        self._count(sum(source.numel() for _, source in job[0]))
+        return job[2]
 
     def synchronize(self) -> None:
         self.copy(()).synchronize()
 
-    def _work(self) -> None:
-        while True:
-            pairs, after, fence = self._jobs.get()
-            for earlier in after:
-                earlier.synchronize()
-            time.sleep(self._job_delay_s)
-            for target, source in pairs:
-                if self._delays.random() < 0.2:
-                    time.sleep(self._delays.random() * 0.001)
-                target.copy_(source)
-                self.num_bytes += source.numel()
-            fence.passed()
+
+def _work(jobs: queue.SimpleQueue[_Job | None], job_delay_s: float) -> None:
+    """Until the lane is gone."""
+    delays = random.Random(1)
+    while (job := jobs.get()) is not None:
+        pairs, after, fence = job
+        for earlier in after:
+            earlier.synchronize()
+        time.sleep(job_delay_s)
+        for target, source in pairs:
+            if delays.random() < 0.2:
+                time.sleep(delays.random() * 0.001)
+            target.copy_(source)
+        fence.passed()

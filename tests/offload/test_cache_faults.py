@@ -222,19 +222,28 @@ def test_damage_in_a_page_streamed_from_the_disk(tmp_path: Path) -> None:
 def test_slow_disk_holds_the_producer_back_and_nothing_grows(tmp_path: Path) -> None:
     ops = FaultyOps()
     cache, run = open_cache(tmp_path, ops=ops, host=3)
+    plain_wait, most, num_waits = cache._lock.wait, 0, 0
+
+    def wait(timeout: float | None = None) -> bool:
+        """The disk stands still until someone waits for it."""
+        nonlocal num_waits
+        num_waits += 1
+        ops.may_write.set()
+        return plain_wait(timeout)
+
+    cache._lock.wait = wait  # type: ignore[method-assign]
+    ops.may_write.clear()
     ops.write_delay_s = 0.004
     before = cache.memory()
     checksum_bytes = 4 * SHAPE.num_layers * SHAPE.num_heads
-    most = 0
     for block in range(25):
         commit(cache, block)
         most = max(most, cache.num_committed - cache.durable_blocks)
         check_passes(cache, range(max(0, block - 2), block + 1), 1)
-    assert most <= 3
-    assert cache.memory() == before | {"host_checksums": cache.durable_blocks * checksum_bytes}
-    assert cache.stats().stalled_host_s > 0.02
+    assert most <= 3 and num_waits > 0
     cache.flush()
-    assert cache.durable_blocks == 25 and cache.stats().max_lag_s > 0
+    assert cache.memory() == before | {"host_checksums": 25 * checksum_bytes}
+    assert cache.durable_blocks == 25 and cache.stats().max_lag_s > 0 and cache.stats().stalled_host_s > 0
     close(cache, run)
     assert_prefix_is_whole(tmp_path, 25)
 
@@ -246,13 +255,12 @@ def test_reads_go_on_while_writes_wait(tmp_path: Path) -> None:
     close(cache, run)
     ops = FaultyOps()
     cache, run = open_cache(tmp_path, ops=ops, host=3)
-    ops.write_delay_s = 0.5
+    ops.may_write.clear()
     for block in (8, 9):
         commit(cache, block)
-    began = time.perf_counter()
     check_passes(cache, (0, 1, 2, 3))
-    assert time.perf_counter() - began < 0.4, "a read waited for a write"
-    ops.write_delay_s = 0
+    assert cache.durable_blocks == 8, "a read waited for a write"
+    ops.may_write.set()
     close(cache, run)
 
 
@@ -305,19 +313,20 @@ def test_killed_at_each_step_of_a_commit(tmp_path: Path, step: str) -> None:
 
 def test_killed_at_random_instants(tmp_path: Path) -> None:
     chooser = random.Random(11)
-    committed = 0
+    committed, longest_s = 0, 0.03
     for _ in range(20):
         reader, writer = os.pipe()
         child = run_in_child(tmp_path, lambda name, block: False, writer)
-        os.read(reader, 1)
-        time.sleep(chooser.random() * 0.03)
+        os.close(writer)
+        assert os.read(reader, 1), "it ended before it was ready"
+        os.close(reader)
+        time.sleep(chooser.random() * longest_s)
         os.kill(child, signal.SIGKILL)
         assert_killed(child)
-        os.close(reader)
-        os.close(writer)
         assert verify(tmp_path) == []
         run = open_run(tmp_path)
         assert run.num_blocks >= committed
+        longest_s = 0.03 if run.num_blocks > committed else 1.5 * longest_s  # a busy machine still gets on
         committed = run.num_blocks
         run.close(orderly=False)
     assert committed > 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -22,6 +22,7 @@ from longtake.kernels.errors import CapacityError, StorageError
 from longtake.offload.cache import CacheBudget, KVCache
 from longtake.offload.reading import Reading
 from longtake.offload.verify import verify
+from tests.offload.faults import Unsynced
 from tests.offload.late_lane import LateLane
 from tests.offload.payloads import SHAPE, open_run
 
@@ -46,7 +47,7 @@ class CacheMachine(RuleBasedStateMachine):
         self._reopen()
 
     def _reopen(self) -> None:
-        self.run_directory = open_run(self.path)
+        self.run_directory = open_run(self.path, Unsynced())
         self.cache = KVCache(shape=SHAPE, device="cpu", budget=self.budget, run=self.run_directory)
 
     def _release(self) -> None:
@@ -157,7 +158,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.folder.cleanup()
 
 
-LIMITS = settings(max_examples=50, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+LIMITS = settings(max_examples=50, stateful_step_count=40)
 
 
 def test_copies_at_once() -> None:

@@ -31,9 +31,7 @@ def test_a_prefetch_overtaken_by_commits(
     budget = CacheBudget(device_bytes=device * B, host_bytes=host * B)
     cache = KVCache(shape=SHAPE, device="cpu", budget=budget, run=run)
     cache.schedule([(0,)])
-    deadline = time.monotonic() + 10
     while 0 not in cache._device.table:
-        assert time.monotonic() < deadline
         time.sleep(0.0005)
     cache.schedule([])
     for block in (6, 7, 8):

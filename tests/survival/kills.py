@@ -143,23 +143,27 @@ class Survival:
         return tally
 
     def stop(self, num_signals: int, seed: int) -> int:
-        """One film whose processes are sent SIGTERM at random instants, once or twice, until it is finished; how often.
+        """A film whose processes are sent SIGTERM at random instants, once or more, until it is finished; how often.
 
-        The exit code of each that was stopped is 3. A signal before the process answers them, or after, just ends it.
+        The exit code of each that was stopped is 3. A signal before the process answers them, or after, just ends it. A
+        film that is finished before the first signal does not count: another one is begun.
         """
-        chooser, out, stops, blocks = random.Random(seed), self.new(), 0, 0
-        while True:
-            instant = chooser.uniform(0.05, 0.6 * self.seconds)
-            signals = [(instant + 0.02 * number, signal.SIGTERM) for number in range(num_signals)]
-            code, _ = self.nursery.render(self.film, out, signals=signals)
-            if code == 0:
-                break
-            assert code in (3, -signal.SIGTERM), self.nursery.log()
-            stops += 1
-            there = self.check_on_the_way(out)
-            assert there >= blocks, "committed blocks are gone"
-            blocks = there
-        self.check(out)
+        chooser, stops, seconds = random.Random(seed), 0, self.seconds
+        while not stops:
+            out, blocks, longest_s = self.new(), 0, 0.6 * seconds
+            while True:
+                instant = chooser.uniform(0, longest_s)
+                signals = [(instant + 0.02 * number, signal.SIGTERM) for number in range(num_signals)]
+                code, seconds = self.nursery.render(self.film, out, signals=signals)
+                if code == 0:
+                    break
+                assert code in (3, -signal.SIGTERM), self.nursery.log()
+                stops += 1
+                there = self.check_on_the_way(out)
+                assert there >= blocks, "committed blocks are gone"
+                longest_s = 0.6 * self.seconds if there > blocks else 1.3 * longest_s  # as above
+                blocks = there
+            self.check(out)
         return stops
 
     def kill_at(self, *kills: tuple[str, int]) -> int:

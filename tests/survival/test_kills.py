@@ -31,7 +31,7 @@ def test_killed_while_history_is_deleted(survival: Survival, forgetful: Survival
     assert not kept, "a finished film needs no history"
     for name, content in survival.expected.items():
         assert content == forgetful.expected.get(name, content) or name.endswith("config.json"), name
-    kills = [(step, count) for step in DROP_STEPS for count in (1, 4)]
+    kills = [(step, count) for step in DROP_STEPS for count in (1, 2)]  # a slow disk makes few of many deletions
     assert forgetful.kill_at(*kills, ("journaled", 2)) == len(kills) + 1
 
 
