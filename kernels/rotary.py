@@ -113,11 +113,14 @@ def rotary_table(
 
     Returns:
         Tables for len(frame_positions) * height * width tokens; the spatial one is shared between calls and must not be
-        written.
+        written. On CUDA the temporal one arrives on the current stream, without synchronising.
     """
     device = torch.device(device)
     pairs_t, _, _ = axis_pairs(head_dim)
-    temporal = _angles(frame_positions, pairs_t).to(device)
+    temporal = _angles(frame_positions, pairs_t)
+    if device.type == "cuda":  # pinned: the host does not wait for what the stream has still to do
+        temporal = temporal.pin_memory()
+    temporal = temporal.to(device, non_blocking=True)
     return Rotary(temporal_YP2=temporal, spatial_SQ2=_spatial_table(height, width, head_dim, device, merged))
 
 

@@ -59,3 +59,17 @@ def test_frames_are_views_of_the_same_tables() -> None:
 def test_wrong_size_is_named() -> None:
     with pytest.raises(ConfigError, match="12 tokens x 64"):
         apply_rotary(torch.randn(11, 1, 64), rotary_table([0], 3, 4, 64))
+
+
+@pytest.mark.gpu
+def test_tables_reach_a_gpu_without_a_wait() -> None:
+    device = torch.device("cuda")
+    rotary_table([0], 3, 5, 64, device)  # the spatial table, which is kept, and pinned memory
+    torch.cuda._sleep(1_000_000_000)
+    busy = torch.cuda.Event()
+    busy.record()
+    rotary = rotary_table([7, 3, 100000.5], 3, 5, 64, device)
+    assert not busy.query()
+    want = rotary_table([7, 3, 100000.5], 3, 5, 64)
+    assert torch.equal(rotary.temporal_YP2.cpu(), want.temporal_YP2)
+    assert torch.equal(rotary.spatial_SQ2.cpu(), want.spatial_SQ2)
