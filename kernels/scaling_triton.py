@@ -17,7 +17,7 @@ from torch import Tensor
 from longtake.kernels.grid import FP8_MAX
 from longtake.kernels.scaling import ROOM, Scaling, sample_stride
 
-CALIBRATE_ROWS = 64
+CALIBRATE_ROWS, CALIBRATE_WARPS = 256, 16  # few programs, each bound by waiting for its loads: wide ones
 STORE_ROWS = 64
 
 
@@ -102,7 +102,7 @@ def calibrate(x_THD: Tensor, centred: bool) -> Scaling:
     stride = sample_stride(tokens)
     calibrate_kernel[(num_heads,)](
         x_THD, centre_HD, scale_H, x_THD.stride(0), x_THD.stride(1), tokens, triton.cdiv(tokens, stride), stride,
-        D=dim, CENTRED=centred, ROWS=CALIBRATE_ROWS, TARGET=FP8_MAX / ROOM, num_warps=8,
+        D=dim, CENTRED=centred, ROWS=CALIBRATE_ROWS, TARGET=FP8_MAX / ROOM, num_warps=CALIBRATE_WARPS,
     )  # fmt: skip
     return Scaling(centre_HD=centre_HD, scale_H=scale_H)
 
