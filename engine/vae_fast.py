@@ -94,9 +94,9 @@ def _normed_conv(
     if kept:
         inside[_PAST - kept : _PAST].copy_(past[0].permute(1, 2, 3, 0))
     _normalise(norm, x, buffer_THWC[_PAST:])
-    feat_cache[slot] = inside[-_PAST:].contiguous().permute(3, 0, 1, 2)[None]
+    feat_cache[slot] = _clip(inside[-_PAST:].contiguous())
     feat_idx[0] += 1
-    return nn.Conv3d.forward(conv, buffer_THWC.permute(3, 0, 1, 2)[None])
+    return nn.Conv3d.forward(conv, _clip(buffer_THWC))
 
 
 def _normalise(norm: WanRMS_norm, x: Tensor, out_THWC: Tensor) -> None:
@@ -126,10 +126,10 @@ def _upsample(module: WanResample, x: Tensor, feat_cache: list[Any], feat_idx: l
             whole = _with_past(x, past if isinstance(past, Tensor) else None)
             feat_cache[slot] = _last(whole)
             doubled = nn.Conv3d.forward(module.time_conv, whole)[0].unflatten(0, (2, -1))  # 2, C, T, H, W
-            x = doubled.permute(2, 0, 3, 4, 1).flatten(0, 1).permute(3, 0, 1, 2)[None]
+            x = _clip(doubled.permute(2, 0, 3, 4, 1).flatten(0, 1))
     frames_TCHW = x[0].transpose(0, 1)
     upsampled: Tensor = module.resample(frames_TCHW)
-    return upsampled.transpose(0, 1)[None]
+    return upsampled[None].transpose(1, 2)
 
 
 def _pointwise(conv: WanCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
@@ -143,7 +143,13 @@ def _with_past(x: Tensor, past: Tensor | None) -> Tensor:
     if past is not None:
         whole_THWC[_PAST - past.shape[2] : _PAST] = past[0].permute(1, 2, 3, 0)
     whole_THWC[_PAST:] = x[0].permute(1, 2, 3, 0)
-    return whole_THWC.permute(3, 0, 1, 2)[None]
+    return _clip(whole_THWC)
+
+
+def _clip(frames_THWC: Tensor) -> Tensor:
+    """Frames as a clip [1, C, T, H, W], a view. The clip's own stride counts: from x[None] alone PyTorch would not
+    see that the layout is channels-last, and a convolution without taps would turn it."""
+    return frames_THWC[None].permute(0, 4, 1, 2, 3)
 
 
 def _last(whole: Tensor) -> Tensor:

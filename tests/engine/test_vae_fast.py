@@ -58,6 +58,28 @@ def test_a_decoder_goes_on_from_the_others_state() -> None:
     torch.testing.assert_close(torch.cat([frames, second.decode_float(latents[:, 4:])], 1), want, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["wan2.1", "wan2.2"])
+def test_what_convolutions_read_is_seen_to_be_channels_last(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch goes by strides, that of the single clip among them, where a kernel has no extent."""
+    convolve, read = torch.nn.Conv3d.forward, []
+
+    def watched(conv: torch.nn.Conv3d, x: Tensor) -> Tensor:
+        read.append((x.shape, x.stride()))
+        return convolve(conv, x)
+
+    vae = make_fast(make_vae(name))
+    decoder = StreamingDecoder(vae)
+    decoder.warm_up(torch.randn(vae.config.z_dim, 2, 5, 7))
+    monkeypatch.setattr(torch.nn.Conv3d, "forward", watched)
+    vae.decoder.forward(
+        torch.randn(1, vae.config.z_dim, 1, 5, 7), feat_cache=list(decoder._slots), feat_idx=[0], first_chunk=False
+    )
+    assert len(read) > 20
+    for shape, stride in read:
+        _, channels, _, height, width = shape
+        assert stride == (shape.numel(), 1, channels * height * width, channels * width, channels)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["wan2.1", "wan2.2"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-3), (torch.bfloat16, 0.05)])
