@@ -4,7 +4,7 @@ Protocol: the geometry of a published model with random weights (``--geometry``:
 window as asked for; or a preset, with its own), or a fetched model (``--model``); a window of history that is full when
 timing starts, all steps and the commit pass of each block, VAE decoding apart. Times are medians over blocks after
 warm-up; the split by stage comes from a block of its own with events around each stage, so that the total is not slowed
-by them.
+by them. Figures are written case by case; a case that fails is printed, and listed in the file's "failed".
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from longtake.engine.timing import StageClock
 from longtake.engine.vae import StreamingDecoder, load_vae
 from longtake.engine.vae_fast import make_fast
 from longtake.engine.weights import load_transformer, read_spec
+from longtake.kernels.clock import survive
 
 GEOMETRIES = {
     "1.3b": WAN_1_3B,
@@ -141,8 +142,11 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
     return model.cast(dtype).eval().requires_grad_(False)
 
 
-def run_rollout(bench: RolloutBench) -> dict[str, Any]:
+def run_rollout(bench: RolloutBench, failed: dict[str, str]) -> dict[str, Any]:
     """Run one configuration.
+
+    Args:
+        failed: told if the VAE fails; what the rollout took is returned all the same.
 
     Returns:
         Seconds a block (median and spread), seconds by stage, bytes by name, the allocator's peak.
@@ -189,7 +193,8 @@ def run_rollout(bench: RolloutBench) -> dict[str, Any]:
         "width": shot.width,
     }
     if bench.vae:
-        result["vae"] = _vae(clean, device, shot.model.path if bench.model else None)
+        with survive(failed, "vae"):
+            result["vae"] = _vae(clean, device, shot.model.path if bench.model else None)
     return result
 
 
@@ -242,7 +247,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> int:
     """Command line of ``longtake bench rollout``."""
     parser = argparse.ArgumentParser(prog="longtake bench rollout", description=__doc__)
     parser.add_argument("--json", type=Path, required=True)
@@ -260,7 +265,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--no-compile", action="store_true")
     options = parser.parse_args(arguments)
     height, width = (int(side) for side in options.size.split("x"))
-    runs = []
+    runs: list[dict[str, Any]] = []
+    failed: dict[str, str] = {}
     for index, case in enumerate(options.cases.split(",")):
         codec, attention, weights = [*case.split("/"), "", ""][:3]
         bench = RolloutBench(
@@ -277,7 +283,12 @@ def main(arguments: list[str]) -> None:
             device=options.device,
             vae=index == 0,
         )
-        result = run_rollout(bench)
-        runs.append({"config": asdict(bench), "result": result})
-        print(f"{case}: {result['seconds_a_block']['median']:.4f} s a block, stages {result['stages_s']}", flush=True)
-    record.write(options.json, "rollout", {"arguments": arguments}, runs)
+        with survive(failed, case):
+            result = run_rollout(bench, failed)
+            runs.append({"config": asdict(bench), "result": result})
+            seconds = result["seconds_a_block"]["median"]
+            print(f"{case}: {seconds:.4f} s a block, stages {result['stages_s']}", flush=True)
+            if "vae" in result:
+                print(f"vae: {result['vae']['seconds_a_block']['median']:.4f} s a block", flush=True)
+        record.write(options.json, "rollout", {"arguments": arguments, "failed": failed}, runs)
+    return 1 if failed else 0

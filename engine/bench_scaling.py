@@ -9,7 +9,7 @@ events around the stages, one under the profiler, whose kernels are grouped by n
     longtake bench scaling --json one.json                                                            one GPU
     torchrun --nproc-per-node 4 --no-python longtake bench scaling --json four.json --baseline one.json
 
-A case that the budget of seconds has no room for is skipped and listed.
+A case that the budget of seconds has no room for is skipped and listed; figures are written after every case.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import math
 import re
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -227,17 +228,28 @@ def default_meshes(num_ranks: int) -> list[str]:
     return ["tp=1"] if num_ranks == 1 else [f"sp={num_ranks}", f"tp={num_ranks}", f"tp={num_ranks},norms"]
 
 
-def run_all(cases: list[ScalingCase], gang: Gang, budget_s: float) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Run the cases, a model for each run of equal geometry and mesh; what was run and what was skipped."""
+def run_all(
+    cases: list[ScalingCase],
+    gang: Gang,
+    budget_s: float,
+    write: Callable[[list[dict[str, Any]], list[dict[str, Any]]], None],
+) -> None:
+    """Run the cases, a model for each run of equal geometry and mesh.
+
+    Args:
+        write: on rank 0, given what was run and what was skipped, after every case.
+    """
     started, longest = time.perf_counter(), 0.0
     device = torch.device(gang.device(cases[0].device))
     results: list[dict[str, Any]] = []
-    skipped: list[Any] = []
+    skipped: list[dict[str, Any]] = []
     model: ShardedWan | None = None
     made: tuple[str, str] | None = None
     for case in cases:
         if gang.any(time.perf_counter() - started + longest > budget_s):
             skipped.append(dataclasses.asdict(case))
+            if gang.leads:
+                write(results, skipped)
             continue
         began = time.perf_counter()
         config = GEOMETRIES[case.geometry]
@@ -259,7 +271,7 @@ def run_all(cases: list[ScalingCase], gang: Gang, budget_s: float) -> tuple[list
         if gang.leads:
             seconds = result["seconds_a_block"]["median"]
             print(f"{case.geometry} {case.mesh} kv {result['kv_tokens']}: {seconds:.4f} s a block", flush=True)
-    return results, skipped
+            write(results, skipped)
 
 
 def speedups(results: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -313,8 +325,10 @@ def main(arguments: list[str]) -> None:
             for mesh in meshes
             for kv_tokens in options.kv.split(",")
         ]
-        results, skipped = run_all(cases, gang, options.budget)
-        if gang.leads:
-            baseline = json.loads(options.baseline.read_text())["results"]["cases"] if options.baseline else []
+        baseline = json.loads(options.baseline.read_text())["results"]["cases"] if options.baseline else []
+
+        def write(results: list[dict[str, Any]], skipped: list[dict[str, Any]]) -> None:
             found = {"cases": results, "skipped": skipped, "speedups": speedups(results, baseline)}
             record.write(options.json, "scaling", {"arguments": arguments}, found)
+
+        run_all(cases, gang, options.budget, write)

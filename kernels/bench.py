@@ -5,7 +5,7 @@ for each codec, encoding of one block, materialise, materialise + attend (and it
 chunks merged by log-sum-exp, and the error of the attention output against dense attention; then the same through FP8:
 materialise into e4m3 rows, FP8 attention, both, what they take relative to dense attention, and the error that FP8 adds
 relative to the codec's own. Every call is timed apart with the L2 cache overwritten before it; medians, 10th and 90th
-percentiles. Nothing is asserted.
+percentiles. Nothing is asserted. Figures are written as they come; a case that fails is listed under "failed".
 
 --sweep also times FP8 attention and materialise under other tile sizes and variants (bench_sweep.py). On a CPU (small
 sizes only) the same program runs, slowly.
@@ -19,6 +19,7 @@ import argparse
 import itertools
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from torch import Tensor
 from longtake.kernels import bench_sweep, flash3, synthetic
 from longtake.kernels.attention import attend, merge
 from longtake.kernels.attention_path import make_path
-from longtake.kernels.clock import Clock, relative_error, setting
+from longtake.kernels.clock import Clock, relative_error, setting, survive
 from longtake.kernels.codec import BlockGeometry, Codec, make_codec
 from longtake.kernels.rotary import Rotary, apply_rotary, rotary_table
 
@@ -92,8 +93,10 @@ class Case:
         return out
 
 
-def measure_codec(case: Case, dense_ms: float, want: Tensor, clock: Clock, chunk: int) -> dict[str, Any]:
-    """All figures of one codec on one input."""
+def measure_codec(
+    case: Case, dense_ms: float, want: Tensor, clock: Clock, chunk: int, failed: dict[str, str], label: str
+) -> dict[str, Any]:
+    """All figures of one codec on one input; FP8 paths that fail are left out and noted under the label."""
     blocks, _, heads, _ = case.k_NTHD.shape
     arena = torch.zeros((blocks, heads, case.codec.payload_bytes), dtype=torch.uint8, device=case.q_HTD.device)
     slots = torch.arange(blocks, dtype=torch.int32, device=arena.device)
@@ -105,7 +108,10 @@ def measure_codec(case: Case, dense_ms: float, want: Tensor, clock: Clock, chunk
     encode, unpack = clock(lambda: case.encode(arena, 0)), clock(lambda: case.materialise(arena, slots))
     both, chunks = clock(lambda: case.read(arena, slots)), clock(lambda: case.read_chunks(arena, slots, chunk))
     written = 2 * case.k_HXD.numel() * case.k_HXD.element_size()
-    paths = {name: measure_fp8(case, name, (arena, slots), dense_ms, (got, want), clock) for name in fp8_paths(case)}
+    paths: dict[str, Any] = {}
+    for name in fp8_paths(case):
+        with survive(failed, f"{label} {name}"):
+            paths[name] = measure_fp8(case, name, (arena, slots), dense_ms, (got, want), clock)
     return {
         "bits_per_element": case.codec.bits_per_element,
         "encode_block": asdict(encode),
@@ -181,8 +187,10 @@ def measure_fp8(
     }
 
 
-def measure(args: argparse.Namespace, kind: str, blocks: int, clock: Clock) -> dict[str, Any]:
-    """Dense attention and every codec on one kind of input and one length of history."""
+def measure(
+    args: argparse.Namespace, kind: str, blocks: int, clock: Clock, report: dict[str, Any], write: Callable[[], None]
+) -> None:
+    """Dense attention and every codec on one kind of input and one length of history, added to the report."""
     device = clock.device
     grid = synthetic.Grid(frames=args.frames, height=args.height, width=args.width)
     draw = synthetic.structured if kind == "structured" else synthetic.noise
@@ -199,9 +207,10 @@ def measure(args: argparse.Namespace, kind: str, blocks: int, clock: Clock) -> d
     q_HTD = apply_rotary(q_THD, own).transpose(0, 1)
     want, lse = attend(q_HTD, k_dense, v_dense)
     dense = clock(lambda: attend(q_HTD, k_dense, v_dense))
-    flash = None
+    flash, failed = None, report["failed"]
     if flash3.available(device, args.dim):
-        flash = asdict(clock(lambda: flash3.attend(q_HTD, k_dense, v_dense)))
+        with survive(failed, f"{kind} {blocks} flash3"):
+            flash = asdict(clock(lambda: flash3.attend(q_HTD, k_dense, v_dense)))
     flop = 4 * args.heads * q_HTD.shape[1] * rows * args.dim
     result: dict[str, Any] = {
         "kind": kind,
@@ -218,22 +227,23 @@ def measure(args: argparse.Namespace, kind: str, blocks: int, clock: Clock) -> d
     result["copy_TB_per_s"] = 2 * copy.nbytes / clock(lambda: copy.copy_(k_dense)).median_ms / 1e9
     result["fill_TB_per_s"] = copy.nbytes / clock(lambda: copy.zero_()).median_ms / 1e9
     scratch = (copy, torch.empty_like(v_dense))
+    report["results"].append(result)
     for name in args.codecs.split(",") if "=" not in args.codecs else args.codecs.split(";"):
-        codec = make_codec(name, BlockGeometry(num_tokens=grid.num_tokens, head_dim=args.dim))
-        case = Case(
-            codec=codec,
-            k_NTHD=k_NTHD,
-            v_NTHD=v_NTHD,
-            q_THD=q_THD,
-            q_HTD=q_HTD,
-            own=own,
-            rotary=rotary,
-            k_HXD=scratch[0],
-            v_HXD=scratch[1],
-        )
-        result["codecs"][name] = measure_codec(case, dense.median_ms, want, clock, args.chunk)
-        print(line(kind, rows, name, result), file=sys.stderr, flush=True)
-    return result
+        with survive(failed, label := f"{kind} {blocks} {name}"):
+            case = Case(
+                codec=make_codec(name, BlockGeometry(num_tokens=grid.num_tokens, head_dim=args.dim)),
+                k_NTHD=k_NTHD,
+                v_NTHD=v_NTHD,
+                q_THD=q_THD,
+                q_HTD=q_HTD,
+                own=own,
+                rotary=rotary,
+                k_HXD=scratch[0],
+                v_HXD=scratch[1],
+            )
+            result["codecs"][name] = measure_codec(case, dense.median_ms, want, clock, args.chunk, failed, label)
+            print(line(kind, rows, name, result), file=sys.stderr, flush=True)
+        write()
 
 
 def line(kind: str, rows: int, name: str, result: dict[str, Any]) -> str:
@@ -278,11 +288,17 @@ def main(arguments: list[str] | None = None) -> int:
         "benchmark": "kernels",
         "setting": setting(args.commit),
         "config": {k: str(v) for k, v in vars(args).items()},
-        "results": [
-            measure(args, kind, int(blocks), clock)
-            for kind, blocks in itertools.product(args.kinds.split(","), args.blocks.split(","))
-        ],
+        "failed": {},
+        "results": [],
     }
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+
+    def write() -> None:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+    for kind, blocks in itertools.product(args.kinds.split(","), args.blocks.split(",")):
+        with survive(report["failed"], f"{kind} {blocks}"):
+            measure(args, kind, int(blocks), clock, report, write)
     if args.sweep and clock.device.type == "cuda":
         sizes = bench_sweep.Sizes(
             grid=synthetic.Grid(frames=args.frames, height=args.height, width=args.width),
@@ -290,11 +306,12 @@ def main(arguments: list[str] | None = None) -> int:
             dim=args.dim,
             blocks=tuple(int(blocks) for blocks in args.blocks.split(",")),
         )
-        report["sweep_attend"] = bench_sweep.sweep_attend(sizes, clock)
-        report["sweep_materialise"] = bench_sweep.sweep_materialise(sizes, clock)
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(report, indent=1) + "\n")
-    return 0
+        for name, sweep in (("attend", bench_sweep.sweep_attend), ("materialise", bench_sweep.sweep_materialise)):
+            with survive(report["failed"], f"sweep {name}"):
+                report[f"sweep_{name}"] = sweep(sizes, clock)
+            write()
+    write()
+    return 1 if report["failed"] else 0
 
 
 if __name__ == "__main__":

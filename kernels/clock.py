@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import platform
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +73,22 @@ class Clock:
             call()
             times.append(1e3 * (time.perf_counter() - start))
         return times
+
+
+@contextmanager
+def survive(failed: dict[str, str], case: str) -> Iterator[None]:
+    """One case of a benchmark: if it fails, its error is printed and noted, and the other cases are measured.
+
+    Args:
+        failed: case -> error, added to.
+        case: its name.
+    """
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        print(f"{case} failed", file=sys.stderr, flush=True)
+        failed[case] = f"{type(error).__name__}: {error}"
 
 
 def setting(commit: str) -> dict[str, str]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ def test_report_holds_every_case_and_the_setting(tmp_path: Path, monkeypatch: py
     assert [(r["kind"], r["blocks"]) for r in report["results"]] == [
         (kind, blocks) for kind in ("noise", "structured") for blocks in (2, 3)
     ]
+    assert report["failed"] == {}
     for result in report["results"]:
         exact, int4 = result["codecs"]["bf16"], result["codecs"]["int4"]
         assert exact["bits_per_element"] == 16 and exact["output_relative_error"] < 0.01
@@ -28,3 +30,24 @@ def test_report_holds_every_case_and_the_setting(tmp_path: Path, monkeypatch: py
         assert fp8["output_relative_error"] < 0.5 and fp8["ratio_to_dense"] > 0 and abs(fp8["error_growth"]) < 0.5
         assert set(int4["paths"]) == {"fp8", "fp8-bf16v"}
         assert int4["materialise"]["p10_ms"] <= int4["materialise"]["median_ms"] <= int4["materialise"]["p90_ms"]
+
+
+def test_what_fails_costs_no_other_case_its_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = bench.measure_fp8
+
+    def broken(case: bench.Case, name: str, *rest: Any) -> dict[str, Any]:
+        if name == "fp8":
+            raise RuntimeError("no such kernel")
+        return whole(case, name, *rest)
+
+    monkeypatch.setattr(bench, "measure_fp8", broken)
+    target = tmp_path / "kernels.json"
+    options = [*SMALL.split()[:-1], "bf17,int4", "--kinds", "noise", "--blocks", "2"]
+    assert bench.main(["--json", str(target), *options]) == 1
+    report = json.loads(target.read_text())
+    assert report["failed"].keys() == {"noise 2 bf17", "noise 2 int4 fp8"}
+    assert list(report["results"][0]["codecs"]) == ["int4"]
+    assert list(report["results"][0]["codecs"]["int4"]["paths"]) == ["fp8-bf16v"]
+    assert "no such kernel" in capsys.readouterr().err
