@@ -1,7 +1,7 @@
 """Compile every Triton kernel for an H100/H200 (sm_90) without a GPU: `python -m longtake.kernels.compile_check`.
 
-Prints registers, shared memory and local memory of each variant; exits 1 if one does not compile or spills. Must run
-without TRITON_INTERPRET.
+Prints registers, shared memory and local memory of each variant; exits 1 if one does not compile, spills, or wants more
+shared memory than a program can have. Must run without TRITON_INTERPRET.
 """
 
 # Triton has no type stubs.
@@ -54,6 +54,7 @@ ARENA = {
     "tokens_per_frame": "i32",
 }
 ROWS = rotary_triton.DEFAULT_LAUNCH.rows
+SHARED_BYTES = 227 << 10  # that a program can have on an H100 or H200
 UNALIGNED = (
     "tokens",
     "tokens_per_frame",
@@ -61,6 +62,9 @@ UNALIGNED = (
     "num_keys",
     "num_queries",
     "first_row",
+    "height",
+    "width",
+    "num_pixels",
     "sampled",
     "stride",
     "softmax_scale",
@@ -100,14 +104,15 @@ def cases() -> Iterator[Case]:
                    "stride_h": "i32", "tokens": "i32", "tokens_per_frame": "i32", "num_heads": "i32"},
             constants={"D": dim, "PT": pairs, "HEADS": 4, "ROWS": ROWS},
         )  # fmt: skip
-        yield Case(
-            name=f"merge {dim}",
-            kernel=attention_triton.merge_kernel,
-            types={"out_a": "*bf16", "lse_a": "*fp32", "out_b": "*bf16", "lse_b": "*fp32", "out": "*bf16",
-                   "lse": "*fp32", "stride_ah": "i32", "stride_at": "i32", "stride_bh": "i32", "stride_bt": "i32",
-                   "num_queries": "i32"},
-            constants={"D": dim, "ROWS": attention_triton.MERGE_ROWS},
-        )  # fmt: skip
+        for sums in ("bf16", "fp32"):
+            yield Case(
+                name=f"merge {dim} {sums}",
+                kernel=attention_triton.merge_kernel,
+                types={"out_a": f"*{sums}", "lse_a": "*fp32", "out_b": "*bf16", "lse_b": "*fp32", "out": f"*{sums}",
+                       "lse": "*fp32", "stride_ah": "i32", "stride_at": "i32", "stride_bh": "i32", "stride_bt": "i32",
+                       "num_queries": "i32"},
+                constants={"D": dim, "ROWS": attention_triton.MERGE_ROWS},
+            )  # fmt: skip
         for turned in (pairs, 0):
             what = "k" if turned else "v"
             for types, target, fp8 in outputs(what, dim):
@@ -189,24 +194,27 @@ def fp8_cases() -> Iterator[Case]:
         **dict.fromkeys(("stride_qh", "stride_qt", "stride_kh", "stride_kx", "stride_vh", "stride_oh"), "i32"),
         **dict.fromkeys(("stride_vd", "stride_vx", "stride_ot", "num_heads", "num_queries", "num_keys"), "i32"),
     }  # fmt: skip
-    for dim, rows, columns, warps, turned, tma, wide, ahead in (
-        (64, 64, 128, 4, True, False, True, False),
-        (128, 64, 128, 4, True, False, True, False),
-        (128, 64, 128, 4, True, False, False, False),
-        (128, 64, 128, 4, True, True, True, False),
-        (128, 64, 128, 4, True, True, False, True),
-        (128, 128, 64, 4, True, True, False, False),
-        (128, 128, 128, 8, True, True, True, False),
-        (128, 128, 128, 8, True, True, False, True),
-        (128, 64, 64, 4, False, False, True, False),
-        (128, 128, 128, 8, False, False, True, False),
+    for dim, rows, columns, warps, turned, tma, wide, ahead, split in (
+        (64, 64, 128, 4, True, False, True, False, False),
+        (128, 64, 128, 4, True, False, True, False, False),
+        (128, 64, 128, 4, True, False, False, False, False),
+        (128, 64, 128, 4, True, True, True, False, False),
+        (128, 64, 128, 4, True, True, False, True, False),
+        (128, 128, 64, 4, True, True, False, False, False),
+        (128, 128, 128, 8, True, True, True, False, False),
+        (128, 128, 128, 8, True, True, False, True, False),
+        (64, 64, 128, 4, False, False, True, False, False),
+        (128, 64, 128, 4, False, False, True, False, False),
+        (128, 64, 64, 4, False, False, True, False, False),
+        (128, 128, 128, 8, False, False, True, False, False),
+        (128, 64, 128, 4, True, True, True, False, True),
     ):
         types = dict(attend)
         if not turned:
             types["v"] = "*bf16"
         if tma:
             types |= {"k": f"tensordesc<fp8e4nv[{columns}, {dim}]>", "v": f"tensordesc<fp8e4nv[{dim}, {columns}]>"}
-        variant = f"{'' if turned else ' bf16v'}{' tma' * tma}{' wide' * wide}{' ahead' * ahead}"
+        variant = f"{'' if turned else ' bf16v'}{' tma' * tma}{' wide' * wide}{' ahead' * ahead}{' split' * split}"
         value = tl.float8e4nv if turned else tl.bfloat16
         yield Case(
             name=f"attend {dim} {rows}x{columns}{variant}",
@@ -214,7 +222,7 @@ def fp8_cases() -> Iterator[Case]:
             types=types,
             constants={"D": dim, "BM": rows, "BN": columns, "TURNED": turned, "DOT": tl.float8e4nv, "P_TYPE": value,
                        "PV_DOT": value, "TMA": tma, "SPECIALIZE": False, "WIDE": wide, "AHEAD": ahead, "STAGES": 3,
-                       "SPLIT": False,
+                       "SPLIT": split,
                        "stride_vd" if not turned else "stride_vx": 1},
             options={"num_warps": warps},
             local=128,
@@ -233,14 +241,15 @@ def fp8_cases() -> Iterator[Case]:
             types=attend,
             constants={"D": dim, "BM": 64, "BN": 128, "ROWS": 32},
         )
-        yield Case(
-            name=f"calibrate {dim}",
-            kernel=scaling_triton.calibrate_kernel,
-            types={"x": "*bf16", "centre": "*fp32", "scale": "*fp32", "stride_t": "i32", "stride_h": "i32",
-                   "tokens": "i32", "sampled": "i32", "stride": "i32"},
-            constants={"D": dim, "CENTRED": True, "ROWS": scaling_triton.CALIBRATE_ROWS, "TARGET": 56.0},
-            options={"num_warps": 8},
-        )  # fmt: skip
+        for centred in (True, False):
+            yield Case(
+                name=f"calibrate {dim}{' centred' * centred}",
+                kernel=scaling_triton.calibrate_kernel,
+                types={"x": "*bf16", "centre": "*fp32", "scale": "*fp32", "stride_t": "i32", "stride_h": "i32",
+                       "tokens": "i32", "sampled": "i32", "stride": "i32"},
+                constants={"D": dim, "CENTRED": centred, "ROWS": scaling_triton.CALIBRATE_ROWS, "TARGET": 56.0},
+                options={"num_warps": scaling_triton.CALIBRATE_WARPS},
+            )  # fmt: skip
         for turned in (False, True):
             yield Case(
                 name=f"store {dim}{' turned' * turned}",
@@ -253,8 +262,8 @@ def fp8_cases() -> Iterator[Case]:
 
 
 def other_cases() -> Iterator[Case]:
-    """The VAE's norms at Wan's widths."""
-    for channels in (96, 192, 384):
+    """The VAE's norms: at Wan's widths inside a border, at mini's without."""
+    for channels in (96, 192, 384, 24, 36, 32, 48):
         padded = triton.next_power_of_2(channels)
         yield Case(
             name=f"norm and SiLU {channels}",
@@ -262,7 +271,7 @@ def other_cases() -> Iterator[Case]:
             types={"x_NC": "*bf16", "gamma_C": "*bf16", "out": "*bf16", "scale": "fp32", "floor": "fp32",
                    "num_pixels": "i32", "height": "i32", "width": "i32"},
             constants={"C": channels, "CP": padded, "ROWS": norm_silu_triton.TILE // padded, "SILU": True,
-                       "BORDER": True},
+                       "BORDER": channels >= 96},
         )  # fmt: skip
 
 
@@ -298,7 +307,7 @@ def main() -> int:
     only = parser.parse_args().only
     if os.environ.get("TRITON_INTERPRET"):
         raise SystemExit("compile_check compiles: unset TRITON_INTERPRET.")
-    spilled = 0
+    refused = 0
     print(
         f"{'kernel':<28}{'registers':>10}{'shared':>8}{'local':>7}{'16 B loads':>12}{'16 B stores':>13}{'smaller':>9}"
     )
@@ -308,14 +317,14 @@ def main() -> int:
         compiled = compile_case(case)
         used = resources(compiled)
         local = used["STACK"] + used["LOCAL"]
-        spilled += local > case.local
+        refused += local > case.local or compiled.metadata.shared > SHARED_BYTES
         accesses = re.findall(r"\b(ld|st)\.global\.([\w.:]*)", compiled.asm["ptx"])
         wide = [kind for kind, shape in accesses if "v4.b32" in shape or "v2.b64" in shape]
         print(
             f"{case.name:<28}{used['REG']:>10}{compiled.metadata.shared:>8}{local:>7}"
             f"{wide.count('ld'):>12}{wide.count('st'):>13}{len(accesses) - len(wide):>9}"
         )
-    return 1 if spilled else 0
+    return 1 if refused else 0
 
 
 if __name__ == "__main__":
