@@ -37,6 +37,9 @@ EXPECTED = {
     "qvg-pro": (4.501, 4.445, 0.27),
     "budget-pca": (2.33, 2.58, 0.5),
     "lt2": (2.33, 2.456, 0.345),
+    "tc2": (2.33, 2.33, 0.41),
+    "tc3": (3.0, 3.0, 0.29),  # its keys have 2.67 bits, 0.15 of them a small block's header: some 2, some 3
+    "tc4": (4.0, 4.0, 0.165),
     "turboquant2": (2.125, 2.256, 0.347),
     "turboquant3": (3.125, 3.256, 0.19),
     "turboquant4": (4.125, 4.256, 0.1),

@@ -1,0 +1,260 @@
+"""The project's own transform codec, `tc2`, `tc3` and `tc4`: 2.33, 3 and 4 bits an element, as pictures are coded.
+
+Neighbouring tokens of a video look alike. A block's tokens are cut into tiles of neighbours in time, height and width
+(3 x 5 x 4 of 3 x 30 x 52, 3 x 3 x 5 of 3 x 6 x 10), and a cosine transform turns each channel of a tile into
+frequencies, most of which are small. The larger a coefficient is to be expected, the more bits it gets, none to 6 each,
+so that bits go where they take away most error (reverse water-filling; the same idea with calibrated principal
+components instead of cosines: KV Cache Transform Coding, arXiv 2511.01815). What is to be expected is stored as well: a
+power of two for each channel and one for each frequency of a head's block; their sum says how many bits.
+
+    y = DCT of x - mean over the tokens of a tile
+    y[f, c] = gain of the tile * sigma[f, c] * step(b) * (code - (2^b - 1) / 2),   b = depth[f, c]
+    sigma[f, c] = unit * 2^(-(row[f] + fall[c]) / 2)
+
+    section of one head:   | codes: K tiles of whole bytes | channels: D x u16 | rows: F x u8 | gains: K x e4m3 |
+                           | unit: f32 | plan: i32 x 2 |
+
+Codes of a tile follow one another without gaps, frequency by frequency, each as wide as its depth, little-endian.
+Depths follow from the exponents alone: all pairs (exponent, one more bit) stand in one fixed order, by the error that
+the bit takes away; the first `plan[0]` pairs have their bit, and of the coefficients of the next pair those before
+`plan[1]`, so that a tile's bytes are full. A channel's 16 bits are its mean and its fall, as in lt2.
+
+Values get two thirds of a bit more than keys: on mini's, that is worth 0.4 dB or nothing, by the world.
+
+Shape legend: T tokens, H heads, D head dim, K tiles, F tokens of a tile, and as many frequencies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from longtake.kernels.codec import BlockGeometry, Side, TensorCodec
+from longtake.kernels.grid import FP8, to_fp8
+from longtake.kernels.layout import Field, Layout
+from longtake.kernels.lt2 import short_float
+
+MEAN_BITS = {"tc2": 2.33, "tc3": 3.0, "tc4": 4.0}
+VALUES_MORE = 1 / 3  # bits that values have above the mean, and keys below it
+MOST_TILE_TOKENS = 64
+MOST_FALL, MOST_ROW, MOST_DEPTH = 15, 31, 6
+TINY = 1e-20
+
+# Best uniform quantiser of a unit Gaussian with 1 to 6 bits: step and mean squared error (Max, 1960).
+STEPS = (0.0, 1.5958, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041)
+ERRORS = (1.0, 0.3634, 0.1188, 0.03744, 0.01154, 0.003495, 0.00104)
+
+
+class TransformCodec(TensorCodec):
+    """Cosine transform over tiles of tokens, and bits where they count.
+
+    Args:
+        geometry: the block; without a grid its tokens are taken for a line.
+        bits: an element, everything counted, that are not to be exceeded (small blocks do, by their header).
+    """
+
+    def __init__(self, geometry: BlockGeometry, bits: float) -> None:
+        super().__init__(geometry)
+        tokens, dim = geometry.num_tokens, geometry.head_dim
+        self.extent = (1, 1, tokens)
+        if geometry.grid is not None:
+            self.extent = (tokens // (geometry.grid[0] * geometry.grid[1]), *geometry.grid)
+        self.tile = tile_of(self.extent)
+        self.tile_tokens = math.prod(self.tile)
+        self.num_tiles = tokens // self.tile_tokens
+        budget = bits * tokens * dim / 8
+        header = self._layout(0).num_bytes
+        self.layout = self._layout(max(1, int((budget - header) / self.num_tiles)))
+        while self.layout.num_bytes > budget and self.tile_bytes > 1:
+            self.layout = self._layout(self.tile_bytes - 1)
+
+    def _layout(self, tile_bytes: int) -> Layout:
+        self.tile_bytes = tile_bytes
+        dim = self.geometry.head_dim
+        return Layout(
+            Field(name="codes", dtype=torch.uint8, shape=(self.num_tiles, tile_bytes)),
+            Field(name="channels", dtype=torch.int16, shape=(dim,)),
+            Field(name="rows", dtype=torch.uint8, shape=(self.tile_tokens,)),
+            Field(name="gains", dtype=FP8, shape=(self.num_tiles,)),
+            Field(name="unit", dtype=torch.float32, shape=(1,)),
+            Field(name="plan", dtype=torch.int32, shape=(2,)),
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        return self.layout.num_bytes
+
+    def pack(self, x_HTD: Tensor, seeds: Sequence[int]) -> Tensor:
+        section = self.layout.empty(x_HTD.shape[:1], x_HTD.device)
+        for x_TD, payload in zip(x_HTD, section, strict=True):
+            self._pack_head(x_TD, payload)
+        return section
+
+    def _pack_head(self, x_TD: Tensor, payload_B: Tensor) -> None:
+        """Write one head's section (alone: a matrix product's last bits may depend on a batch)."""
+        view = self.layout.view
+        mean = short_float(x_TD.mean(0))
+        y_TD = x_TD - mean.view(torch.float16).float()
+        y_KFD = self._transform(x_TD.device) @ self._tiles(y_TD)
+        energy = y_KFD.square()
+        spread = energy.mean((0, 1)).sqrt()
+        largest = spread.max()
+        fall = _exponent(spread / largest.clamp(min=TINY), MOST_FALL)
+        relative_D = torch.exp2(-fall.float())
+        height_F = (energy / relative_D).mean((0, 2)).sqrt()
+        row = _exponent(height_F / height_F.max().clamp(min=TINY), MOST_ROW)
+        view(payload_B, "channels").copy_(mean | fall.to(torch.int16))
+        view(payload_B, "rows").copy_(row)
+        view(payload_B, "unit").copy_(height_F.max())
+        exponent_FD = row.unsqueeze(-1) + fall
+        view(payload_B, "plan").copy_(plan(exponent_FD, 8 * self.tile_bytes))
+        depth_FD = depths(exponent_FD, view(payload_B, "plan"))
+        sigma_FD = view(payload_B, "unit") * torch.exp2(-0.5 * exponent_FD)
+        y_KFD = y_KFD * _inverse(sigma_FD)
+        gain = to_fp8(y_KFD.square().mean((1, 2)).sqrt())
+        view(payload_B, "gains").copy_(gain)
+        steps = torch.tensor(STEPS, device=x_TD.device)[depth_FD] * gain.float().view(-1, 1, 1)
+        half = torch.exp2(depth_FD.float() - 1)
+        codes_KFD = torch.floor(y_KFD * _inverse(steps) + half).clamp(min=0).minimum(2 * half - 1)
+        view(payload_B, "codes").copy_(pack_stream(codes_KFD, depth_FD, self.tile_bytes))
+
+    def unpack(self, section_B: Tensor) -> Tensor:
+        view = self.layout.view
+        channels = view(section_B, "channels")
+        mean = (channels & -16).view(torch.float16).float()
+        exponent_FD = view(section_B, "rows").long().unsqueeze(-1) + (channels & 15).unsqueeze(-2)
+        depth_FD = depths(exponent_FD, view(section_B, "plan"))
+        steps_FD = torch.tensor(STEPS, device=section_B.device)[depth_FD] * torch.exp2(-0.5 * exponent_FD)
+        steps_FD = steps_FD * view(section_B, "unit").unsqueeze(-1)
+        codes_KFD = unpack_stream(view(section_B, "codes"), depth_FD)
+        middle_FD = torch.exp2(depth_FD.float() - 1) - 0.5
+        y_KFD = (codes_KFD - middle_FD.unsqueeze(-3)) * steps_FD.unsqueeze(-3)
+        y_KFD = y_KFD * view(section_B, "gains").float()[..., None, None]
+        return self._untile(self._transform(section_B.device).T @ y_KFD) + mean.unsqueeze(-2)
+
+    def _transform(self, device: torch.device) -> Tensor:
+        return _cosines(self.tile, device)
+
+    def _tiles(self, x_TD: Tensor) -> Tensor:
+        """Tokens [T, D] -> tiles [K, F, D]."""
+        (a, b, c), (t, y, x) = self.extent, self.tile
+        split = x_TD.reshape(a // t, t, b // y, y, c // x, x, -1)
+        return split.permute(0, 2, 4, 1, 3, 5, 6).reshape(self.num_tiles, self.tile_tokens, -1)
+
+    def _untile(self, x_KFD: Tensor) -> Tensor:
+        """Tiles [..., K, F, D] -> tokens [..., T, D]."""
+        (a, b, c), (t, y, x) = self.extent, self.tile
+        split = x_KFD.reshape(-1, a // t, b // y, c // x, t, y, x, x_KFD.shape[-1])
+        return split.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(*x_KFD.shape[:-3], a * b * c, -1)
+
+
+def tile_of(extent: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The tile of at most 64 tokens that divides a block's frames, rows and columns and is long every way.
+
+    Of what a transform over endlessly many like neighbours gains, one over n of them lacks about one n-th: the sum of
+    the sides' reciprocals is to be small.
+    """
+    sides = [[n for n in range(1, size + 1) if size % n == 0] for size in extent]
+    fitting = [(t, y, x) for t in sides[0] for y in sides[1] for x in sides[2] if t * y * x <= MOST_TILE_TOKENS]
+    return min(fitting, key=lambda tile: (sum(1 / n for n in tile), tile))
+
+
+@lru_cache(maxsize=16)
+def _cosines(tile: tuple[int, int, int], device: torch.device) -> Tensor:
+    """The orthonormal cosine transform (DCT-II) over a tile, float32 [F, F]: frequencies by tokens."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    for n in tile:
+        index = torch.arange(n, dtype=torch.float64)
+        one = torch.cos(math.pi / n * (index + 0.5) * index.unsqueeze(-1)) * math.sqrt(2 / n)
+        one[0] /= math.sqrt(2)
+        matrix = torch.kron(matrix, one)
+    return matrix.float().to(device)
+
+
+def _exponent(x: Tensor, most: int) -> Tensor:
+    """How often x in 0 .. 1 halves its square: int64 of 0 .. most."""
+    return torch.floor(-2 * torch.log2(x.clamp(min=TINY)) + 0.5).clamp(0, most).long()
+
+
+def _inverse(x: Tensor) -> Tensor:
+    return torch.where(x > 0, 1.0 / x, torch.zeros_like(x))
+
+
+@lru_cache(maxsize=4)
+def _order(device: torch.device) -> tuple[Tensor, Tensor]:
+    """All pairs of an exponent and one more bit, most error taken away first.
+
+    Returns:
+        The exponent of each pair, int64 [pairs], and the place of each pair, int64 [exponents, 6].
+    """
+    count = MOST_FALL + MOST_ROW + 1
+    worth = [math.log2(ERRORS[bit] - ERRORS[bit + 1]) for bit in range(MOST_DEPTH)]
+    pairs = sorted(((n, bit) for n in range(count) for bit in range(MOST_DEPTH)), key=lambda p: p[0] - worth[p[1]])
+    place = torch.empty(count, MOST_DEPTH, dtype=torch.int64)
+    for index, (n, bit) in enumerate(pairs):
+        place[n, bit] = index
+    return torch.tensor([n for n, _ in pairs], device=device), place.to(device)
+
+
+def plan(exponent_FD: Tensor, num_bits: int) -> Tensor:
+    """What says which coefficient has how many bits, given that a tile has `num_bits`: int32 [2]."""
+    exponent_P, _ = _order(exponent_FD.device)
+    flat = exponent_FD.flatten()
+    counts = torch.zeros(MOST_FALL + MOST_ROW + 1, dtype=torch.int64, device=flat.device)
+    counts = counts.scatter_add(0, flat, torch.ones_like(flat))
+    spent_P = counts[exponent_P].cumsum(0)
+    whole = (spent_P <= num_bits).sum()
+    left = num_bits - torch.where(whole > 0, spent_P[(whole - 1).clamp(min=0)], 0)
+    following = exponent_P[whole.clamp(max=len(exponent_P) - 1)]
+    before = ((flat == following).cumsum(0) <= left).sum()
+    return torch.stack((whole, before)).int()
+
+
+def depths(exponent_FD: Tensor, plan_2: Tensor) -> Tensor:
+    """Bits of each coefficient, int64 [..., F, D], 0 .. 6; a section's plan [..., 2]."""
+    _, place = _order(exponent_FD.device)
+    whole, before = plan_2[..., :1, None].long(), plan_2[..., 1:, None]
+    index_FD = torch.arange(exponent_FD.shape[-2] * exponent_FD.shape[-1], device=exponent_FD.device)
+    index_FD = index_FD.view(exponent_FD.shape[-2:])
+    place_FDB = place[exponent_FD]
+    have = (place_FDB < whole.unsqueeze(-1)).sum(-1)
+    return have + ((place_FDB == whole.unsqueeze(-1)).any(-1) & (index_FD < before))
+
+
+def _starts(depth_FD: Tensor) -> Tensor:
+    """The bit at which each code of a tile begins, int64 [..., F*D]."""
+    flat = depth_FD.flatten(-2)
+    return flat.cumsum(-1) - flat
+
+
+def pack_stream(codes_KFD: Tensor, depth_FD: Tensor, num_bytes: int) -> Tensor:
+    """Codes (whole numbers of any dtype) one after another, uint8 [K, num_bytes]."""
+    codes, start, depth = codes_KFD.flatten(1).int(), _starts(depth_FD), depth_FD.flatten()
+    bits = torch.zeros(codes.shape[0], 8 * num_bytes + 1, dtype=torch.int32, device=codes.device)
+    for bit in range(MOST_DEPTH):
+        place = torch.where(depth > bit, start + bit, 8 * num_bytes)  # one past the end: for what is not so wide
+        bits.scatter_(1, place.expand(codes.shape), (codes >> bit) & 1)
+    bits = bits[:, :-1]
+    weight = 2 ** torch.arange(8, dtype=torch.int32, device=codes.device)
+    return (bits.unflatten(1, (num_bytes, 8)) * weight).sum(-1).to(torch.uint8)
+
+
+def unpack_stream(stream_KB: Tensor, depth_FD: Tensor) -> Tensor:
+    """Undo `pack_stream` for sections: uint8 [..., K, B], depths [..., F, D] -> float32 [..., K, F, D]."""
+    start, depth = _starts(depth_FD).unsqueeze(-2), depth_FD.flatten(-2).unsqueeze(-2)
+    byte = (start >> 3).expand(*stream_KB.shape[:-1], -1)
+    low = stream_KB.gather(-1, byte.clamp(max=stream_KB.shape[-1] - 1)).int()
+    high = stream_KB.gather(-1, (byte + 1).clamp(max=stream_KB.shape[-1] - 1)).int()
+    codes = ((low | (high << 8)) >> (start & 7)) & ((1 << depth) - 1)
+    values: Tensor = codes.float().unflatten(-1, depth_FD.shape[-2:])
+    return values
+
+
+def tensor_codec(name: str, geometry: BlockGeometry, side: Side) -> TensorCodec:
+    """Make `tc2`, `tc3` or `tc4` for keys or values."""
+    more = VALUES_MORE if side is Side.V else -VALUES_MORE
+    return TransformCodec(geometry, MEAN_BITS[name] + more)
