@@ -83,7 +83,8 @@ def test_a_tiles_bits_are_all_spent_on_what_takes_away_most_error(num_bits: int)
     assert depth_FD.sum() == min(num_bits, MOST_DEPTH * 40)
 
     def left(depth: list[int]) -> float:
-        return sum(ERRORS[b] * 2.0**-n for b, n in zip(depth, exponent_FD.flatten().tolist(), strict=True))
+        exponents: list[int] = exponent_FD.flatten().tolist()
+        return sum((ERRORS[b] * 0.5**n for b, n in zip(depth, exponents, strict=True)), 0.0)
 
     greedy = [0] * 40
     for _ in range(min(num_bits, MOST_DEPTH * 40)):
