@@ -240,7 +240,8 @@ def pack_stream(codes_KFD: Tensor, depth_FD: Tensor, num_bytes: int) -> Tensor:
         bits.scatter_(1, place.expand(codes.shape), (codes >> bit) & 1)
     bits = bits[:, :-1]
     weight = 2 ** torch.arange(8, dtype=torch.int32, device=codes.device)
-    return (bits.unflatten(1, (num_bytes, 8)) * weight).sum(-1).to(torch.uint8)
+    stream: Tensor = (bits.unflatten(1, (num_bytes, 8)) * weight).sum(-1)
+    return stream.to(torch.uint8)
 
 
 def unpack_stream(stream_KB: Tensor, depth_FD: Tensor) -> Tensor:
