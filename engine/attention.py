@@ -26,7 +26,7 @@ from longtake.engine.timing import NO_TIMER, StageTimer
 from longtake.kernels.attention import merge
 from longtake.kernels.attention_path import AttentionPath
 from longtake.kernels.forms import Form
-from longtake.kernels.rotary import Rotary
+from longtake.kernels.rotary import THETA, Turns
 
 
 class Pages(Protocol):
@@ -70,7 +70,7 @@ class _Part:
     first: int
     last: int
     row: int
-    rotary: Rotary
+    rotary: Turns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +96,7 @@ class HistoryAttention:
         device: of the model.
         timer: where time goes, for benchmarks.
         first_head: the model's number of the first head that is attended here.
+        thetas: bases of RoPE's speeds in time, one for all heads that are attended here or one each.
     """
 
     def __init__(
@@ -108,7 +109,9 @@ class HistoryAttention:
         device: torch.device,
         timer: StageTimer = NO_TIMER,
         first_head: int = 0,
+        thetas: Sequence[float] = (THETA,),
     ) -> None:
+        self._thetas = thetas
         self._reading = reading
         self._first_head = first_head
         self._forms, self._block_frames = forms, block_frames
@@ -119,9 +122,9 @@ class HistoryAttention:
         self._own_rotary = self._rotary(0, [plan.start + index * block_frames for index in range(plan.own_blocks)])
         self._chunks = self._plan_chunks(plan)
 
-    def _rotary(self, form: int, starts: Sequence[float]) -> Rotary:
+    def _rotary(self, form: int, starts: Sequence[float]) -> Turns:
         frames = [start + frame for start in starts for frame in range(self._block_frames)]
-        return self._forms[form].rotary(frames, self._device)
+        return self._forms[form].rotary(frames, self._device, self._thetas)
 
     def _plan_chunks(self, plan: Plan) -> list[_Chunk]:
         """Merged blocks first, apart for their mass; then the others, as many as fit beside the own blocks."""

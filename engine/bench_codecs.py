@@ -24,7 +24,7 @@ from longtake.kernels import compare, synthetic
 from longtake.kernels.attention_path import AttentionPath
 from longtake.kernels.codec import codec_names
 from longtake.kernels.errors import ConfigError
-from longtake.kernels.rotary import Rotary, apply_rotary, rotary_table
+from longtake.kernels.rotary import Turns, apply_rotary, rotary_table
 
 _STEP = 2  # whose queries are recorded: neither noise nor finished
 
@@ -47,11 +47,11 @@ class _Recorder:
     """What every layer is given, pass by pass, while a rollout runs."""
 
     def __init__(self, path: AttentionPath) -> None:
-        self.calls: list[tuple[Tensor, Tensor, Tensor, Rotary]] = []
+        self.calls: list[tuple[Tensor, Tensor, Tensor, Turns]] = []
         self._begin = path.begin
         path.begin = self  # type: ignore[method-assign]
 
-    def __call__(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, rotary: Rotary) -> None:
+    def __call__(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, rotary: Turns) -> None:
         q_THD, k_THD, v_THD = (x.float().clone() for x in (q_THD, k_THD, v_THD))
         self.calls.append((q_THD, k_THD, v_THD, rotary))
         self._begin(q_THD, k_THD, v_THD, rotary)

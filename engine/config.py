@@ -178,7 +178,8 @@ class HistoryConfig:
     ``retrieved_blocks`` what is brought back from between them.
 
     ``trained_frames`` is the range of positions that the model was trained on, ``jitter`` the most latent frames by
-    which a history block's position is moved, differently for every reader.
+    which a history block's position is moved, differently for every reader, ``head_jitter`` the part of RoPE's base by
+    which that of each head is moved at most.
     """
 
     policy: HistoryPolicy = HistoryPolicy.WINDOW
@@ -188,6 +189,7 @@ class HistoryConfig:
     positions: Positions = Positions.RELATIVE
     trained_frames: int = 21
     jitter: float = 0.0
+    head_jitter: float = 0.0
     prune: PruneConfig | None = None
 
 

@@ -16,6 +16,8 @@ def to_json(config: Any) -> dict[str, Any]:
     return data
 
 
+# settings that earlier versions had not: without them a shot is the one that it was then
+_LATER_KEYS = ("prune", "head_jitter")
 _CODEC_KEYS = ("codec", "tiers", "refresh", "first", "first_blocks", "important")
 
 
@@ -26,7 +28,9 @@ def essence(config: dict[str, Any]) -> dict[str, Any]:
         for name in ("model", "clip", "image", "guide")
         if config.get(name)
     }
-    history = {key: value for key, value in config["history"].items() if key != "prune" or value is not None}
+    defaults = located["model"]["history"]
+    located["model"]["history"] = {key: value for key, value in defaults.items() if key != "head_jitter" or value}
+    history = {key: value for key, value in config["history"].items() if key not in _LATER_KEYS or value}
     plain = to_json(CacheConfig())
     cache = {key: value for key, value in config["cache"].items() if key in _CODEC_KEYS and value != plain[key]}
     return {**config, **located, "history": history, "cache": {"codec": config["cache"]["codec"], **cache}}

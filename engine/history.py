@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from longtake.engine.config import HistoryConfig, HistoryPolicy, Positions
+from longtake.kernels.rotary import THETA
 from longtake.offload.pages import page
 
 
@@ -140,9 +141,28 @@ def place(
     return start, tuple(starts)
 
 
+def head_thetas(config: HistoryConfig, heads: range) -> tuple[float, ...]:
+    """The base of RoPE's speeds in time: one for all heads, or, with ``head_jitter``, theta (1 + head_jitter e) for
+    each, e in [-1, 1) (multi-head RoPE jitter, arXiv 2601.16914: heads that turn at other speeds do not come round to
+    the sinks at once).
+
+    Args:
+        config: the policy.
+        heads: numbers of the model's heads that are attended here: the same ones turn alike on any number of ranks.
+    """
+    if not config.head_jitter:
+        return (THETA,)
+    return tuple(THETA * (1 + config.head_jitter * _draw(f"longtake head jitter v1|{head}")) for head in heads)
+
+
 def _jitter(time: int, other: int) -> float:
     """A number in [-1, 1) that is the same wherever the same two blocks meet."""
-    digest = hashlib.blake2b(f"longtake jitter v1|{time}|{other}".encode(), digest_size=8).digest()
+    return _draw(f"longtake jitter v1|{time}|{other}")
+
+
+def _draw(name: str) -> float:
+    """A number in [-1, 1), evenly spread over names."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") / 2**63 - 1.0
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from longtake.engine.attention import HistoryAttention
 from longtake.engine.config import Loop, Precision, ShotConfig
 from longtake.engine.fp8_linear import is_fp8
-from longtake.engine.history import Plan
+from longtake.engine.history import Plan, head_thetas
 from longtake.engine.model import CausalWan, TextContext
 from longtake.engine.noise import block_noise
 from longtake.engine.prompts import Prompts
@@ -109,6 +109,7 @@ class Rollout:
             self.dtype,
             self.device,
         )
+        self._thetas = head_thetas(shot.history, model.heads)
         self._retrieval = Retrieval(shot, model, self.timeline, cache)
         self._rolling: RollingWindow | None = None
         if shot.sampler.loop is Loop.ROLLING:
@@ -188,6 +189,7 @@ class Rollout:
                 self.device,
                 self._timer,
                 self.model.heads.start,
+                self._thetas,
             )
 
     def _commit(self, entry: Entry, clean: Tensor | Callable[[HistoryAttention], Tensor]) -> Tensor:

@@ -118,6 +118,7 @@ def _history(history: dict[str, Any]) -> HistoryConfig:
         positions=Positions(history.get("positions", "relative")),
         trained_frames=history.get("trained_frames", 21),
         jitter=history.get("jitter", 0.0),
+        head_jitter=history.get("head_jitter", 0.0),
     )
 
 

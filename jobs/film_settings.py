@@ -19,7 +19,16 @@ DISK_IO = ("auto", "system", "deepnvme")
 DEFAULT_MODEL = "mini"
 DEFAULT_CODEC = "int4"  # on mini 0.2 dB below bf16 where a view returns; docs/codecs.md
 SETTINGS_KEYS = ("model", "weights", "codec", "attention", "size", "fps", "seed", "steps", "history", "cache")
-_HISTORY_KEYS = ("policy", "sink_blocks", "recent_blocks", "retrieved_blocks", "positions", "jitter", "prune")
+_HISTORY_KEYS = (
+    "policy",
+    "sink_blocks",
+    "recent_blocks",
+    "retrieved_blocks",
+    "positions",
+    "jitter",
+    "head_jitter",
+    "prune",
+)
 _PRUNE_KEYS = ("recent_blocks", "important", "keep", "merge")
 _BUDGETS = ("device", "host", "disk")
 _CACHE_KEYS = (*_BUDGETS, "keep", "disk_io", "tiers", "refresh", "first", "first_blocks", "important")
@@ -45,6 +54,7 @@ class History:
     retrieved_blocks: int | None = None
     positions: str | None = None
     jitter: float | None = None
+    head_jitter: float | None = None
     prune: Prune | None = None
 
 
@@ -128,6 +138,7 @@ def _read_history(parent: Table, defaults: History) -> History:
         "retrieved_blocks": table.integer("retrieved_blocks", minimum=1, maximum=10**6, example="4"),
         "positions": table.choice("positions", POSITIONS),
         "jitter": table.number("jitter", above=None, most=8, example="0.5"),
+        "head_jitter": table.number("head_jitter", above=None, most=0.9, example="0.8"),
         "prune": _read_prune(table),
     }
     merged = dataclasses.replace(defaults, **{key: value for key, value in own.items() if value is not None})

@@ -171,6 +171,7 @@ def _history(film: Film, shot: Shot, default: HistoryConfig) -> HistoryConfig:
         positions=Positions(wanted.positions or (Positions.BOUNDED if retrieve else default.positions)),
         trained_frames=default.trained_frames,
         jitter=default.jitter if wanted.jitter is None else wanted.jitter,
+        head_jitter=default.head_jitter if wanted.head_jitter is None else wanted.head_jitter,
         prune=default.prune if wanted.prune is None else _prune(wanted.prune),
     )
 

@@ -26,7 +26,7 @@ from longtake.kernels.attention import attend
 from longtake.kernels.attention_fp8 import attend_fp8, fp8_scratch
 from longtake.kernels.codec import Codec
 from longtake.kernels.errors import ConfigError
-from longtake.kernels.rotary import Rotary, apply_rotary
+from longtake.kernels.rotary import Turns, apply_rotary
 from longtake.kernels.scaling import Scaling, calibrate
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class AttentionPath(ABC):
     def num_bytes(self) -> int:
         """Bytes of the scratch and of any workspace."""
 
-    def begin(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, rotary: Rotary) -> None:
+    def begin(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, rotary: Turns) -> None:
         """Take the block's own q, k and v of one layer, after norm, before RoPE.
 
         Args:
@@ -72,7 +72,7 @@ class AttentionPath(ABC):
 
     @abstractmethod
     def write_history(
-        self, pages_GHP: Tensor, slots_N: Tensor, rotary: Rotary, *, codec: Codec | None = None, row: int = 0
+        self, pages_GHP: Tensor, slots_N: Tensor, rotary: Turns, *, codec: Codec | None = None, row: int = 0
     ) -> None:
         """Unpack N blocks of T tokens into rows row .. row + N*T.
 
@@ -128,7 +128,7 @@ class DensePath(AttentionPath):
         return self.k_HXD.nbytes + self.v_HXD.nbytes
 
     def write_history(
-        self, pages_GHP: Tensor, slots_N: Tensor, rotary: Rotary, *, codec: Codec | None = None, row: int = 0
+        self, pages_GHP: Tensor, slots_N: Tensor, rotary: Turns, *, codec: Codec | None = None, row: int = 0
     ) -> None:
         (codec or self.codec).materialise(pages_GHP, slots_N, rotary, self.k_HXD[:, row:], self.v_HXD[:, row:])
 
@@ -187,13 +187,13 @@ class Fp8Path(AttentionPath):
     def num_bytes(self) -> int:
         return self.scratch.num_bytes + (0 if self._part is None else self._part.nbytes)
 
-    def begin(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, rotary: Rotary) -> None:
+    def begin(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, rotary: Turns) -> None:
         super().begin(q_THD, k_THD, v_THD, rotary)
         _, k_turned_THD, v_THD = self._begun()
         self._scaling = (calibrate(k_turned_THD, centred=self.centred), calibrate(v_THD, centred=self.centred))
 
     def write_history(
-        self, pages_GHP: Tensor, slots_N: Tensor, rotary: Rotary, *, codec: Codec | None = None, row: int = 0
+        self, pages_GHP: Tensor, slots_N: Tensor, rotary: Turns, *, codec: Codec | None = None, row: int = 0
     ) -> None:
         k_scaling, v_scaling = self._scalings()
         (codec or self.codec).materialise(
@@ -237,7 +237,7 @@ class Flash3Fp8Path(Fp8Path):
         super().__init__(codec, num_heads, num_rows, dtype, device, turned=False)
         self._queries: flash3.Queries | None = None
 
-    def begin(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, rotary: Rotary) -> None:
+    def begin(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, rotary: Turns) -> None:
         super().begin(q_THD, k_THD, v_THD, rotary)
         q_HTD, k_scaling = self._begun()[0], self._scalings()[0]
         q_scaling = calibrate(q_HTD.transpose(0, 1), centred=False)

@@ -30,7 +30,7 @@ from torch import Tensor
 from longtake.kernels.errors import ConfigError
 from longtake.kernels.grid import FP8
 from longtake.kernels.layout import ALIGNMENT_BYTES
-from longtake.kernels.rotary import Rotary, rotate_pairs
+from longtake.kernels.rotary import HeadRotary, Rotary, Turns, check_heads, rotate_pairs
 from longtake.kernels.scaling import Scaling
 
 _UNPACK_CHUNK_ELEMENTS = 1 << 24
@@ -111,7 +111,7 @@ class Codec(ABC):
         self,
         pages_GHP: Tensor,
         slots_N: Tensor,
-        rotary: Rotary,
+        rotary: Turns,
         k_out_HXD: Tensor,
         v_out_HXD: Tensor,
         *,
@@ -149,7 +149,7 @@ class Codec(ABC):
         self,
         pages_GHP: Tensor,
         slots_N: Tensor,
-        rotary: Rotary,
+        rotary: Turns,
         *outs: tuple[Tensor, Scaling | None],
     ) -> None:
         tokens, dim = self.geometry.num_tokens, self.geometry.head_dim
@@ -169,6 +169,8 @@ class Codec(ABC):
                 f"rotary tables of {rotary.num_tokens} tokens x {rotary.head_dim} do not fit "
                 f"{slots_N.shape[0]} blocks of {tokens} x {dim}."
             )
+        if isinstance(rotary, HeadRotary):
+            check_heads(rotary, pages_GHP.shape[1])
         for out, scaling in outs:
             if out.ndim != 3 or out.shape[0] != pages_GHP.shape[1] or out.shape[1] < rows or out.shape[2] != dim:
                 raise ConfigError(
@@ -276,7 +278,7 @@ class PairCodec(Codec):
         self,
         pages_GHP: Tensor,
         slots_N: Tensor,
-        rotary: Rotary,
+        rotary: Turns,
         k_out_HXD: Tensor,
         v_out_HXD: Tensor,
         *,
@@ -285,7 +287,14 @@ class PairCodec(Codec):
     ) -> None:
         self._check_materialise(pages_GHP, slots_N, rotary, (k_out_HXD, k_scaling), (v_out_HXD, v_scaling))
         split = self.k.num_bytes
-        self.k.unpack_into(pages_GHP[:, :, :split], slots_N, rotary, k_out_HXD, k_scaling)
+        keys_GHB = pages_GHP[:, :, :split]
+        if isinstance(rotary, HeadRotary):
+            for head, one in enumerate(rotary.heads):
+                alone = slice(head, head + 1)
+                scaling = None if k_scaling is None else k_scaling.of_head(head)
+                self.k.unpack_into(keys_GHB[:, alone], slots_N, one, k_out_HXD[alone], scaling)
+        else:
+            self.k.unpack_into(keys_GHB, slots_N, rotary, k_out_HXD, k_scaling)
         self.v.unpack_into(pages_GHP[:, :, split:], slots_N, None, v_out_HXD, v_scaling)
 
 

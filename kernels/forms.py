@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longtake.kernels.codec import BlockGeometry, Codec, make_codec
 from longtake.kernels.errors import ConfigError
-from longtake.kernels.rotary import Rotary, rotary_table
+from longtake.kernels.rotary import THETA, HeadRotary, Turns, rotary_table
 
 
 def merge_tokens(x_THD: Tensor, grid: tuple[int, int], window: tuple[int, int]) -> Tensor:
@@ -71,11 +71,17 @@ class Form:
             k_THD, v_THD = (merge_tokens(x_THD, self.grid, self.window) for x_THD in (k_THD, v_THD))
         self.codec.encode(k_THD, v_THD, out_HP, block=block, layer=layer, first_head=first_head)
 
-    def rotary(self, frame_positions: Sequence[float], device: torch.device) -> Rotary:
-        """Tables of some latent frames' kept tokens; arguments as for rotary_table."""
+    def rotary(
+        self, frame_positions: Sequence[float], device: torch.device, thetas: Sequence[float] = (THETA,)
+    ) -> Turns:
+        """Tables of some latent frames' kept tokens: as rotary_table; ``thetas``: one for all heads, or one each."""
         rows, columns = self.grid[0] // self.window[0], self.grid[1] // self.window[1]
         head_dim = self.codec.geometry.head_dim
-        return rotary_table(frame_positions, rows, columns, head_dim, device, merged=self.window)
+        heads = [
+            rotary_table(frame_positions, rows, columns, head_dim, device, merged=self.window, theta=theta)
+            for theta in thetas
+        ]
+        return heads[0] if len(heads) == 1 else HeadRotary(heads=tuple(heads))
 
 
 def make_form(codec: str, geometry: BlockGeometry, window: tuple[int, int] = (1, 1)) -> Form:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -63,6 +64,35 @@ class Rotary:
         return Rotary(temporal_YP2=self.temporal_YP2[first : first + count], spatial_SQ2=self.spatial_SQ2)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadRotary:
+    """Tables of the same tokens for each head apart, where heads turn at other speeds.
+
+    Args:
+        heads: one for each head that is turned, in order.
+    """
+
+    heads: tuple[Rotary, ...]
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Tokens of one latent frame."""
+        return self.heads[0].tokens_per_frame
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens covered."""
+        return self.heads[0].num_tokens
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head."""
+        return self.heads[0].head_dim
+
+
+Turns: TypeAlias = Rotary | HeadRotary
+
+
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
     """How many complex pairs of a head turn with time, row and column: (Pt, Ph, Pw)."""
     if head_dim < 6 or head_dim % 2:
@@ -71,11 +101,11 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
     return head_dim // 2 - 2 * side, side, side
 
 
-def _angles(positions: Sequence[int | float], num_pairs: int) -> Tensor:
+def _angles(positions: Sequence[int | float], num_pairs: int, theta: float = THETA) -> Tensor:
     """Cosines and sines, float32 [len(positions), num_pairs, 2], computed in float64 on the CPU."""
     position = torch.tensor([float(p) for p in positions], dtype=torch.float64)
     exponent = torch.arange(num_pairs, dtype=torch.float64) / num_pairs
-    angle = position[:, None] * THETA ** (-exponent)[None, :]
+    angle = position[:, None] * theta ** (-exponent)[None, :]
     return torch.stack((angle.cos(), angle.sin()), dim=-1).float()
 
 
@@ -100,6 +130,7 @@ def rotary_table(
     device: torch.device | str = "cpu",
     *,
     merged: tuple[int, int] = (1, 1),
+    theta: float = THETA,
 ) -> Rotary:
     """Build the tables of some latent frames.
 
@@ -110,6 +141,7 @@ def rotary_table(
         head_dim: channels of one head, even.
         device: where the tables go.
         merged: rows and columns of a full frame that one row and column stand for; they stand at the middle of those.
+        theta: base of the speeds in time; those in space are the model's.
 
     Returns:
         Tables for len(frame_positions) * height * width tokens; the spatial one is shared between calls and must not be
@@ -117,7 +149,7 @@ def rotary_table(
     """
     device = torch.device(device)
     pairs_t, _, _ = axis_pairs(head_dim)
-    temporal = _angles(frame_positions, pairs_t)
+    temporal = _angles(frame_positions, pairs_t, theta)
     if device.type == "cuda":  # pinned: the host does not wait for what the stream has still to do
         temporal = temporal.pin_memory()
     temporal = temporal.to(device, non_blocking=True)
@@ -149,7 +181,7 @@ def rotate_pairs(x_TD: Tensor, rotary: Rotary) -> Tensor:
     return out.reshape(x_TD.shape)
 
 
-def apply_rotary(x_THD: Tensor, rotary: Rotary) -> Tensor:
+def apply_rotary(x_THD: Tensor, rotary: Turns) -> Tensor:
     """Turn queries or a block's own keys to their positions.
 
     Args:
@@ -160,17 +192,31 @@ def apply_rotary(x_THD: Tensor, rotary: Rotary) -> Tensor:
         The same shape and dtype, contiguous; computed in float32.
 
     Raises:
-        ConfigError: the tables are for another number of tokens or another head dim.
+        ConfigError: the tables are for another number of tokens or of heads, or another head dim.
     """
     if x_THD.shape[-3] != rotary.num_tokens or x_THD.shape[-1] != rotary.head_dim:
         raise ConfigError(
             f"rotary tables for {rotary.num_tokens} tokens x {rotary.head_dim} channels do not fit a tensor of shape "
             f"{tuple(x_THD.shape)} [..., tokens, heads, channels]."
         )
+    if isinstance(rotary, HeadRotary):
+        check_heads(rotary, x_THD.shape[-2])
+        turned = [apply_rotary(x_THD[..., head, None, :], one) for head, one in enumerate(rotary.heads)]
+        return torch.cat(turned, dim=-2)
     sequence = x_THD.shape[-3:]
     if x_THD.is_cuda and sequence[2] in (64, 128) and x_THD.stride(-1) == 1 and x_THD.numel() == sequence.numel():
         from longtake.kernels import rotary_triton
 
         return rotary_triton.rotate(x_THD.reshape(sequence), rotary).reshape(x_THD.shape)
-    turned = rotate_pairs(x_THD.transpose(-3, -2).float(), rotary)
-    return turned.transpose(-3, -2).to(x_THD.dtype).contiguous()
+    rotated = rotate_pairs(x_THD.transpose(-3, -2).float(), rotary)
+    return rotated.transpose(-3, -2).to(x_THD.dtype).contiguous()
+
+
+def check_heads(rotary: HeadRotary, num_heads: int) -> None:
+    """Raise unless there is a table for each head.
+
+    Raises:
+        ConfigError: there are more or fewer.
+    """
+    if len(rotary.heads) != num_heads:
+        raise ConfigError(f"rotary tables for {len(rotary.heads)} heads do not fit {num_heads} heads.")

@@ -33,6 +33,10 @@ class Scaling:
     centre_HD: Tensor
     scale_H: Tensor
 
+    def of_head(self, head: int) -> Scaling:
+        """Of one head alone, as views."""
+        return Scaling(centre_HD=self.centre_HD[head : head + 1], scale_H=self.scale_H[head : head + 1])
+
     def store(self, x_HXD: Tensor) -> Tensor:
         """Values to e4m3, the same shape."""
         return to_fp8((x_HXD.float() - self.centre_HD.unsqueeze(1)) / self.scale_H[:, None, None])

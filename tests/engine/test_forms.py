@@ -255,8 +255,10 @@ def test_shots_of_one_form_keep_their_fingerprint() -> None:
     config = to_json(make_shot(WINDOW))
     for key in ("tiers", "refresh", "first", "first_blocks", "important"):
         del config["cache"][key]
-    del config["history"]["prune"]
+    del config["history"]["prune"], config["history"]["head_jitter"], config["model"]["history"]["head_jitter"]
     assert essence(config) == essence(to_json(make_shot(WINDOW)))
+    apart = replace(WINDOW, head_jitter=0.8)
+    assert fingerprint(make_shot(apart)) != fingerprint(make_shot(WINDOW))
     shots = [shot_with(*case) for case in CASES.values()]
     assert len({fingerprint(shot) for shot in shots}) == len(shots)
 

@@ -16,7 +16,7 @@ from longtake.engine.model import CausalWan, TextContext
 from longtake.engine.noise import block_noise
 from longtake.engine.rollout import Prefix, Rollout
 from longtake.engine.shotcache import open_cache
-from longtake.kernels.rotary import Rotary, apply_rotary, rotary_table
+from longtake.kernels.rotary import apply_rotary, rotary_table
 from longtake.offload.cache import KVCache, Reading
 from tests.engine import small_rollout
 from tests.engine.small_rollout import GEOMETRY, ONE_BEAT, random_contexts, random_model
@@ -56,8 +56,13 @@ def uncached(shot: ShotConfig, model: CausalWan, contexts: list[TextContext]) ->
     frames = shot.model.block_frames
     sigmas = [5 * s / (1 + 4 * s) for s in (1.0, 0.5)]
 
-    def rotary(starts: Sequence[float]) -> Rotary:
-        return rotary_table([s + f for s in starts for f in range(frames)], *shot.grid, GEOMETRY.head_dim)
+    thetas = history.head_thetas(shot.history, range(GEOMETRY.num_heads))
+
+    def turned(x: Tensor, starts: Sequence[float]) -> Tensor:
+        positions = [s + f for s in starts for f in range(frames)]
+        tables = [rotary_table(positions, *shot.grid, GEOMETRY.head_dim, theta=theta) for theta in thetas]
+        heads = range(GEOMETRY.num_heads)
+        return torch.cat([apply_rotary(x[:, [head]], tables[head % len(tables)]) for head in heads], dim=1)
 
     def flow(block: int, latents: Tensor, timestep: float) -> Tensor:
         stored: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -69,8 +74,7 @@ def uncached(shot: ShotConfig, model: CausalWan, contexts: list[TextContext]) ->
                 stored[plan.block, layer] = (k[0], v[0])
                 keys = torch.cat([stored[b, layer][0] for b in (*plan.blocks, plan.block)])
                 values = torch.cat([stored[b, layer][1] for b in (*plan.blocks, plan.block)])
-                keys = apply_rotary(keys, rotary([*plan.starts, plan.start]))
-                queries = apply_rotary(q[0], rotary([plan.start]))
+                keys, queries = turned(keys, [*plan.starts, plan.start]), turned(q[0], [plan.start])
                 scores = torch.einsum("qhd,khd->hqk", queries, keys) * GEOMETRY.head_dim**-0.5
                 return torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)[None]
 
@@ -89,10 +93,28 @@ def uncached(shot: ShotConfig, model: CausalWan, contexts: list[TextContext]) ->
     return torch.stack(clean)
 
 
-@pytest.mark.parametrize("history_config", [FULL, WINDOW, replace(WINDOW, positions=Positions.ABSOLUTE)])
+HEADS_APART = replace(WINDOW, positions=Positions.ABSOLUTE, head_jitter=0.8)
+
+
+@pytest.mark.parametrize("history_config", [FULL, WINDOW, replace(WINDOW, positions=Positions.ABSOLUTE), HEADS_APART])
 def test_equals_uncached(history_config: HistoryConfig, model: CausalWan, contexts: list[TextContext]) -> None:
     shot = make_shot(history_config)
     torch.testing.assert_close(render(shot, model, contexts), uncached(shot, model, contexts), rtol=0, atol=TOLERANCE)
+
+
+def test_heads_turn_alike_on_any_number_of_ranks() -> None:
+    thetas = history.head_thetas(HEADS_APART, range(12))
+    assert thetas == (*history.head_thetas(HEADS_APART, range(5)), *history.head_thetas(HEADS_APART, range(5, 12)))
+    assert len(set(thetas)) == 12 and all(2000 <= theta < 18000 for theta in thetas)
+    assert history.head_thetas(WINDOW, range(12)) == (10000.0,)
+
+
+@pytest.mark.parametrize("attention", ["fp8", "fp8-bf16v"])
+def test_heads_apart_in_fp8(attention: str, model: CausalWan, contexts: list[TextContext]) -> None:
+    shot = make_shot(HEADS_APART, codec="int8")
+    dense = render(shot, model, contexts)
+    found = render(replace(shot, attention=attention), model, contexts)
+    assert 0 < float((found - dense).norm() / dense.norm()) < 0.05
 
 
 def test_equals_one_masked_pass(model: CausalWan, contexts: list[TextContext]) -> None:

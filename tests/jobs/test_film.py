@@ -347,7 +347,7 @@ def test_key_finds_where_a_setting_comes_from() -> None:
 
 def test_content_hash_is_of_what_the_film_says() -> None:
     film = parse_film(HARBOUR)
-    assert film.content_hash == "64f2da005f8aaa7d05e8b14505d1eb5a"
+    assert film.content_hash == "ec086dbfdb4eb8e54bb3aff286a2e966"
     same = parse_film("# a comment\n" + HARBOUR.replace("45s", "0m45s"), "other.toml")
     assert same == film
     assert same.content_hash == film.content_hash
@@ -379,11 +379,13 @@ START = '[[shot]]\nname = "a"\nduration = "5s"\nprompt = "p"\n'
 
 
 def test_starts_and_switches() -> None:
-    text = START + 'video = "in.mp4"\nstrength = 1\nhistory.jitter = 0.5\nhistory.positions = "bounded"\n'
+    text = START + 'video = "in.mp4"\nstrength = 1\n'
+    text += 'history.jitter = 0.5\nhistory.head_jitter = 0.8\nhistory.positions = "bounded"\n'
     beat = '[[shot.beat]]\nat = "2s"\nprompt = "q"\nswitch = "cut"\ntransition = "1.5s"\n'
     (shot,) = parse_film(text + beat).shots
     assert (shot.video, shot.strength, shot.image, shot.clip) == ("in.mp4", 1.0, None, None)
-    assert (shot.settings.history.jitter, shot.settings.history.positions) == (0.5, "bounded")
+    history = shot.settings.history
+    assert (history.jitter, history.head_jitter, history.positions) == (0.5, 0.8, "bounded")
     assert (shot.beats[0].switch, shot.beats[0].transition_s) == ("cut", Fraction(3, 2))
     (shot,) = parse_film(START + 'clip = "in.mp4"\nafter_blocks = 2\n').shots
     assert (shot.clip, shot.after_blocks) == ("in.mp4", 2)
@@ -401,6 +403,7 @@ def test_starts_and_switches() -> None:
         ),
         ('strength = "x"\nvideo = "b.mp4"', "film.toml:5: shot.strength: must be a number, not a string"),
         ("history.jitter = -1", "film.toml:5: shot.history.jitter: -1 is not between 0 and 8"),
+        ("history.head_jitter = 1", "shot.history.head_jitter: 1 is not between 0 and 0.9"),
         ("history.jitter = nan", "is not between 0 and 8"),
         ('[[shot.beat]]\nat = "1s"\nprompt = "q"\nswitch = "cutt"', 'film.toml:8: shot.beat.switch: "cutt" is unknown'),
     ],

@@ -30,7 +30,7 @@ CASES = {
     "flush over a transition": BEAT + 'switch = "flush"\ntransition = "2s"\n',
     "cut": BEAT + 'switch = "cut"\n',
     "weights in 8 bits": 'weights = "fp8"\n',
-    "bounded positions, jitter": 'history.positions = "bounded"\nhistory.jitter = 0.5\n',
+    "bounded positions, jitter": 'history.positions = "bounded"\nhistory.jitter = 0.5\nhistory.head_jitter = 0.8\n',
 }
 
 

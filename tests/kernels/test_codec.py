@@ -6,7 +6,8 @@ import torch
 from longtake.kernels.codec import BlockGeometry, Codec, Side, codec_names, head_seed, make_codec
 from longtake.kernels.errors import ConfigError
 from longtake.kernels.layout import pack_codes, unpack_codes
-from longtake.kernels.rotary import apply_rotary, rotary_table
+from longtake.kernels.rotary import HeadRotary, Turns, apply_rotary, rotary_table
+from longtake.kernels.scaling import calibrate_reference
 
 MINI = BlockGeometry(num_tokens=180, head_dim=64)
 ODD = BlockGeometry(num_tokens=77, head_dim=128)
@@ -70,6 +71,33 @@ def test_dense_storage_is_exact(name: str) -> None:
     codec.materialise(arena, torch.tensor([1], dtype=torch.int32), rotary, k_out, v_out)
     assert torch.equal(v_out, v.transpose(0, 1))
     assert torch.equal(k_out, apply_rotary(k, rotary).transpose(0, 1))
+
+
+@pytest.mark.parametrize("name", ["bf16", "int4", "lt2", "kivi2"])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_heads_that_turn_at_other_speeds(name: str, fp8: bool) -> None:
+    """Each head's rows are those of that head's tables alone; values are as ever."""
+    codec = make_codec(name, MINI)
+    k, v = random_kv(MINI, 3, 0)
+    arena = arena_of(codec, 3, 2)
+    codec.encode(k, v, arena[1], block=0, layer=0)
+    tables = [rotary_table([3, 4, 5], 6, 10, 64, theta=theta) for theta in (10000.0, 3000.0, 17000.0)]
+    dtype = torch.float8_e4m3fn if fp8 else torch.float32
+    scaling = calibrate_reference(k) if fp8 else None
+    slots = torch.tensor([1], dtype=torch.int32)
+
+    def rows(rotary: Turns) -> tuple[torch.Tensor, torch.Tensor]:
+        outs = [torch.full((3, 180, 64), torch.nan).to(dtype) for _ in range(2)]
+        codec.materialise(arena, slots, rotary, outs[0], outs[1], k_scaling=scaling, v_scaling=scaling)
+        return outs[0].float(), outs[1].float()
+
+    keys, values = rows(HeadRotary(heads=tuple(tables)))
+    for head, table in enumerate(tables):
+        want_keys, want_values = rows(table)
+        assert torch.equal(keys[head], want_keys[head]) and torch.equal(values, want_values)
+        assert head == 0 or not torch.equal(keys[0], want_keys[0])
+    with pytest.raises(ConfigError, match="tables for 2 heads do not fit 3 heads"):
+        rows(HeadRotary(heads=tuple(tables[:2])))
 
 
 def test_strided_page_and_scratch() -> None:

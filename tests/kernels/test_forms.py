@@ -11,7 +11,7 @@ from longtake.kernels.attention import attend, merge
 from longtake.kernels.codec import BlockGeometry, PairCodec, Side, make_codec, make_tensor_codec
 from longtake.kernels.errors import ConfigError
 from longtake.kernels.forms import make_form, merge_tokens
-from longtake.kernels.rotary import apply_rotary, axis_pairs, rotary_table
+from longtake.kernels.rotary import HeadRotary, Rotary, apply_rotary, axis_pairs, rotary_table
 from longtake.kernels.spatial import centre_tokens
 
 GRID = (4, 6)
@@ -57,11 +57,20 @@ def test_equal_tokens_merge_exactly(window: tuple[int, int]) -> None:
 def test_merged_tokens_stand_in_the_middle() -> None:
     """Turning a merged token by its table is turning it by the mean of its tokens' positions."""
     table = make_form("fp32", GEOMETRY, (2, 3)).rotary([0], torch.device("cpu"))
-    assert table.tokens_per_frame == 4
+    assert isinstance(table, Rotary) and table.tokens_per_frame == 4
     pairs = axis_pairs(64)[1]
     angle = torch.atan2(table.spatial_SQ2[..., 1], table.spatial_SQ2[..., 0])[:, [0, pairs]]
     torch.testing.assert_close(angle[:, 0], torch.tensor([0.5, 0.5, 2.5, 2.5]))
     torch.testing.assert_close(angle[:, 1].cos(), torch.tensor([1.0, 4.0, 1.0, 4.0]).cos())
+
+
+def test_one_base_for_all_heads_or_one_each() -> None:
+    form = make_form("fp32", GEOMETRY)
+    one, two = (form.rotary([0, 7], torch.device("cpu"), thetas) for thetas in ((10000.0,), (10000.0, 300.0)))
+    assert isinstance(one, Rotary) and isinstance(two, HeadRotary)
+    assert torch.equal(two.heads[0].temporal_YP2, one.temporal_YP2)
+    assert not torch.equal(two.heads[1].temporal_YP2, one.temporal_YP2)
+    assert torch.equal(two.heads[1].spatial_SQ2, one.spatial_SQ2)
 
 
 def test_a_window_that_does_not_divide_the_frame_is_named() -> None:

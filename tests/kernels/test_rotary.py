@@ -4,18 +4,20 @@ import pytest
 import torch
 
 from longtake.kernels.errors import ConfigError
-from longtake.kernels.rotary import apply_rotary, axis_pairs, rotary_table
+from longtake.kernels.rotary import HeadRotary, apply_rotary, axis_pairs, rotary_table
 
 
-def complex_twin(x_THD: torch.Tensor, positions: list[float], height: int, width: int) -> torch.Tensor:
-    """RoPE as complex multiplication in float64, one angle for each token and pair."""
+def complex_twin(
+    x_THD: torch.Tensor, positions: list[float], height: int, width: int, theta: float = 10000.0
+) -> torch.Tensor:
+    """RoPE as complex multiplication in float64, one angle for each token and pair; ``theta`` of the time axis."""
     head_dim = x_THD.shape[-1]
     pairs = axis_pairs(head_dim)
     tokens = [(t, r, c) for t in positions for r in range(height) for c in range(width)]
     angle = torch.cat(
         [
             torch.tensor([p[axis] for p in tokens], dtype=torch.float64)[:, None]
-            * 10000.0 ** (-torch.arange(n, dtype=torch.float64) / n)
+            * (theta if axis == 0 else 10000.0) ** (-torch.arange(n, dtype=torch.float64) / n)
             for axis, n in enumerate(pairs)
         ],
         dim=1,
@@ -54,6 +56,19 @@ def test_frames_are_views_of_the_same_tables() -> None:
     part = rotary.frames(1, 2)
     assert part.num_tokens == 8
     torch.testing.assert_close(part.temporal_YP2, rotary_table([1, 2], 2, 2, 64).temporal_YP2)
+
+
+def test_heads_that_turn_at_other_speeds() -> None:
+    thetas, positions = (10000.0, 2000.0, 18000.0), [7, 3, 100000.5]
+    x = torch.randn(2, 45, 3, 64, generator=torch.Generator().manual_seed(0))
+    rotary = HeadRotary(heads=tuple(rotary_table(positions, 3, 5, 64, theta=theta) for theta in thetas))
+    got = apply_rotary(x, rotary)
+    assert got.shape == x.shape and got.is_contiguous()
+    for head, theta in enumerate(thetas):
+        want = complex_twin(x[1, :, head : head + 1], positions, 3, 5, theta)
+        torch.testing.assert_close(got[1, :, head : head + 1].double(), want, rtol=0, atol=2e-6)
+    with pytest.raises(ConfigError, match="tables for 3 heads do not fit 2 heads"):
+        apply_rotary(x[:, :, :2], rotary)
 
 
 def test_wrong_size_is_named() -> None:

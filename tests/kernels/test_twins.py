@@ -129,6 +129,10 @@ def check_codec(name: str, tokens: int, dim: int, device: str, out_dtype: torch.
         assert got[:, rows:].isnan().all(), "rows beyond the last were written"
         exact = name in ("fp32", "bf16") and rotary is None
         close(got[:, :rows], want[:, :rows], "copy" if exact else str(out_dtype).removeprefix("torch."))
+        alone = torch.full_like(got, torch.nan)
+        for head in range(heads):  # as where heads turn at other speeds
+            unpack_fast(arena[:, head : head + 1], slots, rotary, alone[head : head + 1])
+        assert torch.equal(alone[:, :rows], got[:, :rows])
 
 
 def check_lt2_encode(tokens: int, dim: int, rank: int, device: str) -> None:
@@ -278,6 +282,7 @@ def check_rotate(tokens: int, dim: int, device: str, dtype: torch.dtype) -> None
     got = rotary_triton.rotate(x, rotary)
     want = apply_rotary(x.cpu(), tables(tokens, 1, dim, "cpu")).to(device)
     close(got, want, str(dtype).removeprefix("torch."))
+    assert torch.equal(rotary_triton.rotate(x[:, 1:2], rotary), got[:, 1:2])
 
 
 def check_merge(dim: int, device: str, dtype: torch.dtype) -> None:
