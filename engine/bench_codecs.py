@@ -83,6 +83,7 @@ def recorded(models: Models, seed: int, num_blocks: int) -> list[compare.Sample]
                 v_NTHD=torch.stack([v_THD for _, _, v_THD, _ in history]).cpu(),
                 q_THD=apply_rotary(q_THD, own).cpu(),
                 rotary=rotary_table(range(num_latents), *shot.grid, spec.transformer.head_dim),
+                grid=shot.grid,
             )
         )
     return samples

@@ -46,12 +46,14 @@ class Sample:
         v_NTHD: values.
         q_THD: queries, turned to their positions.
         rotary: tables of the keys.
+        grid: rows and columns of a latent frame's tokens.
     """
 
     k_NTHD: Tensor
     v_NTHD: Tensor
     q_THD: Tensor
     rotary: Rotary
+    grid: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +86,7 @@ def synthetic_sample(kind: str, grid: synthetic.Grid, *, blocks: int, heads: int
         v_NTHD=history.v_NTHD,
         q_THD=apply_rotary(history.q_THD, own),
         rotary=rotary_table(range(frames), grid.height, grid.width, dim),
+        grid=(grid.height, grid.width),
     )
 
 
@@ -117,6 +120,7 @@ def load_samples(path: Path) -> list[Sample]:
                     v_NTHD=v.reshape(-1, frames * per_frame, heads, dim),
                     q_THD=apply_rotary(q, rotary_table(positions[split:], height, width, dim)),
                     rotary=rotary_table(positions[:split], height, width, dim),
+                    grid=(height, width),
                 )
             )
     return samples
@@ -153,7 +157,7 @@ def measure(kind: str, name: str, samples: Sequence[Sample], num_queries: int) -
     sums, bits = [0.0] * 4, 0.0
     for sample in samples:
         tokens, dim = sample.k_NTHD.shape[1], sample.k_NTHD.shape[3]
-        codec = make_codec(name, BlockGeometry(num_tokens=tokens, head_dim=dim))
+        codec = make_codec(name, BlockGeometry(num_tokens=tokens, head_dim=dim, grid=sample.grid))
         bits = codec.bits_per_element
         stride = max(1, sample.q_THD.shape[0] // num_queries)
         q_HTD = sample.q_THD[::stride].transpose(0, 1)
