@@ -186,6 +186,7 @@ def open_files(
     """
     if wish is DiskIO.SYSTEM:
         return ChunkFiles(ops)
+    files: DeepNvmeFiles | None = None
     try:
         new_handle = (load or load_op)(wish is DiskIO.DEEPNVME)
         if new_handle is None:
@@ -193,6 +194,8 @@ def open_files(
         files = DeepNvmeFiles(new_handle, file_bytes=file_bytes, ops=ops)
         _try_out(files, folder)
     except Exception as error:  # whatever a compiler, a linker or a library of others runs into: there is another way
+        if files is not None:
+            files.close()
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         _LOG.warning("disk: by system calls, DeepNVMe cannot be used here: %s", reason)
         return ChunkFiles(ops)

@@ -5,6 +5,7 @@ All of them go through a FileOps, so that tests can make any of them fail, fall 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -156,8 +157,9 @@ def make_file(ops: FileOps, path: Path, flags: int, fill: Callable[[int], int]) 
         finally:
             ops.close(fd)
         ops.replace(partial, path)
-    except OSError:
-        ops.unlink(partial)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first error is the one to be told
+            ops.unlink(partial)
         raise
     return total
 

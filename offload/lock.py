@@ -25,7 +25,7 @@ class FolderLock:
 
         Raises:
             LockedError: another process, or another lock object of this one, holds it.
-            StorageError: the file cannot be made.
+            StorageError: the file cannot be made, or the storage has no locks.
         """
         self.path = path
         try:
@@ -37,9 +37,12 @@ class FolderLock:
         except OSError as error:
             owner = os.pread(self._fd, 200, 0).decode(errors="replace").strip() or "another process"
             os.close(self._fd)
+            if not isinstance(error, BlockingIOError):
+                raise from_os_error(error, "locking the folder", path=path) from error
             raise LockedError(f"the folder is in use by {owner}; wait for it or stop it", path=path) from error
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        with contextlib.suppress(OSError):  # a full disk has no room for a name, and the lock holds without one
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         _HELD.add(self)
 
     def close(self) -> None:

@@ -26,7 +26,7 @@ from longtake.kernels.errors import ConfigError, StorageError
 from longtake.offload.chunkfiles import ChunkFiles, DiskIO
 from longtake.offload.deepnvme import open_files
 from longtake.offload.errors import from_os_error
-from longtake.offload.files import FileOps
+from longtake.offload.files import FileOps, fsync_dir
 from longtake.offload.journal import Journal, replay
 from longtake.offload.layout import chunk_layout
 from longtake.offload.lock import FolderLock
@@ -165,6 +165,7 @@ class RunDirectory:
         self._files: ChunkFiles | None = None
         try:
             path.mkdir(parents=True, exist_ok=True)
+            fsync_dir(self._ops, path.parent)
         except OSError as error:
             raise from_os_error(error, "making the shot's folder", path=path) from error
         try:
@@ -356,11 +357,11 @@ class RunDirectory:
             journal, self._journal = self._journal, None
             locks, self._locks = self._locks, []
         try:
-            if journal is not None:
-                if orderly:
-                    journal.append(Closed(num_blocks=self.num_blocks))
-                journal.close()
+            if journal is not None and orderly:
+                journal.append(Closed(num_blocks=self.num_blocks))
         finally:
+            if journal is not None:
+                journal.close()
             for lock in locks:
                 lock.close()
             if self._files is not None:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 
-from longtake.kernels.errors import ConfigError, StorageError
+from longtake.kernels.errors import ConfigError, LongtakeError, StorageError
 from longtake.offload.checksums import EqualParts
 from longtake.offload.chunkfiles import ChunkFiles, WrongSizeError
 from longtake.offload.durable import DurableStore
@@ -34,6 +34,8 @@ Checksums = npt.NDArray[np.uint32]
 Payloads = npt.NDArray[np.uint8]
 
 GROW_BLOCKS = 4096
+_NO_METADATA = (KeyError, ValueError, TypeError, AttributeError)
+"""What zarr raises when its JSON is none, or another."""
 
 
 class BlockStore:
@@ -95,12 +97,16 @@ class BlockStore:
         store = cls(root, array=array, layout=layout, heads=heads, files=files)
         try:
             (root / array).mkdir(parents=True, exist_ok=True)
+            for folder in (root.parent, root):  # or blocks that the journal lists would be gone with a folder's name
+                fsync_dir(store._ops, folder)
             if store.heads.start == 0:
                 store._create_metadata(num_blocks or GROW_BLOCKS)
+        except LongtakeError:
+            raise
         except OSError as error:
-            if isinstance(error, StorageError):
-                raise
             raise from_os_error(error, "making the Zarr array", path=root / array) from error
+        except _NO_METADATA as error:
+            raise _no_metadata(root, error) from error
         return store
 
     def _create_metadata(self, num_blocks: int) -> None:
@@ -254,12 +260,12 @@ class BlockStore:
         Returns:
             What was deleted.
         """
-        orphans = [
-            path
-            for block, path in self._own_files()
-            if block >= num_blocks or block in dropped or path.suffix == PARTIAL_SUFFIX
-        ]
         try:
+            orphans = [
+                path
+                for block, path in self._own_files()
+                if block >= num_blocks or block in dropped or path.suffix == PARTIAL_SUFFIX
+            ]
             for path in orphans:
                 self._ops.unlink(path)
             if orphans:
@@ -322,6 +328,10 @@ class BlockStore:
         return StorageError(f"block {block}, layer {layer}, head {head}: {what}", block=block, path=path)
 
 
+def _no_metadata(path: Path, error: Exception) -> StorageError:
+    return StorageError(f"the array's metadata cannot be read: {error}; render the shot anew with --fresh", path=path)
+
+
 def _open_array(store: DurableStore, name: str) -> zarr.Array[Any]:
     array = zarr.open_group(store, mode="r" if store.read_only else "r+")[name]
     if not isinstance(array, zarr.Array):
@@ -337,8 +347,8 @@ def layout_of(root: Path, array: str) -> ChunkLayout:
     """
     try:
         found = _open_array(DurableStore(root, read_only=True), array)
-    except (KeyError, ValueError, OSError) as error:
-        raise StorageError(f"the array's metadata cannot be read: {error}", path=root / array) from error
+    except (*_NO_METADATA, OSError) as error:
+        raise _no_metadata(root / array, error) from error
     if len(found.shape) != 4 or found.chunks[0] != 1 or found.chunks[3] != found.shape[3]:
         raise StorageError(f"the array has shape {found.shape} in chunks {found.chunks}", path=root / array)
     return ChunkLayout(

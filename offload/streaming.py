@@ -102,13 +102,23 @@ class _Arrival:
     pending: list[Future[Fence]] = field(default_factory=list)
 
     def settle(self) -> list[Fence]:
-        """Wait until every copy is at least queued; the fences of all of them."""
+        """Wait until every copy is at least queued; the fences of all of them. One that failed does so each time."""
         while self.pending:
-            future = self.pending.pop()
             try:
-                self.fences.append(future.result())
+                self.fences.append(self.pending[-1].result())
             except CancelledError as error:
                 raise StorageError("the cache was closed while a plan was being read") from error
+            self.pending.pop()
+        return self.fences
+
+    def give_up(self) -> list[Fence]:
+        """Cancel what has not begun; the fences of what has, whether or not all of it came."""
+        for future in self.pending:
+            future.cancel()
+        for future in self.pending:
+            if not future.cancelled() and future.exception() is None:
+                self.fences.append(future.result())
+        self.pending.clear()
         return self.fences
 
 
@@ -166,7 +176,7 @@ class Ring:
             self._now = None
         while self._coming and self._coming[0].layer != layer:
             skipped = self._coming.popleft()
-            self._free.append((skipped.slot_set, skipped.settle()))
+            self._free.append((skipped.slot_set, skipped.give_up()))
         if not self._coming:
             self._fill(layer)
         arrival = self._coming[0]
@@ -181,12 +191,7 @@ class Ring:
         """Let copies under way be; returns the fences after which the ring's slots are free."""
         fences = [fence for _, freed in self._free for fence in freed]
         for arrival in self._coming:
-            for future in arrival.pending:
-                future.cancel()
-            for future in arrival.pending:
-                if not future.cancelled() and future.exception() is None:
-                    fences.append(future.result())
-            fences += arrival.fences
+            fences += arrival.give_up()
         self._coming.clear()
         return fences
 

@@ -213,6 +213,10 @@ def test_damage_in_a_page_streamed_from_the_disk(tmp_path: Path) -> None:
             for layer in range(SHAPE.num_layers):
                 assert layer <= 5
                 check_pages(reading, layer, range(4))
+        with pytest.raises(StorageError, match="block 0, layer 5, head 1"):
+            reading.pages(5)  # and not what was in the slot before
+        for layer in (6, 7, 0, 1, 2):
+            check_pages(reading, layer, range(4))
     assert cache._device.table.num_pinned == 0
     check_passes(cache, (3, 2))
     commit(cache, 4)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 from longtake.offload.chunkfiles import ChunkFiles, DiskIO, WrongSizeError
 from longtake.offload.deepnvme import ALIGNMENT, DeepNvmeFiles, Handle, load_op, open_files
@@ -95,6 +96,20 @@ def test_what_cannot_be_used_or_trusted_is_not(tmp_path: Path, caplog: pytest.Lo
     assert len(caplog.messages) == 3 and not list(tmp_path.iterdir())
     for message, reason in zip(caplog.messages, ("libaio", "written from unwritten", "No space"), strict=True):
         assert message.startswith("disk: by system calls, DeepNVMe cannot be used here: ") and reason in message
+
+
+def test_what_is_not_used_gives_its_buffers_back(tmp_path: Path) -> None:
+    freed: list[int] = []
+
+    class Counted(PlainHandle):
+        def free_cpu_locked_tensor(self, tensor: Tensor, /) -> bool:
+            freed.append(tensor.numel())
+            return True
+
+    ops = FaultyOps(free_bytes=1)
+    chosen = open_files(DiskIO.AUTO, tmp_path, file_bytes=100, ops=ops, load=lambda build: lambda: Counted(ops))
+    assert type(chosen) is ChunkFiles
+    assert len(freed) == 8
 
 
 def test_without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from longtake.offload.run import RunDirectory, committed_blocks, kept_blocks
 from longtake.offload.shape import ModelKVShape
 from longtake.offload.store import Checksums
 from longtake.offload.verify import verify
-from tests.offload.faults import flip_bit
+from tests.offload.faults import FaultyOps, flip_bit
 from tests.offload.payloads import SHAPE, Opaque, check_passes, commit, open_run, payload_LHP
 
 BUDGET = CacheBudget(device_bytes=6 * SHAPE.block_bytes)
@@ -126,6 +127,28 @@ def test_a_writer_that_lost_its_lock_is_fenced_out(tmp_path: Path) -> None:
     old.close(orderly=False)
     new.close()
     assert history(replay(tmp_path / "journal").records).num_blocks == 2
+
+
+def test_closing_on_a_bad_disk_leaves_nothing_open(tmp_path: Path) -> None:
+    class Counting(FaultyOps):
+        still_open: ClassVar[set[int]] = set()
+
+        def open(self, path: Path, flags: int) -> int:
+            fd = super().open(path, flags)
+            self.still_open.add(fd)
+            return fd
+
+        def close(self, fd: int) -> None:
+            self.still_open.remove(fd)
+            super().close(fd)
+
+    ops = Counting()
+    run = open_run(tmp_path, ops)
+    ops.fail_fsync = True
+    with pytest.raises(StorageError, match="forcing the journal"):
+        run.close()
+    assert not ops.still_open
+    open_run(tmp_path).close()
 
 
 def test_checkpoints_and_segments_follow_the_blocks(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
@@ -14,8 +16,9 @@ from longtake.kernels.errors import ConfigError, StorageError
 from longtake.offload.checksums import EqualParts
 from longtake.offload.durable import DurableStore
 from longtake.offload.errors import DiskFullError, MissingChunkError
-from longtake.offload.files import crc32c
+from longtake.offload.files import FileOps, crc32c
 from longtake.offload.layout import MAX_CHUNK_BYTES, ChunkLayout, chunk_layout
+from longtake.offload.run import RunDirectory
 from longtake.offload.shape import ModelKVShape
 from longtake.offload.store import GROW_BLOCKS, BlockStore, Checksums, Payloads, layout_of
 from tests.offload.aio import WAYS, files_of
@@ -184,6 +187,42 @@ def test_full_disk_leaves_no_file(tmp_path: Path, way: str) -> None:
     assert not files_in(tmp_path)
     ops.free_bytes = None
     assert np.array_equal(read_block(store, 3, write_block(store, 3, payloads(3))), payloads(3))
+
+
+@pytest.mark.parametrize("name", ["zarr.json", "opaque/zarr.json"])
+@pytest.mark.parametrize("text", ["", "[]", "null", '{"zarr_format": 9, "node_type": "group"}'])
+def test_damaged_metadata_is_named(tmp_path: Path, name: str, text: str) -> None:
+    new_store(tmp_path, "system")
+    (tmp_path / "kv.zarr" / name).write_text(text)
+    for call in (lambda: layout_of(tmp_path / "kv.zarr", "opaque"), lambda: new_store(tmp_path, "system")):
+        with pytest.raises(StorageError, match="metadata cannot be read"):
+            call()
+
+
+def test_the_first_error_of_a_failed_write_is_told(tmp_path: Path) -> None:
+    class NothingWorks(FaultyOps):
+        def unlink(self, path: Path) -> None:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    ops = NothingWorks()
+    store = new_store(tmp_path, "system", ops)
+    ops.fail_writes = 1
+    with pytest.raises(StorageError, match="writing a chunk failed: Input/output error"):
+        store.write_chunk(0, store.chunks[0], payloads(0))
+
+
+def test_names_of_new_folders_are_forced_to_the_disk(tmp_path: Path) -> None:
+    class Watched(FileOps):
+        synced: ClassVar[set[str]] = set()
+
+        def fsync(self, fd: int) -> None:
+            self.synced.add(os.readlink(f"/proc/self/fd/{fd}"))
+
+    path = tmp_path / "film" / "shot"
+    shape = ModelKVShape(num_layers=4, num_heads=4, codec=Opaque(payload_bytes=3000))
+    RunDirectory(path, shape=shape, config_hash="c", ops=Watched()).close()
+    for folder in (tmp_path / "film", path, path / "kv.zarr", path / "kv.zarr" / "opaque"):
+        assert str(folder) in Watched.synced, folder
 
 
 def test_short_transfers_go_on(tmp_path: Path) -> None:
