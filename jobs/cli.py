@@ -73,7 +73,9 @@ def run(arguments: list[str]) -> int:
         if is_disk_full(error):
             return _fail(EXIT_INTERRUPTED, f"no room on the disk, make some and run the same command again: {error}")
         if not isinstance(error, LongtakeError):
-            raise
+            if error.filename is None:
+                raise
+            return _fail(EXIT_FAILED, f"{error.filename}: {error.strerror}")
         return _fail(EXIT_FAILED, str(error))
     except (KeyboardInterrupt, StopNow, typer.Abort):
         return _fail(EXIT_INTERRUPTED, "interrupted; run the same command again to go on")
@@ -143,12 +145,10 @@ def render(
 
 
 def _render(job: RenderJob, stop: Callable[[], bool], gang: Gang | None = None) -> bool:
-    from rich.console import Console
-
     from longtake.jobs import render as rendering
-    from longtake.jobs.progress import make_display
+    from longtake.jobs.progress import make_display, plain_console
 
-    with make_display(Console(), job.num_frames) as display:
+    with make_display(plain_console(), job.num_frames) as display:
         render_shot, join = rendering.engine() if gang is None else rendering.engine(gang)
         return rendering.FilmRenderer(job, render_shot=render_shot, join=join, display=display, stop=stop).run()
 

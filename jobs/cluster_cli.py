@@ -122,9 +122,9 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="status.json as it is.")] = False,
 ) -> None:
     """How far a film is, from its directory: no connection to the cluster is needed."""
-    from rich.console import Console
     from rich.live import Live
 
+    from longtake.jobs.progress import plain_console
     from longtake.jobs.status_table import read_status, status_table
     from longtake.jobs.tables import print_table
 
@@ -134,7 +134,7 @@ def status(
     elif not follow:
         print_table(status_table(data, time.time()))
     else:
-        with Live(status_table(data, time.time()), console=Console(), auto_refresh=False) as live:
+        with Live(status_table(data, time.time()), console=plain_console(), auto_refresh=False) as live:
             while data["state"] not in ("SUCCEEDED", "DEAD"):
                 time.sleep(1.0)
                 data = read_status(directory, shot)

@@ -6,7 +6,9 @@ ledgers. Only in memory is when each gang was last heard of: after a restart all
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -35,11 +37,14 @@ from longtake.jobs.states import (
     resumed,
     retried,
     stopped,
+    waits_s,
 )
 from longtake.jobs.status import State
-from longtake.kernels.errors import ConfigError
+from longtake.kernels.errors import ConfigError, StorageError
 
 LEASE_S = 15.0
+
+log = logging.getLogger(__name__)
 
 _ACTIONS: dict[Action, Callable[[Task], Task]] = {
     Action.PAUSE: paused,
@@ -110,9 +115,7 @@ class Director:
             old = ledger.film
             record = dataclasses.replace(record, submitted_s=old.submitted_s if old else self._wall())
             kept = [taken_over(task, ledger.tasks.get(task.name)) for task in tasks]
-            ledger.save(kept, at_s=self._wall(), event="submitted")
-            ledger.set_film(record)  # last: a ledger without a film has none
-            ledger.remove([name for name in ledger.tasks if name not in {task.name for task in tasks}])
+            ledger.take(record, kept, at_s=self._wall())
         except BaseException:
             if directory not in self._films:
                 ledger.close()
@@ -251,8 +254,7 @@ class Director:
         self._idle.pop(name, None)
         held = list(self._held(name))
         for film, task in held:
-            message = f"gang {name} was lost"
-            self._fail(film, task, Failure(kind=FailureKind.CRASH, signature="gang", message=message))
+            self._give_up(film, task, "gang", f"gang {name} was lost")
         return bool(held)
 
     def reconcile(self, alive: Collection[str]) -> None:
@@ -273,8 +275,7 @@ class Director:
             for task in list(film.ledger.tasks.values()):
                 if task.leased and now - film.heard_s[task.name] > self.lease_s:
                     silent.append(str(task.gang))
-                    message = f"gang {task.gang} was silent for {self.lease_s:g} s"
-                    self._fail(film, task, Failure(kind=FailureKind.CRASH, signature="silent", message=message))
+                    self._give_up(film, task, "silent", f"gang {task.gang} was silent for {self.lease_s:g} s")
         self._idle = {name: (gang, at) for name, (gang, at) in self._idle.items() if now - at <= self.lease_s}
         self._preempt()
         self._explain_waiting()
@@ -287,14 +288,7 @@ class Director:
 
     def next_wait_s(self) -> float | None:
         """Seconds until a task that waits after a failure may be tried again; None if there is none."""
-        now = self._wall()
-        waits = [
-            task.not_before_s - now
-            for film in self._films.values()
-            for task in film.ledger.tasks.values()
-            if task.state is State.WAITING and task.not_before_s > now
-        ]
-        return min(waits, default=None)
+        return min((wait_s for _, _, wait_s in self._waiting() if wait_s), default=None)
 
     # Inside
 
@@ -304,15 +298,19 @@ class Director:
 
     def _ready(self) -> list[tuple[_OpenFilm, Task]]:
         """Tasks that could be given out now, by priority, then by the films' age, then in the film's order."""
-        now = self._wall()
-        ready = [
-            (film, task)
-            for film in self._films.values()
-            for task in film.ledger.tasks.values()
-            if task.state is State.WAITING and task.not_before_s <= now
-        ]
+        ready = [(film, task) for film, task, wait_s in self._waiting() if not wait_s]
         ready.sort(key=lambda pair: (-pair[0].record.priority, pair[0].record.submitted_s, pair[1].position))
         return ready
+
+    def _waiting(self) -> list[tuple[_OpenFilm, Task, float]]:
+        """Tasks that wait for a gang, and the seconds until each may be tried."""
+        now = self._wall()
+        return [
+            (film, task, waits_s(task, film.record.policy, now))
+            for film in self._films.values()
+            for task in film.ledger.tasks.values()
+            if task.state is State.WAITING
+        ]
 
     def _held(self, gang: str) -> Iterator[tuple[_OpenFilm, Task]]:
         for film in self._films.values():
@@ -343,7 +341,8 @@ class Director:
             kind = {"cuda": "GPUs", "cpu": "CPUs"}[film.record.device]
             reason = None if self._can_be_held(film) else f"waits for a host with {film.record.gang_sizes[0]} {kind}"
             if reason != task.reason and (reason is not None or str(task.reason).startswith("waits for a host")):
-                self._save(film, [dataclasses.replace(task, reason=reason)], "")
+                with _no_hold_up():
+                    self._save(film, [dataclasses.replace(task, reason=reason)], "")
 
     def _others_fit(self, gang: Gang) -> bool:
         """Whether another idle gang could take the most urgent task, which this one cannot."""
@@ -370,6 +369,11 @@ class Director:
         spent = dataclasses.replace(task, gpu_s=task.gpu_s + self._gpu_s(film, task))
         self._save(film, [failed(spent, failure, film.record.policy, self._wall())], f"failed: {failure.kind}")
 
+    def _give_up(self, film: _OpenFilm, task: Task, signature: str, message: str) -> None:
+        """Take a task from a gang that is not there any more."""
+        with _no_hold_up():
+            self._fail(film, task, Failure(kind=FailureKind.CRASH, signature=signature, message=message))
+
     def _save(self, film: _OpenFilm, changed: Sequence[Task], event: str) -> None:
         """Make tasks durable, with those that wait for them, and tell."""
         tasks = {**film.ledger.tasks, **{task.name: task for task in changed}}
@@ -395,7 +399,17 @@ class Director:
             if not running:
                 return
             victim, task = min(running, key=lambda pair: (pair[0].record.priority, -(pair[1].started_s or 0)))
-            self._save(victim, [ask(task, Want.REQUEUE)], f"preempted by {film.record.title}")
+            with _no_hold_up():
+                self._save(victim, [ask(task, Want.REQUEUE)], f"preempted by {film.record.title}")
+
+
+@contextlib.contextmanager
+def _no_hold_up() -> Iterator[None]:
+    """What nobody asked for: a film that cannot be written holds up no other, and its turn comes again."""
+    try:
+        yield
+    except StorageError as error:
+        log.warning("%s", error)
 
 
 def _open(directory: str) -> Ledger:

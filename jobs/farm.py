@@ -26,7 +26,7 @@ from longtake.jobs.publish import Publisher
 from longtake.jobs.rental import RESOURCES, Rental
 from longtake.jobs.states import Failure, Lease, Progress, Task
 from longtake.jobs.wishes import take_wishes
-from longtake.kernels.errors import ConfigError, StorageError
+from longtake.kernels.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -131,7 +131,7 @@ class DirectorActor:
         while True:
             try:
                 await self._look()
-            except (StorageError, ray.exceptions.RayError):
+            except (OSError, ray.exceptions.RayError):
                 log.exception("the director could not look after its gangs; it tries again")
             self._publisher.flush()
             await asyncio.sleep(self._options.watch_s)
@@ -163,13 +163,16 @@ class DirectorActor:
         return [name for name, heard in self._heard.items() if now - heard > self._options.gang_stuck_s]
 
     def _fulfil(self, directory: str, *, but: Action | None = None) -> None:
-        for wish in take_wishes(directory):
-            try:
-                if wish.action is not but:
-                    self._mind.control(directory, wish.action, wish.shot)
-            except ConfigError as error:
-                log.warning("%s", error)
-            wish.done()
+        try:
+            for wish in take_wishes(directory):
+                try:
+                    if wish.action is not but:
+                        self._mind.control(directory, wish.action, wish.shot)
+                except ConfigError as error:
+                    log.warning("%s", error)
+                wish.done()
+        except OSError as error:  # of this film's storage; the others are to be looked after
+            log.warning("wishes wait in %s: %s", directory, error)
 
     def _mourn(self, alive: set[str]) -> None:
         """Notice gangs that died young, so that what cannot start is not started over and over."""

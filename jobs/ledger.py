@@ -96,16 +96,24 @@ class Ledger:
             raise
 
     film: FilmRecord | None
-    """None until the film is set."""
+    """None until there is one."""
     tasks: dict[str, Task]
     """As on the disk, by name, in the film's order."""
 
-    def set_film(self, film: FilmRecord) -> None:
-        """Set or replace the film's record."""
+    def take(self, film: FilmRecord, tasks: Iterable[Task], *, at_s: float) -> None:
+        """Set or replace the film and its tasks, all or nothing, and forget those that it does not have.
+
+        Raises:
+            StorageError: nothing was changed.
+        """
+        wanted = {task.name: task for task in sorted(tasks, key=lambda task: task.position)}
         with self._transaction():
             self._db.execute("DELETE FROM film")
             self._insert("film", film)
-        self.film = film
+            gone = [(name,) for name in self.tasks if name not in wanted]
+            self._db.executemany("DELETE FROM task WHERE name = ?", gone)
+            self._write([task for task in wanted.values() if self.tasks.get(task.name) != task], at_s, "submitted")
+        self.film, self.tasks = film, wanted
 
     def save(self, tasks: Iterable[Task], *, at_s: float, event: str = "") -> None:
         """Make tasks durable, all or none, with one event each if there is one.
@@ -117,28 +125,23 @@ class Ledger:
         if not changed:
             return
         with self._transaction():
-            for task in changed:
-                self._insert("task", task)
-                if event:
-                    note = (at_s, task.name, event, str(task.state), task.epoch, task.gang, task.reason)
-                    self._db.execute("INSERT INTO event VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)", note)
-            if event:
-                self._db.execute("DELETE FROM event WHERE id <= (SELECT max(id) FROM event) - ?", (MAX_EVENTS,))
+            self._write(changed, at_s, event)
         self.tasks.update((task.name, task) for task in changed)
         if any(task.position != index for index, task in enumerate(self.tasks.values())):
             self.tasks = dict(sorted(self.tasks.items(), key=lambda item: item[1].position))
 
+    def _write(self, tasks: Iterable[Task], at_s: float, event: str) -> None:
+        for task in tasks:
+            self._insert("task", task)
+            if event:
+                note = (at_s, task.name, event, str(task.state), task.epoch, task.gang, task.reason)
+                self._db.execute("INSERT INTO event VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)", note)
+        if event:
+            self._db.execute("DELETE FROM event WHERE id <= (SELECT max(id) FROM event) - ?", (MAX_EVENTS,))
+
     def hold(self, task: Task) -> None:
         """Take a task's progress into memory; it reaches the disk with the task's next `save`."""
         self.tasks[task.name] = task
-
-    def remove(self, names: Iterable[str]) -> None:
-        """Forget tasks."""
-        gone = [name for name in names if name in self.tasks]
-        with self._transaction():
-            self._db.executemany("DELETE FROM task WHERE name = ?", [(name,) for name in gone])
-        for name in gone:
-            del self.tasks[name]
 
     def events(self, limit: int = 100) -> list[dict[str, Any]]:
         """The last events, oldest first."""

@@ -80,6 +80,11 @@ class Display(Protocol):
         """Something worth a line of its own."""
 
 
+def plain_console(width: int | None = None) -> Console:
+    """A console that takes words as they are: a title, a reason or a path is no markup and no emoji."""
+    return Console(width=width, markup=False, emoji=False, highlight=False)
+
+
 def make_display(console: Console, film_num_frames: int) -> Display:
     """A bar if the console is a terminal, lines otherwise."""
     return BarDisplay(console, film_num_frames) if console.is_terminal else LineDisplay(console)

@@ -6,8 +6,10 @@ import re
 from fractions import Fraction
 
 _SECONDS = {"h": 3600, "m": 60, "s": 1}
-_DURATION = re.compile(r"(?:(?P<h>\d+(?:\.\d+)?)h)?(?:(?P<m>\d+(?:\.\d+)?)m)?(?:(?P<s>\d+(?:\.\d+)?)s)?", re.ASCII)
-_MILLISECONDS = re.compile(r"(\d+(?:\.\d+)?)ms", re.ASCII)
+_NUMBER = r"\d{1,18}(?:\.\d{1,18})?"
+_DURATION = re.compile(rf"(?:(?P<h>{_NUMBER})h)?(?:(?P<m>{_NUMBER})m)?(?:(?P<s>{_NUMBER})s)?", re.ASCII)
+_MILLISECONDS = re.compile(rf"({_NUMBER})ms", re.ASCII)
+_MAX_QUOTED = 40
 
 BYTE_UNITS = {
     "B": 1,
@@ -21,7 +23,7 @@ BYTE_UNITS = {
     "GiB": 2**30,
     "TiB": 2**40,
 }
-_BYTES = re.compile(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", re.ASCII)
+_BYTES = re.compile(rf"({_NUMBER}) ?([A-Za-z]*)", re.ASCII)
 
 
 def parse_duration(text: str) -> Fraction:
@@ -41,7 +43,7 @@ def parse_duration(text: str) -> Fraction:
         return Fraction(match[1]) / 1000
     match = _DURATION.fullmatch(text)
     if not text or match is None:
-        raise ValueError(f'"{text}" is no duration; write it like "45s", "2m", "1h30m" or "4.5s"')
+        raise ValueError(f'"{_short(text)}" is no duration; write it like "45s", "2m", "1h30m" or "4.5s"')
     return sum((Fraction(number) * _SECONDS[unit] for unit, number in match.groupdict("0").items()), Fraction(0))
 
 
@@ -70,13 +72,18 @@ def parse_bytes(text: str) -> int:
     """
     match = _BYTES.fullmatch(text)
     if match is None:
-        raise ValueError(f'"{text}" is no byte count; write it like "6GiB" or "500MB"')
+        raise ValueError(f'"{_short(text)}" is no byte count; write it like "6GiB" or "500MB"')
     number, unit = match.groups()
     if unit not in BYTE_UNITS:
         meant = next((known for known in BYTE_UNITS if known.lower() == unit.lower()), None)
         mend = f'write "{number}{meant}"' if meant else 'write it like "6GiB" or "500MB"'
-        raise ValueError(f'"{text}" has {f"the unknown unit {unit}" if unit else "no unit"}; {mend}')
+        named = f"the unknown unit {_short(unit)}" if unit else "no unit"
+        raise ValueError(f'"{_short(text)}" has {named}; {mend}')
     return int(Fraction(number) * BYTE_UNITS[unit])
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _MAX_QUOTED else f"{text[: _MAX_QUOTED - 3]}..."
 
 
 def format_bytes(num_bytes: int) -> str:

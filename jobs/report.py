@@ -60,7 +60,7 @@ def write_report(directory: Path, out: Path) -> None:
     body = "\n".join([_head(directory, status), *shots])
     page = _PAGE.format(title=html.escape(status["title"]), style=_STYLE, body=body)
     try:
-        out.write_text(page)
+        out.write_text(page, encoding="utf-8")
     except OSError as error:
         raise from_os_error(error, "writing the report", path=out) from error
 

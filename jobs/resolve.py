@@ -61,6 +61,8 @@ def resolve(film: Film, read_model: ReadModel) -> dict[str, ShotConfig]:
                 models[name] = read_model(_model_name(film, name))
             except ConfigError as error:
                 raise film.source.error(film.key(shot, "model"), str(error)) from error
+            except (OSError, ValueError, RuntimeError) as error:
+                raise _unreadable(film, shot, "model", name, "an existing folder", error) from error
     configs: dict[str, ShotConfig] = {}
     for shot in film.render_order():
         before = configs[shot.after] if shot.after is not None else None
@@ -196,13 +198,19 @@ def _media(film: Film, shot: Shot, key: str, name: str | None) -> MediaConfig | 
     """A file that a shot starts from, relative to the film's folder, and the hash of its content."""
     if name is None:
         return None
-    path = (Path(film.source.path).parent / Path(name).expanduser()).absolute()
     try:
+        path = (Path(film.source.path).parent / Path(name).expanduser()).absolute()
         with path.open("rb") as file:
             return MediaConfig(path=path, sha256=hashlib.file_digest(file, "sha256").hexdigest())
-    except OSError as error:
-        message = f"{quote(name)} cannot be read ({error.strerror}); name an existing file"
-        raise film.source.error(film.key(shot, key), message) from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _unreadable(film, shot, key, name, "an existing file", error) from error
+
+
+def _unreadable(film: Film, shot: Shot, key: str, name: str, mend: str, error: Exception) -> ConfigError:
+    """What to say of a path that is none: too long, with a NUL, of a user that is not there."""
+    reason = getattr(error, "strerror", None) or str(error)
+    message = f"{quote(name)} cannot be read ({reason}); name {mend}"
+    return film.source.error(film.key(shot, key), message)
 
 
 def _clip_blocks(film: Film, shot: Shot, config: ShotConfig, clip: MediaConfig) -> int:

@@ -37,7 +37,7 @@ def taken_over(task: Task, old: Task | None) -> Task:
     """A task of a film submitted (again), with what an earlier submission reached."""
     if old is None:
         return task
-    if old.recipe != task.recipe and not old.leased:
+    if old.recipe != task.recipe and (not old.leased or task.kind is TaskKind.JOIN):  # a joining loses its lease
         return dataclasses.replace(task, epoch=old.epoch)
     kept = dataclasses.replace(old, position=task.position, after=task.after)
     if old.state is State.DEAD and old.reason != "cancelled":

@@ -35,6 +35,6 @@ def write_line(path: Path, text: str) -> None:
     with suppress(OSError):
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         try:
-            os.write(fd, f"{stamp} {text.rstrip()}\n".encode())
+            os.write(fd, f"{stamp} {text.rstrip()}\n".encode(errors="backslashreplace"))
         finally:
             os.close(fd)

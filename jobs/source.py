@@ -17,6 +17,7 @@ from longtake.kernels.errors import ConfigError
 T = TypeVar("T")
 
 _MAX_QUOTED = 60
+_LONG_NUMBER = re.compile(r"(?:\d_?){1000}")
 _TYPE_NAMES = {
     bool: "a boolean",
     int: "an integer",
@@ -82,13 +83,28 @@ def parse_source(text: str, path: str) -> Source:
     except tomllib.TOMLDecodeError as error:
         reason = str(error)
         place = re.search(r" \(at (?:line (\d+), column (\d+)|end of document)\)$", reason)
-        line = place[1] if place and place[1] else str(text.rstrip().count("\n") + 1)
+        line = int(place[1]) if place and place[1] else text.rstrip().count("\n") + 1
         reason = reason[: place.start()] if place else reason
         column = f" at column {place[2]}" if place and place[2] else ""
         raise ConfigError(one_line(f"{path}:{line}: not TOML: {reason}{column}")) from error
     except RecursionError as error:
         raise ConfigError(f"{path}: not TOML that a film needs: nested too deeply") from error
-    return Source(path=path, document=document, lines=lines)
+    except ValueError as error:  # of int(), which reads no more than some thousand digits
+        number = _LONG_NUMBER.search(text)
+        line = text.count("\n", 0, number.start() if number else 0) + 1
+        raise ConfigError(f"{path}:{line}: a number has too many digits; write one that fits in 64 bits") from error
+    source = Source(path=path, document=document, lines=lines)
+    _check_integers(source, (), document)
+    return source
+
+
+def _check_integers(source: Source, path: TomlPath, value: Any) -> None:
+    """TOML's integers have 64 bits; Python's would go on, and cannot even be written out."""
+    if isinstance(value, dict | list):
+        for key, child in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_integers(source, (*path, key), child)
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise source.error(path, "the number does not fit in 64 bits")
 
 
 def one_line(text: str) -> str:

@@ -178,6 +178,12 @@ def grant(task: Task, *, gang: str, incarnation: str, num_devices: int, now_s: f
     )
 
 
+def waits_s(task: Task, policy: RetryPolicy, now_s: float) -> float:
+    """Seconds until a waiting task may be tried again; a clock that was set back makes them no more than the most."""
+    left_s = task.not_before_s - now_s
+    return left_s if 0 < left_s <= policy.max_backoff_s else 0.0
+
+
 def progressed(task: Task, progress: Progress, gpu_s: float) -> Task:
     """Note where a gang is, and ``gpu_s`` more spent. A block more than ever before forgives the failures so far."""
     _need(task, State.RUNNING, State.CHECKPOINT)
@@ -216,7 +222,7 @@ def failed(task: Task, failure: Failure, policy: RetryPolicy, now_s: float) -> T
         return _after_lease(task)
     if failure.kind is FailureKind.BUSY:
         released = _after_lease(task)
-        return dataclasses.replace(released, not_before_s=now_s + policy.backoff_s, reason=failure.message)
+        return dataclasses.replace(released, not_before_s=now_s + policy.delay_s(1), reason=failure.message)
     if failure.kind is FailureKind.FULL:
         return dataclasses.replace(_after_lease(task), state=State.PAUSED, reason=failure.message)
     same = failure.kind is FailureKind.ERROR and task.signature == failure.signature

@@ -5,13 +5,14 @@ A job runs once and dies with its cluster; what lasts is the run's directory. Su
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import re
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,12 +122,8 @@ def wait(client: Any, job: str, *, say: Callable[[str], None], stop: Callable[[]
     """
     num_said, is_stopping = 0, False
     while True:
-        try:
+        with _answering():
             status, text = _status(client, job), client.get_job_logs(job)
-        except (ConnectionError, RuntimeError) as error:
-            raise WorkerError(
-                f"the cluster does not answer any more; submit the film again to go on: {error}"
-            ) from error
         lines = text.splitlines()
         for line in lines[num_said:]:
             say(line)
@@ -135,9 +132,11 @@ def wait(client: Any, job: str, *, say: Callable[[str], None], stop: Callable[[]
             break
         if stop() and not is_stopping:
             is_stopping = True
-            client.stop_job(job)
+            with _answering():
+                client.stop_job(job)
         time.sleep(_POLL_S)
-    code = client.get_job_info(job).driver_exit_code
+    with _answering():
+        code = client.get_job_info(job).driver_exit_code
     if status == "STOPPED":
         return 3
     if code is None:
@@ -157,4 +156,20 @@ def _status(client: Any, job: str) -> str | None:
 
 def _jobs(client: Any) -> dict[str, str]:
     """The status of all submitted jobs."""
-    return {info.submission_id: str(info.status.value) for info in client.list_jobs() if info.submission_id}
+    with _answering():
+        return {info.submission_id: str(info.status.value) for info in client.list_jobs() if info.submission_id}
+
+
+@contextlib.contextmanager
+def _answering() -> Iterator[None]:
+    """Asking the cluster.
+
+    Raises:
+        WorkerError: it is gone.
+    """
+    try:
+        yield
+    except (ConnectionError, RuntimeError) as error:
+        if isinstance(error, WorkerError):
+            raise
+        raise WorkerError(f"the cluster does not answer any more; submit the film again to go on: {error}") from error

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from longtake.engine.config import ModelSpec
 from longtake.engine.presets import Preset
 from longtake.jobs.plan import ShotPlan, seconds_on
+from longtake.jobs.progress import plain_console
 from longtake.jobs.quantities import format_bytes, format_duration
 
 PIPE_COLUMNS = 200
@@ -18,8 +18,8 @@ PIPE_COLUMNS = 200
 
 def print_table(table: Table) -> None:
     """Print on stdout; where that is no terminal, wide enough that nothing is cut."""
-    console = Console()
-    (console if console.is_terminal else Console(width=PIPE_COLUMNS)).print(table)
+    console = plain_console()
+    (console if console.is_terminal else plain_console(PIPE_COLUMNS)).print(table)
 
 
 def plan_table(plans: list[ShotPlan], num_gangs: int = 1) -> Table:

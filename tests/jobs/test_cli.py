@@ -13,6 +13,8 @@ import pytest
 
 from longtake.jobs import cli
 from longtake.jobs import render as rendering
+from longtake.jobs.film import parse_film
+from longtake.jobs.status import ShotStatus, State, StatusFile
 from longtake.kernels.errors import CapacityError, ConfigError, StorageError
 
 FILM = '[[shot]]\nname = "a"\nduration = "2s"\nprompt = "p"\nmodel = "models/tiny"\n'
@@ -201,6 +203,25 @@ def test_plan(film: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (data["num_frames"], data["num_blocks"]) == (32, 3)
     assert cli.run(["plan", str(film), "--json", "/proc/x"]) == 2
     assert "--json /proc/x: cannot be written" in error_line(capsys)
+
+
+@pytest.mark.parametrize("command", ["status", "report", "verify", "pause", "logs"])
+def test_a_directory_that_is_none(command: str, film: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in (str(film), "x" * 5000):
+        assert cli.run([command, name]) in (1, 2)
+        assert name in error_line(capsys)
+
+
+def test_status_says_words_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    film = parse_film('[film]\ntitle = "a [/b] [red] :boat:"\n' + FILM)
+    reason = "write size = [height, width] in [/tmp/x]"
+    entry = ShotStatus(state=State.DEAD, num_blocks=3, num_frames=9, reason=reason)
+    StatusFile(tmp_path, film).update({"a": entry})
+    for options in ((), ("--follow",)):
+        assert cli.run(["status", str(tmp_path), *options]) == 0
+        said = capsys.readouterr().out
+        assert "a [/b] [red] :boat:: DEAD" in said
+        assert options or reason in said
 
 
 def test_models(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sqlite3
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from longtake.jobs.director import Director
-from longtake.jobs.ledger import FilmRecord
+from longtake.jobs.ledger import FilmRecord, Ledger
 from longtake.jobs.orders import Action, Gang, Leave, Order, Outcome, Verdict
 from longtake.jobs.states import JOIN_NAME, Failure, FailureKind, Lease, Progress, Task, TaskKind
 from longtake.jobs.status import State
-from longtake.kernels.errors import ConfigError
+from longtake.kernels.errors import ConfigError, StorageError
 
 GANG = Gang(name="g1", incarnation="1")
 OTHER = Gang(name="g2", incarnation="1")
@@ -292,6 +294,83 @@ def test_a_film_that_no_host_can_hold_stops_nobody_and_says_so(tmp_path: Path) -
     mind.tick()
     assert mind.view(big).tasks[0].reason is None
     assert mind.heartbeat(first, Progress()) is Verdict.STOP
+
+
+def test_a_clock_that_was_set_back_keeps_no_shot_waiting(tmp_path: Path) -> None:
+    clock = Clock()
+    mind, where = director(clock), film(tmp_path)
+    mind.submit(where, record(), tasks_of(None))
+    for kind in (FailureKind.CRASH, FailureKind.BUSY):
+        lease = order(mind.next_order(GANG)).lease
+        mind.fail(lease, Failure(kind=kind, signature="x", message="x"))
+        assert mind.next_order(GANG) is None
+        clock.now -= 30 * 24 * 3600
+        assert mind.next_wait_s() is None
+    order(mind.next_order(GANG))
+
+
+def test_a_shot_added_while_the_film_is_joined_comes_into_it(tmp_path: Path) -> None:
+    mind, where = director(Clock()), film(tmp_path)
+    mind.submit(where, record(), tasks_of(None))
+    mind.finish(order(mind.next_order(GANG)).lease)
+    join = order(mind.next_order(GANG)).lease
+    assert join.task == JOIN_NAME
+    *shots, last = tasks_of(None, None)
+    mind.submit(where, record(), [*shots, dataclasses.replace(last, recipe="both")])
+    assert not mind.finish(join, JOIN_NAME), "it is without the new shot"
+    assert states(mind, where) == {"s0": State.SUCCEEDED, "s1": State.WAITING, JOIN_NAME: State.DEPEND}
+    mind.finish(order(mind.next_order(GANG)).lease)
+    again = order(mind.next_order(GANG)).lease
+    assert (again.task, again.epoch) == (JOIN_NAME, join.epoch + 1)
+
+
+def test_a_submission_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mind, where = director(Clock()), film(tmp_path)
+    mind.submit(where, record(), tasks_of(None, None))
+    before = mind.view(where)
+    plain, num_rows, allowed = Ledger._insert, 0, 0
+
+    def insert(self: Ledger, table: str, row: Task | FilmRecord) -> None:
+        nonlocal num_rows
+        num_rows += 1
+        if num_rows > allowed:
+            raise sqlite3.OperationalError("database or disk is full")
+        plain(self, table, row)
+
+    for count in range(3):
+        num_rows, allowed = 0, count
+        with monkeypatch.context() as patched:
+            patched.setattr(Ledger, "_insert", insert)
+            with pytest.raises(StorageError, match="disk is full"):
+                mind.submit(where, record(priority=7), tasks_of(None, None, None)[1:])
+        assert mind.view(where) == before
+    mind.close(where)
+    assert mind.view(where) == before
+
+
+def test_a_ledger_that_cannot_be_written_holds_up_no_other_film(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    mind, bad, good = director(clock), film(tmp_path, "bad"), film(tmp_path, "good")
+    for where, gang in ((bad, GANG), (good, OTHER)):
+        mind.submit(where, record(where), tasks_of(None))
+        order(mind.next_order(gang))
+    plain = Ledger.save
+
+    def save(self: Ledger, tasks: Iterable[Task], *, at_s: float, event: str = "") -> None:
+        if self.path.parent.name == "bad":
+            raise StorageError("the ledger cannot be written: disk I/O error", path=self.path)
+        plain(self, tasks, at_s=at_s, event=event)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Ledger, "save", save)
+        clock.now += 11
+        assert mind.tick() == ["g1", "g2"]
+        assert (states(mind, bad)["s0"], states(mind, good)["s0"]) == (State.RUNNING, State.WAITING)
+        mind.reconcile([])
+    mind.tick()
+    assert states(mind, bad)["s0"] is State.WAITING, "it is tried again"
 
 
 def test_a_directory_without_a_film(tmp_path: Path) -> None:

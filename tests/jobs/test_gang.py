@@ -16,6 +16,7 @@ from longtake.jobs.fleet import Crewing, Muster, muster, parse_name
 from longtake.jobs.hold import Hold
 from longtake.jobs.ledger import FilmRecord
 from longtake.jobs.orders import Action, Gang, Leave, Order, Outcome, Verdict
+from longtake.jobs.shotlog import ShotLog
 from longtake.jobs.states import JOIN_NAME, Failure, Lease, Progress, Task, TaskKind
 from longtake.jobs.status import State
 from longtake.jobs.work import Worker, explain
@@ -299,3 +300,8 @@ def test_gangs_are_known_by_their_names() -> None:
     assert parse_name(crewing.name) == crewing
     for name in ("director", "gang-cuda-1-2-ab", "gang-cuda-x-ab", "gang-cuda-1_0-ab"):
         assert parse_name(name) is None
+
+
+def test_the_log_takes_any_text(tmp_path: Path) -> None:
+    ShotLog(tmp_path / "a").write("cannot open /films/\udcff.png\nTraceback")
+    assert "cannot open /films/\\udcff.png\nTraceback" in (tmp_path / "a.log").read_text()

@@ -43,8 +43,7 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     )
     ledger = Ledger(tmp_path / "ledger.sqlite")
     assert ledger.film is None
-    ledger.set_film(RECORD)
-    ledger.save([full, *tasks(1)], at_s=3.0, event="granted")
+    ledger.take(RECORD, [full, *tasks(1)], at_s=3.0)
     ledger.close()
     again = Ledger(tmp_path / "ledger.sqlite")
     assert again.film == RECORD
@@ -53,10 +52,10 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     kept = again.tasks["arrival"]
     assert isinstance(kept.state, State) and isinstance(kept.want, Want) and isinstance(kept.gpu_s, float)
     assert [(event["task"], event["state"]) for event in again.events()] == [
-        ("arrival", "CHECKPOINT"),
         ("s0", "WAITING"),
+        ("arrival", "CHECKPOINT"),
     ]
-    again.remove(["arrival"])
+    again.take(RECORD, tasks(1), at_s=4.0)
     again.close()
     assert list(Ledger(tmp_path / "ledger.sqlite").tasks) == ["s0"]
 

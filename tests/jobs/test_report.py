@@ -111,6 +111,22 @@ def test_pictures_are_the_frames_that_they_say(tmp_path: Path) -> None:
     assert shot_pictures(tmp_path / "nowhere", 4) == []
 
 
+def test_a_page_in_its_own_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = run_directory(tmp_path)
+    status = directory / "status.json"
+    status.write_text(status.read_text().replace('"title": "', '"title": "H\\u00e4fen \\u2013 '))
+    asked: list[object] = []
+    plain = Path.write_text
+
+    def write_text(self: Path, text: str, encoding: str | None = None) -> int:
+        asked.append(encoding)
+        return plain(self, text, encoding=encoding)
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    write_report(directory, tmp_path / "page.html")
+    assert asked == ["utf-8"], "as its head says, whatever the system's is"
+
+
 def test_what_cannot_be_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["report", str(tmp_path)]) == 2
     assert "nothing was rendered here" in capsys.readouterr().err

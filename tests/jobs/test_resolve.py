@@ -176,6 +176,20 @@ def test_an_unknown_model_names_the_line() -> None:
         resolve(parse_film(SHOT), read)
 
 
+@pytest.mark.parametrize("name", ["~nobody-here/x", "a\\u0000/x", "x" * 5000 + "/x"])
+@pytest.mark.parametrize("key", ["model", "image"])
+def test_paths_that_are_none(spec: ModelSpec, key: str, name: str) -> None:
+    def read(name: str) -> ModelSpec:
+        Path(name).stat()
+        return spec
+
+    with pytest.raises(
+        ConfigError, match=rf"film\.toml:5: shot\.{key}: .* cannot be read \(.*\); name an existing"
+    ) as caught:
+        resolve(parse_film(SHOT + f'{key} = "{name}"\n'), read if key == "model" else lambda name: spec)
+    assert len(str(caught.value)) < 300
+
+
 def test_window_keys_when_the_model_prefers_full(spec: ModelSpec) -> None:
     full = dataclasses.replace(spec, history=dataclasses.replace(spec.history, policy=HistoryPolicy.FULL))
     with pytest.raises(ConfigError, match=r"film\.toml:5: shot\.history\.recent_blocks: has no meaning"):

@@ -122,6 +122,22 @@ def test_stopping_the_wait_stops_the_job() -> None:
     assert wait(cluster, job, say=lambda line: None, stop=lambda: True) == 3
 
 
+def test_a_cluster_that_is_gone_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*arguments: object) -> None:
+        raise ConnectionError("connection refused")
+
+    for method in ("list_jobs", "get_job_logs", "get_job_info", "stop_job"):
+        cluster = Cluster()
+        job = submit(cluster, order()).job
+        cluster.states[job] = "RUNNING" if method == "stop_job" else "SUCCEEDED"
+        monkeypatch.setattr(cluster, method, gone)
+        with pytest.raises(WorkerError, match="does not answer any more; submit the film again to go on: connection"):
+            wait(cluster, job, say=lambda line: None, stop=lambda: True)
+        if method == "list_jobs":
+            with pytest.raises(WorkerError, match="does not answer"):
+                submit(cluster, order())
+
+
 def test_wishes_wait_in_order(tmp_path: Path) -> None:
     make_wish(tmp_path, Action.PAUSE, None)
     make_wish(tmp_path, Action.RETRY, "arrival")
