@@ -16,8 +16,9 @@ from longtake.engine.weights import load_transformer
 from tests.engine.plain_wan import random_state
 from tests.engine.test_tensor_files import spec_of
 
-# e4m3 keeps 3 bits behind the point: at most 1/16 off an element, 2.6 % in the root mean square, of weight and input.
-RELATIVE = 0.05
+# e4m3 keeps 3 bits behind the point: at most 1/16 off an element, 2.6 % in the root mean square, of weight and input;
+# 3.7 % of a product, and half as much again where few numbers are compared.
+RELATIVE = 0.07
 
 
 def relative(a: Tensor, b: Tensor) -> float:
