@@ -79,7 +79,7 @@ def test_wrong_size_is_named() -> None:
 @pytest.mark.gpu
 def test_tables_reach_a_gpu_without_a_wait() -> None:
     device = torch.device("cuda")
-    rotary_table([0, 1, 2], 3, 5, 64, device)  # makes the spatial table, which is kept, and pins memory, both with a wait
+    rotary_table([0, 1, 2], 3, 5, 64, device)  # pins memory, and makes the table that is kept: both wait
     torch.cuda.synchronize()
     torch.cuda._sleep(1_000_000_000)
     busy = torch.cuda.Event()
