@@ -158,12 +158,13 @@ class Rollout:
         return clean
 
     def memory(self) -> dict[str, int]:
-        """Bytes by name: weights, scratch, text context and the cache's own."""
+        """Bytes by name: weights, scratch, text context, latents that may be committed anew, and the cache's own."""
         return {
             "weights": sum(p.numel() * p.element_size() for p in self.model.parameters()),
             "scratch": self.path.num_bytes,
             "text_context": self.prompts.num_bytes,
             "retrieval_summaries": self._retrieval.num_bytes,
+            "recent_latents": sum(latents.nbytes for latents in self._recent.values()),
             **self.cache.memory(),
         }
 
@@ -245,6 +246,8 @@ class Rollout:
 
     def _remember(self, time: int, clean: Tensor) -> None:
         """Keep the latents that may be committed anew."""
+        if not self.timeline.replays:
+            return
         self._recent[time] = clean
         while len(self._recent) > self.shot.history.recent_blocks:
             self._recent.popitem(last=False)

@@ -71,7 +71,8 @@ def last_frame_latents(shot: ShotConfig, before: LatentLog, decoder: StreamingDe
     blocks = range(len(before) - num_blocks, len(before))
     latents = torch.cat([before.read(block, block + 1) for block in blocks], dim=1)
     decoder.reset()
-    decoder.warm_up(latents[:, :-1])
+    if latents.shape[1] > 1:
+        decoder.warm_up(latents[:, :-1])
     frame = decoder.decode(latents[:, -1:])[-1:]
     decoder.reset()
     encoder = StreamingEncoder(decoder.vae)

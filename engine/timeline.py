@@ -134,6 +134,11 @@ class Timeline:
             self._added.append(self._added[-1] + replays.count)
         self.num_entries = num_prefix + shot.num_blocks + added
 
+    @property
+    def replays(self) -> bool:
+        """Whether any block is committed anew."""
+        return bool(self._replays)
+
     def entry(self, index: int) -> Entry:
         """The commit of that number."""
         group = bisect_right(self._replay_indices, index) - 1

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longtake.engine import history, rollout
-from longtake.engine.config import BeatConfig, HistoryConfig, HistoryPolicy, Positions, ShotConfig
+from longtake.engine.config import BeatConfig, HistoryConfig, HistoryPolicy, Positions, ShotConfig, Switch
 from longtake.engine.model import CausalWan, TextContext
 from longtake.engine.noise import block_noise
 from longtake.engine.rollout import Prefix, Rollout
@@ -190,5 +190,14 @@ def test_window_keeps_the_device_arena_small(model: CausalWan, contexts: list[Te
     for _ in range(run.total_blocks):
         run.step()
         sizes.add(sum(run.memory().values()))
-    assert len(sizes) == 1
+    assert len(sizes) == 1 and run.memory()["recent_latents"] == 0
     assert isinstance(cache, KVCache) and cache.arena.num_frames == 4
+
+
+def test_latents_are_kept_where_they_are_committed_anew(model: CausalWan, contexts: list[TextContext]) -> None:
+    shot = make_shot(WINDOW, num_blocks=6)
+    shot = replace(shot, beats=(shot.beats[0], replace(shot.beats[1], at_s=1.5, switch=Switch.RECACHE)))
+    run = Rollout(shot, model, contexts, open_cache(shot, torch.device("cpu")))
+    for _ in range(run.total_blocks):
+        clean = run.step()
+    assert run.memory()["recent_latents"] == WINDOW.recent_blocks * clean.nbytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -22,8 +23,9 @@ from longtake.engine.config import (
     ShotConfig,
 )
 from longtake.engine.footage import read_frames
-from longtake.engine.start import clip_latents, fitted, picture_latents, write_guide
-from longtake.engine.vae import StreamingEncoder
+from longtake.engine.latents import LatentLog
+from longtake.engine.start import clip_latents, fitted, last_frame_latents, picture_latents, write_guide
+from longtake.engine.vae import StreamingDecoder, StreamingEncoder
 from longtake.engine.video import SegmentWriter
 from longtake.kernels.errors import ConfigError, StorageError
 
@@ -101,6 +103,20 @@ def test_a_picture(encoder: StreamingEncoder, tmp_path: Path) -> None:
     latents = picture_latents(shot, encoder)
     assert latents.shape == (16, 1, 4, 6)
     assert torch.equal(latents, in_one_go(encoder, torch.from_numpy(pixels)[None]))
+
+
+@pytest.mark.parametrize("num_latents", [1, 3])
+def test_the_last_frame_of_a_shot(encoder: StreamingEncoder, tmp_path: Path, num_latents: int) -> None:
+    """Of a shot of one latent, too, which has nothing before its last frame."""
+    log = LatentLog(tmp_path / "latents.zarr", num_latents, (16, 1, 4, 6))
+    latents = torch.randn(16, num_latents, 4, 6, generator=torch.Generator().manual_seed(1))
+    for block in range(num_latents):
+        log.write(block, latents[:, block : block + 1])
+    decoder = StreamingDecoder(encoder.vae)
+    frames = decoder.decode(latents)
+    shot = make_shot()
+    found = last_frame_latents(replace(shot, model=replace(shot.model, block_frames=1)), log, decoder)
+    assert torch.equal(found, in_one_go(encoder, frames[-1:]))
 
 
 def test_frames_cover_the_size_and_are_cut_at_the_edges(tmp_path: Path) -> None:
