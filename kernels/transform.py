@@ -189,7 +189,7 @@ def _order(device: torch.device) -> tuple[Tensor, Tensor]:
     """All pairs of an exponent and one more bit, most error taken away first.
 
     Returns:
-        The exponent of each pair, int64 [pairs], and the place of each pair, int64 [exponents, 6].
+        The exponent of each pair, int64 [P], and the place of each pair, int64 [N, 6]: N exponents, P = 6 N pairs.
     """
     count = MOST_FALL + MOST_ROW + 1
     worth = [math.log2(ERRORS[bit] - ERRORS[bit + 1]) for bit in range(MOST_DEPTH)]
@@ -216,13 +216,14 @@ def plan(exponent_FD: Tensor, num_bits: int) -> Tensor:
 
 def depths(exponent_FD: Tensor, plan_2: Tensor) -> Tensor:
     """Bits of each coefficient, int64 [..., F, D], 0 .. 6; a section's plan [..., 2]."""
-    _, place = _order(exponent_FD.device)
-    whole, before = plan_2[..., :1, None].long(), plan_2[..., 1:, None]
-    index_FD = torch.arange(exponent_FD.shape[-2] * exponent_FD.shape[-1], device=exponent_FD.device)
+    exponent_P, place_NB = _order(exponent_FD.device)
+    whole, before = plan_2[..., :1].long(), plan_2[..., 1:, None]
+    depth_N = (place_NB < whole.unsqueeze(-1)).sum(-1)
+    following = exponent_P[whole.clamp(max=len(exponent_P) - 1)].unsqueeze(-1)
+    index_FD = torch.arange(exponent_FD.shape[-2:].numel(), device=exponent_FD.device)
     index_FD = index_FD.view(exponent_FD.shape[-2:])
-    place_FDB = place[exponent_FD]
-    have = (place_FDB < whole.unsqueeze(-1)).sum(-1)
-    return have + ((place_FDB == whole.unsqueeze(-1)).any(-1) & (index_FD < before))
+    depth_FD: Tensor = depth_N.gather(-1, exponent_FD.flatten(-2)).view(exponent_FD.shape)
+    return depth_FD + ((exponent_FD == following) & (index_FD < before) & (depth_FD < MOST_DEPTH))
 
 
 def _starts(depth_FD: Tensor) -> Tensor:
