@@ -235,8 +235,12 @@ class RunDirectory:
 
     def _continue_journal(self, rank: int, config_hash: str, known: History | None, committed: int) -> Journal:
         journal = Journal(self.path / _name("journal", rank), config_hash=config_hash, ops=self._ops)
-        if (known.num_blocks if known is not None else 0) != committed:
-            journal.append(RolledBack(num_blocks=committed))
+        try:
+            if (known.num_blocks if known is not None else 0) != committed:
+                journal.append(RolledBack(num_blocks=committed))
+        except BaseException:
+            journal.close()
+            raise
         return journal
 
     def _take_over(self, histories: dict[int, History], num_ranks: int, config_hash: str, committed: int) -> None:

@@ -304,6 +304,7 @@ def test_status_is_not_written_for_every_block(
 ) -> None:
     writes = []
     monkeypatch.setattr(StatusFile, "update", lambda self, shots: writes.append(dict(shots)))
+    monkeypatch.setattr(rendering, "STATUS_INTERVAL_S", 1e9)
     run(job(spec, tmp_path), engine, display)
     assert len(writes) == 6  # all waiting; each shot running, done; the film
     monkeypatch.setattr(rendering, "STATUS_INTERVAL_S", 0.0)

@@ -2,27 +2,73 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
 
-from longtake.kernels.errors import ConfigError, StorageError
+from longtake.kernels.errors import ConfigError, LongtakeError, StorageError
 from longtake.offload.cache import CacheBudget, KVCache
 from longtake.offload.errors import FencedError, LockedError
-from longtake.offload.files import as_bytes, crc32c
+from longtake.offload.files import Bytes, as_bytes, crc32c
 from longtake.offload.journal import replay
 from longtake.offload.records import history
 from longtake.offload.run import RunDirectory, committed_blocks, kept_blocks
 from longtake.offload.shape import ModelKVShape
 from longtake.offload.store import Checksums
 from longtake.offload.verify import verify
-from tests.offload.faults import FaultyOps, flip_bit
+from tests.offload.faults import FaultyOps, Unsynced, flip_bit
 from tests.offload.payloads import SHAPE, Opaque, check_passes, commit, open_run, payload_LHP
 
 BUDGET = CacheBudget(device_bytes=6 * SHAPE.block_bytes)
+
+
+class Counting(FaultyOps):
+    """Knows what is open, and fails at the call of that number.
+
+    Args:
+        fail_at: the first is 0; -1: none.
+    """
+
+    def __init__(self, fail_at: int = -1) -> None:
+        super().__init__()
+        self.fail_at, self.num_calls, self.still_open = fail_at, 0, set[int]()
+
+    def _called(self) -> None:
+        self.num_calls += 1
+        if self.num_calls == self.fail_at + 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def open(self, path: Path, flags: int) -> int:
+        self._called()
+        fd = super().open(path, flags)
+        self.still_open.add(fd)
+        return fd
+
+    def close(self, fd: int) -> None:
+        self.still_open.remove(fd)
+        super().close(fd)
+
+    def write(self, fd: int, buffers: Sequence[Bytes]) -> int:
+        self._called()
+        return super().write(fd, buffers)
+
+    def fsync(self, fd: int) -> None:
+        self._called()
+        super().fsync(fd)
+
+    def replace(self, source: Path, target: Path) -> None:
+        self._called()
+        super().replace(source, target)
+
+    def unlink(self, path: Path) -> None:
+        self._called()
+        super().unlink(path)
 
 
 def rollout(path: Path, num_blocks: int) -> None:
@@ -130,18 +176,6 @@ def test_a_writer_that_lost_its_lock_is_fenced_out(tmp_path: Path) -> None:
 
 
 def test_closing_on_a_bad_disk_leaves_nothing_open(tmp_path: Path) -> None:
-    class Counting(FaultyOps):
-        still_open: ClassVar[set[int]] = set()
-
-        def open(self, path: Path, flags: int) -> int:
-            fd = super().open(path, flags)
-            self.still_open.add(fd)
-            return fd
-
-        def close(self, fd: int) -> None:
-            self.still_open.remove(fd)
-            super().close(fd)
-
     ops = Counting()
     run = open_run(tmp_path, ops)
     ops.fail_fsync = True
@@ -149,6 +183,32 @@ def test_closing_on_a_bad_disk_leaves_nothing_open(tmp_path: Path) -> None:
         run.close()
     assert not ops.still_open
     open_run(tmp_path).close()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_an_opening_that_fails_anywhere_leaves_nothing_open(tmp_path: Path, num_ranks: int) -> None:
+    """At each of its system calls; afterwards all that was committed is there."""
+    for fail_at in range(1000):
+        path = tmp_path / str(fail_at)
+        shapes = [replace(SHAPE, num_heads=1, first_head=rank, total_heads=num_ranks) for rank in range(num_ranks)]
+        for rank, shape in enumerate(shapes):
+            run = RunDirectory(path, shape=shape, config_hash="c", rank=rank, num_ranks=num_ranks, ops=Unsynced())
+            for block in range(1 + rank):  # so that some are to be rolled back
+                write(run, block)
+            run.close(orderly=False)
+        ops, alone = Counting(fail_at=fail_at), replace(SHAPE, num_heads=num_ranks)
+        try:
+            RunDirectory(path, shape=alone, config_hash="c", ops=ops).close(orderly=False)
+        except LongtakeError as error:
+            assert "Input/output error" in str(error)
+        else:
+            assert 5 < ops.num_calls <= fail_at
+            break
+        assert not ops.still_open
+        run = RunDirectory(path, shape=alone, config_hash="c", ops=Unsynced())
+        assert run.num_blocks == 1
+        run.close(orderly=False)
+        assert verify(path) == []
 
 
 def test_checkpoints_and_segments_follow_the_blocks(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def render_undisturbed(film: Path, out: Path) -> str:
     return digest(out / "film.mp4")
 
 
-def wait_for(what: Callable[[], Any], timeout_s: float = 150.0, interval_s: float = 0.1) -> Any:
+def wait_for(what: Callable[[], Any], timeout_s: float = 600.0, interval_s: float = 0.1) -> Any:
     """Poll until something is true."""
     until = time.monotonic() + timeout_s
     while not (found := what()):

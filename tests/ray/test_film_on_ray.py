@@ -28,7 +28,7 @@ def test_six_shots_on_two_gangs_with_a_worker_killed(
     run.wait_blocks("c", 2)
     victim = processes("ray::RayTrainWorker", "ray::_RayTrainWorker")[0]
     victim.send_signal(signal.SIGKILL)
-    run.join(150)
+    run.join(600)
     assert run.code == 0, run.lines
     assert digest(run.out / "film.mp4") == render_undisturbed(film, tmp_path / "undisturbed")
     starts = sum(run.shot(name)["num_starts"] for name in "abcdef")
@@ -50,7 +50,7 @@ def test_wishes_and_preemption(
     high = following(film_of("high", shots=(("x", 4, None), ("y", 4, None)), title="High"), priority=9)
     wait_for(lambda: "SUCCEEDED" in {high.shot(name).get("state") for name in "xy"})
     assert low.shot("c")["state"] == "DEPEND"
-    high.join(60)
+    high.join(600)
     assert high.code == 0
 
     wait_for(lambda: low.shot("a")["state"] == low.shot("b")["state"] == "RUNNING")
@@ -64,7 +64,7 @@ def test_wishes_and_preemption(
     assert cli.run(["resume", str(low.out)]) == 0
     assert cli.run(["status", str(low.out)]) == 0
     assert "Low: " in capsys.readouterr().out
-    low.join(200)
+    low.join(600)
     assert low.code == 0, low.lines
     assert digest(low.out / "film.mp4") == render_undisturbed(film, tmp_path / "undisturbed")
     assert cli.run(["logs", str(low.out)]) == 0
@@ -79,7 +79,7 @@ def test_a_gang_of_two_shards_its_shots(following: Callable[..., Following], fil
     run.wait_blocks("a", 2)
     assert run.shot("a")["gang"].startswith("gang-cpu-2-")
     processes("ray::RayTrainWorker", "ray::_RayTrainWorker")[-1].send_signal(signal.SIGKILL)
-    run.join(150)
+    run.join(600)
     assert run.code == 0, run.lines
     assert probe(run.out / "film.mp4").frames == sum(run.shot(name)["num_frames"] for name in "ab")
     assert run.shot("a")["num_starts"] == 2
@@ -98,7 +98,7 @@ def test_what_is_exported(following: Callable[..., Following], film_of: Callable
     assert min(shot[f"{tier}_cache_bytes"] for tier in ("device", "host", "disk")) > 0
     assert shot["stalled_s"] is not None
     assert cli.run(["resume", str(run.out)]) == 0  # what it attends is read from the disk now
-    run.join(120)
+    run.join(600)
     assert run.code == 0
     list_nodes: Any = ray.nodes
     port = list_nodes()[0]["MetricsExportPort"]
@@ -115,7 +115,7 @@ def test_what_is_exported(following: Callable[..., Following], film_of: Callable
         missing.update(board_metrics() - scraped())
         return not missing
 
-    wait_for(lambda: all_there() or None, timeout_s=40, interval_s=1.0)  # processes report every ten seconds
+    wait_for(lambda: all_there() or None, timeout_s=300, interval_s=1.0)  # processes report every ten seconds
     assert not missing
 
 
