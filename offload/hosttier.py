@@ -226,13 +226,13 @@ class HostTier:
         """Start reading a durable block from the disk unless it is here or on its way; false if no frame is to be had.
 
         Args:
-            deadline: smaller ones are read first.
+            deadline: smaller ones are read first; what could not be read is tried again with DEMANDED only.
             beyond: see make_room.
         """
         if block in self.table:
             return True
         if deadline != DEMANDED and block in self._unreadable:
-            return False
+            return True  # only a plan that cannot do without it tries again
         if self.run is None or self._readers is None or not self.make_room(beyond):
             return False
         self._unreadable.pop(block, None)

@@ -200,6 +200,24 @@ def test_damage_is_named_when_it_is_read_and_spares_the_rest(tmp_path: Path) -> 
     close(cache, run)
 
 
+def test_a_block_that_cannot_be_read_keeps_no_other_from_being_read_ahead(tmp_path: Path) -> None:
+    cache, run = open_cache(tmp_path)
+    for block in range(9):
+        commit(cache, block)
+    close(cache, run)
+    cache, run = open_cache(tmp_path)
+    flip_bit(run.store.path(4, run.store.chunks[1]), 3)
+    cache.schedule([(4,)])
+    assert cache._host is not None
+    while 4 not in cache._host._unreadable:
+        time.sleep(0.001)
+    with cache._lock:
+        cache.schedule([(4, 3)])
+        assert cache._host.arriving(3)
+    check_passes(cache, (3,))
+    close(cache, run)
+
+
 def test_damage_in_a_page_streamed_from_the_disk(tmp_path: Path) -> None:
     cache, run = open_cache(tmp_path)
     for block in range(4):
