@@ -23,7 +23,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, TypeVar
@@ -33,6 +32,7 @@ import torch.distributed as dist
 
 from longtake.engine.gang_failure import Failed, GangError, abort_groups, exit_code, portable
 from longtake.engine.gang_link import HEARTBEAT_S, LOST_AFTER_S, Door, Link, knock
+from longtake.engine.gang_messages import Agreed, Dismissed, Post, Said, Task
 from longtake.engine.mesh import ALONE, TIMEOUT_S, Axis, Mesh, MeshShape, default_mesh, open_mesh, parse_mesh
 from longtake.engine.place import Place, place
 from longtake.kernels.errors import ConfigError, LongtakeError
@@ -47,33 +47,6 @@ UNWIND_S = 60.0
 _NOTICE_S = 0.5
 # An error that may be the echo of another rank's end waits this long for the news.
 _NEWS_S = 10.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Said:
-    number: int
-    value: Any
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Agreed:
-    number: int
-    value: Any
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Task:
-    value: Any
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Post:
-    value: Any
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Dismissed:
-    code: int
 
 
 class Gang:
@@ -96,7 +69,7 @@ class Gang:
         self._news = threading.Condition()
         self._said: dict[int, dict[int, Any]] = {}
         self._agreed: dict[int, Any] = {}
-        self._tasks: list[_Task | _Dismissed] = []
+        self._tasks: list[Task | Dismissed] = []
         self._posts: list[Any] = []
         self._dismissed = self._closed = self._noticed = False
         self._failure: Failed | None = None
@@ -117,7 +90,7 @@ class Gang:
         self._number += 1
         if self.leads:
             value = make()
-            self._link.send_all(_Agreed(number=self._number, value=value))
+            self._link.send_all(Agreed(number=self._number, value=value))
             return value
         agreed: T = self._answer()
         return agreed
@@ -132,7 +105,7 @@ class Gang:
             return combine([value])
         self._number += 1
         if not self.leads:
-            self._link.send(0, _Said(number=self._number, value=value))
+            self._link.send(0, Said(number=self._number, value=value))
             agreed: T = self._answer()
             return agreed
         number, others = self._number, range(1, self.size)
@@ -146,7 +119,7 @@ class Gang:
         with self._news:
             said = self._said.pop(number)
         result = combine([value, *(said[rank] for rank in others)])
-        self._link.send_all(_Agreed(number=number, value=result))
+        self._link.send_all(Agreed(number=number, value=result))
         return result
 
     def minimum(self, number: int) -> int:
@@ -170,7 +143,7 @@ class Gang:
         """Rank 0 gives all others a task; it must pickle."""
         if self._link is not None:
             self.check()
-            self._link.send_all(_Task(value=task))
+            self._link.send_all(Task(value=task))
 
     def receive(self) -> Any:
         """The next task on another rank; waits as long as it takes.
@@ -181,13 +154,13 @@ class Gang:
         self._wait(lambda: bool(self._tasks), None)
         with self._news:
             task = self._tasks.pop(0)
-        return task.value if isinstance(task, _Task) else None
+        return task.value if isinstance(task, Task) else None
 
     def post(self, value: Any) -> None:
         """Rank 0 sends all others something beside the tasks, in order; from any thread. It must pickle."""
         if self._link is not None:
             self.check()
-            self._link.send_all(_Post(value=value))
+            self._link.send_all(Post(value=value))
 
     def receive_post(self) -> Any:
         """The next post on another rank, in a thread of its own; None when the gang ended."""
@@ -206,7 +179,7 @@ class Gang:
         """Rank 0 has no more tasks; the other ranks' processes end with that exit code."""
         if self._link is not None and self.leads:
             self._dismissed = True
-            self._link.send_all(_Dismissed(code=code))
+            self._link.send_all(Dismissed(code=code))
 
     # -- what the ranks share
 
@@ -267,7 +240,7 @@ class Gang:
 
     def _await_dismissal(self) -> BaseException | None:
         """A rank that left before rank 0 would pass for dead. Returns what ended the gang meanwhile."""
-        if self._link is not None and not self.leads:
+        if self._link is not None and not self.leads and not self._closed:
             try:
                 self._wait(lambda: self._dismissed, None)
             except BaseException as late:
@@ -321,16 +294,16 @@ class Gang:
     def _on_message(self, rank: int, message: Any) -> None:
         with self._news:
             match message:
-                case _Said():
+                case Said():
                     self._said.setdefault(message.number, {})[rank] = message.value
-                case _Agreed():
+                case Agreed():
                     self._agreed[message.number] = message.value
-                case _Dismissed():
+                case Dismissed():
                     self._dismissed, self.dismissed_with = True, message.code
                     self._tasks.append(message)
-                case _Task():
+                case Task():
                     self._tasks.append(message)
-                case _Post():
+                case Post():
                     self._posts.append(message.value)
                 case Failed():
                     self._end(message)

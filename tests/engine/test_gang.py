@@ -18,7 +18,9 @@ import torch.distributed as dist
 from longtake.engine import gang as gangs
 from longtake.engine.gang import Gang, join
 from longtake.engine.gang_failure import GangError, exit_code
+from longtake.engine.gang_shot import serve
 from longtake.engine.mesh import MeshShape
+from longtake.engine.shot import ShotRenderer
 from longtake.kernels.errors import ConfigError, StorageError
 from tests.engine.gangs import RankError, run_ranks
 
@@ -193,6 +195,20 @@ def leave(rank: int) -> int:
 
 def test_a_rank_that_is_done_waits_for_the_leader() -> None:
     assert run_ranks(leave, 3) == [0, 1, 2]
+
+
+def serve_inside(rank: int) -> int:
+    """As a launcher's loop does that enters the gang for all ranks: the other ones end it in :func:`serve` already."""
+    gangs.GRACE_S = NEVER_S
+    with join(NEVER_S) as gang:
+        if gang.leads:
+            raise ZeroDivisionError("by zero")
+        return serve(gang, ShotRenderer(gang), lambda: False)
+
+
+def test_an_end_that_was_told_is_not_told_again() -> None:
+    found = run_ranks(serve_inside, 2)
+    assert isinstance(found[0], ZeroDivisionError) and found[1] == 1
 
 
 def stall(rank: int, how: str) -> None:
