@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 from longtake.engine.config import ShotConfig
 from longtake.engine.essence import essence, to_json
 from longtake.kernels.errors import ConfigError, StorageError
+from longtake.offload.files import FileOps, as_bytes, fsync_dir, write_file
 
 FORMAT = 1
 RECIPE_NAME = "config.json"
@@ -124,13 +124,9 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _write(path: Path, data: dict[str, Any]) -> None:
-    partial = path.with_name(f"{path.name}.partial")
+    ops = FileOps()
     try:
-        with open(partial, "w") as file:
-            json.dump(data, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        write_file(ops, path, [as_bytes(f"{json.dumps(data, indent=1)}\n".encode())])
+        fsync_dir(ops, path.parent)
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {error.strerror}; make room or mend the rights") from error

@@ -14,7 +14,6 @@ import dataclasses
 import enum
 import fcntl
 import json
-import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -24,6 +23,7 @@ from typing import Any
 
 from longtake.jobs.film import Film
 from longtake.kernels.errors import StorageError
+from longtake.offload.files import FileOps, as_bytes, write_file
 
 FORMAT = 1
 FILM_NAME = "film.mp4"
@@ -129,13 +129,7 @@ class StatusFile:
             "updated_s": time.time(),
             "shots": ordered,
         }
-        partial = self.path.with_name(f"{STATUS_NAME}.partial")
-        with open(partial, "w") as file:
-            json.dump(data, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.path)
+        write_file(FileOps(), self.path, [as_bytes(f"{json.dumps(data, indent=1)}\n".encode())])
 
 
 def film_state(states: list[str]) -> State:
