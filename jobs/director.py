@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from longtake.jobs.ledger import LEDGER_NAME, FilmRecord, Ledger
-from longtake.jobs.orders import Action, FilmView, Gang, Leave, Order, Publish, Verdict, outcome
+from longtake.jobs.ledger import LEDGER_NAME, FilmRecord
+from longtake.jobs.openfilm import OpenFilm, open_ledger
+from longtake.jobs.orders import Action, FilmView, Gang, Leave, Order, Publish, Verdict
 from longtake.jobs.resubmission import check_submission, taken_over
 from longtake.jobs.source import nearest, quote
 from longtake.jobs.states import (
@@ -54,23 +55,6 @@ _ACTIONS: dict[Action, Callable[[Task], Task]] = {
 }
 
 
-class _OpenFilm:
-    """A film's ledger with what is known of its leases in memory only."""
-
-    def __init__(self, directory: str, ledger: Ledger, record: FilmRecord, now: float) -> None:
-        self.directory, self.ledger, self.record = directory, ledger, record
-        self.heard_s = {task.name: now for task in ledger.tasks.values() if task.leased}
-        self.counted_s = dict(self.heard_s)
-        self.saved_s: dict[str, float] = {}
-
-    def view(self) -> FilmView:
-        tasks = tuple(self.ledger.tasks.values())
-        return FilmView(directory=self.directory, film=self.record, tasks=tasks, outcome=outcome(tasks))
-
-    def fits(self, gang: Gang) -> bool:
-        return self.record.device == gang.device and gang.num_devices in self.record.gang_sizes
-
-
 class Director:
     """Shots for gangs. Calls come from one thread at a time; each may write and fsync a ledger.
 
@@ -94,7 +78,7 @@ class Director:
         self.lease_s = lease_s
         self._progress_s = progress_s
         self._wall, self._clock, self._publish = wall, clock, publish
-        self._films: dict[str, _OpenFilm] = {}
+        self._films: dict[str, OpenFilm] = {}
         self._idle: dict[str, tuple[Gang, float]] = {}
         self._starts: dict[str, list[str]] = {}  # incarnations by gang, in the order in which they were heard of
         self.hosts: Mapping[str, Sequence[int]] | None = None
@@ -109,7 +93,7 @@ class Director:
             ConfigError: the directory has shots of that name rendered from something else.
             StorageError: the ledger cannot be opened or written.
         """
-        ledger = self._films[directory].ledger if directory in self._films else _open(directory)
+        ledger = self._films[directory].ledger if directory in self._films else open_ledger(directory)
         try:
             check_submission(directory, ledger.tasks, tasks)
             old = ledger.film
@@ -120,7 +104,7 @@ class Director:
             if directory not in self._films:
                 ledger.close()
             raise
-        film = self._films.get(directory) or _OpenFilm(directory, ledger, record, self._clock())
+        film = self._films.get(directory) or OpenFilm(directory, ledger, record, self._clock())
         film.record = record
         self._films[directory] = film
         self._save(film, [], "")
@@ -137,11 +121,11 @@ class Director:
             return
         if not (Path(directory) / LEDGER_NAME).exists():
             raise ConfigError(f"{directory}: no film was submitted here; longtake submit FILM.toml --out {directory}")
-        ledger = _open(directory)
+        ledger = open_ledger(directory)
         if ledger.film is None:
             ledger.close()
             raise ConfigError(f"{directory}: no film was submitted here; longtake submit FILM.toml --out {directory}")
-        self._films[directory] = film = _OpenFilm(directory, ledger, ledger.film, self._clock())
+        self._films[directory] = film = OpenFilm(directory, ledger, ledger.film, self._clock())
         self._publish(film.view())
 
     def close(self, directory: str) -> None:
@@ -292,17 +276,17 @@ class Director:
 
     # Inside
 
-    def _film(self, directory: str) -> _OpenFilm:
+    def _film(self, directory: str) -> OpenFilm:
         self.open(directory)
         return self._films[directory]
 
-    def _ready(self) -> list[tuple[_OpenFilm, Task]]:
+    def _ready(self) -> list[tuple[OpenFilm, Task]]:
         """Tasks that could be given out now, by priority, then by the films' age, then in the film's order."""
         ready = [(film, task) for film, task, wait_s in self._waiting() if not wait_s]
         ready.sort(key=lambda pair: (-pair[0].record.priority, pair[0].record.submitted_s, pair[1].position))
         return ready
 
-    def _waiting(self) -> list[tuple[_OpenFilm, Task, float]]:
+    def _waiting(self) -> list[tuple[OpenFilm, Task, float]]:
         """Tasks that wait for a gang, and the seconds until each may be tried."""
         now = self._wall()
         return [
@@ -312,13 +296,13 @@ class Director:
             if task.state is State.WAITING
         ]
 
-    def _held(self, gang: str) -> Iterator[tuple[_OpenFilm, Task]]:
+    def _held(self, gang: str) -> Iterator[tuple[OpenFilm, Task]]:
         for film in self._films.values():
             for task in list(film.ledger.tasks.values()):
                 if task.leased and task.gang == gang:
                     yield film, task
 
-    def _leased(self, lease: Lease) -> tuple[_OpenFilm, Task] | None:
+    def _leased(self, lease: Lease) -> tuple[OpenFilm, Task] | None:
         """The task of a lease that still holds; hears of its gang."""
         film = self._film(lease.film)
         task = film.ledger.tasks.get(lease.task)
@@ -327,11 +311,11 @@ class Director:
         film.heard_s[task.name] = self._clock()
         return film, task
 
-    def _order(self, film: _OpenFilm, task: Task, gang: Gang) -> Order:
+    def _order(self, film: OpenFilm, task: Task, gang: Gang) -> Order:
         lease = Lease(film=film.directory, task=task.name, epoch=task.epoch, gang=gang.name)
         return Order(lease=lease, kind=task.kind, content_hash=film.record.content_hash, num_ranks=gang.num_devices)
 
-    def _can_be_held(self, film: _OpenFilm) -> bool:
+    def _can_be_held(self, film: OpenFilm) -> bool:
         """Whether some host has enough devices for a gang of the film."""
         return self.hosts is None or film.record.gang_sizes[0] <= max(self.hosts.get(film.record.device, ()), default=0)
 
@@ -349,7 +333,7 @@ class Director:
         film = next(film for film, _ in self._ready() if self._can_be_held(film) and not film.fits(gang))
         return any(film.fits(other) for name, (other, _) in self._idle.items() if name != gang.name)
 
-    def _gpu_s(self, film: _OpenFilm, task: Task) -> float:
+    def _gpu_s(self, film: OpenFilm, task: Task) -> float:
         """Device seconds since the last count, of which a silence counts as far as a lease lasts."""
         now = self._clock()
         spent = min(now - film.counted_s.get(task.name, now), self.lease_s)
@@ -365,16 +349,16 @@ class Director:
         self._save(film, [change(spent)], event)
         return True
 
-    def _fail(self, film: _OpenFilm, task: Task, failure: Failure) -> None:
+    def _fail(self, film: OpenFilm, task: Task, failure: Failure) -> None:
         spent = dataclasses.replace(task, gpu_s=task.gpu_s + self._gpu_s(film, task))
         self._save(film, [failed(spent, failure, film.record.policy, self._wall())], f"failed: {failure.kind}")
 
-    def _give_up(self, film: _OpenFilm, task: Task, signature: str, message: str) -> None:
+    def _give_up(self, film: OpenFilm, task: Task, signature: str, message: str) -> None:
         """Take a task from a gang that is not there any more."""
         with _no_hold_up():
             self._fail(film, task, Failure(kind=FailureKind.CRASH, signature=signature, message=message))
 
-    def _save(self, film: _OpenFilm, changed: Sequence[Task], event: str) -> None:
+    def _save(self, film: OpenFilm, changed: Sequence[Task], event: str) -> None:
         """Make tasks durable, with those that wait for them, and tell."""
         tasks = {**film.ledger.tasks, **{task.name: task for task in changed}}
         succeeded = {name for name, task in tasks.items() if task.state is State.SUCCEEDED}
@@ -410,7 +394,3 @@ def _no_hold_up() -> Iterator[None]:
         yield
     except StorageError as error:
         log.warning("%s", error)
-
-
-def _open(directory: str) -> Ledger:
-    return Ledger(Path(directory) / LEDGER_NAME)
