@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,12 @@ from longtake.engine.store import model_folder
 from longtake.engine.tensor_files import check_tensors, merge_lora, read_file, read_tensors, rename
 from longtake.engine.tensor_parallel import ShardedWan
 from longtake.kernels.errors import ConfigError
+
+_KEYS = (
+    *("name", "block_frames", "fps", "height", "width", "text_len", "spatial_stride", "temporal_stride"),
+    *("timesteps", "first_timesteps", "shift", "context_timestep", "loop", "write_back"),
+    *("history", "switch", "weights"),
+)
 
 SHIPPED = {"mini": Path(__file__).parent / "mini" / "model"}
 
@@ -71,6 +79,9 @@ def read_spec(name: str) -> ModelSpec:
     folder = find_model(name)
     settings = _read_json(folder / "longtake.json")
     try:
+        _check_keys(settings, _KEYS)
+        for key, kind in (("history", HistoryConfig), ("weights", WeightsConfig)):
+            _check_keys(settings.get(key, {}), (field.name for field in fields(kind)))
         return ModelSpec(
             path=folder,
             name=settings["name"],
@@ -93,8 +104,21 @@ def read_spec(name: str) -> ModelSpec:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(
-            f"{folder / 'longtake.json'}: {error!r}; see docs/models.md for the keys it must have"
+            f"{folder / 'longtake.json'}: {_reason(error)}; see docs/models.md for the keys it must have"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
+
+
+def _check_keys(settings: dict[str, Any], known: Iterable[str]) -> None:
+    """Refuse a key that would be ignored."""
+    known = sorted(known)
+    for key in settings:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"no such key: {key}; did you mean {nearest}?")
 
 
 def _sampler(settings: dict[str, Any]) -> SamplerConfig:

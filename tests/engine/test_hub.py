@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,6 +103,27 @@ def test_every_presets_settings_come_back(name: str, tmp_path: Path) -> None:
     for key in ("transformer", "sampler", "history", "block_frames", "fps", "height", "width", "switch", "weights"):
         assert getattr(spec, key) == getattr(preset, key)
     assert spec.spatial_stride == preset.spatial_stride
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"step": 4}, "no such key: step; did you mean"),
+        ({"history": {"recent": 3}}, "no such key: recent; did you mean recent_blocks?"),
+        ({"weights": {"lora_aplha": 1}}, "did you mean lora_alpha?"),
+        ({"shift": None}, "'shift' is missing"),
+        ({"history": {"policy": "all"}}, "'all' is not a valid HistoryPolicy"),
+    ],
+)
+def test_settings_that_cannot_be_are_one_line(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    preset = PRESETS["self-forcing"]
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(preset.transformer.to_hub()))
+    settings = settings_of("self-forcing", preset) | change
+    kept = {key: value for key, value in settings.items() if value is not None}
+    (tmp_path / "longtake.json").write_text(json.dumps(kept))
+    with pytest.raises(ConfigError, match=rf"longtake\.json: .*{re.escape(words)}.*docs/models\.md"):
+        read_spec(str(tmp_path))
 
 
 def test_a_broken_download_goes_on_where_it_stopped(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
