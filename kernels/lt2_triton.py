@@ -34,6 +34,13 @@ TINY = tl.constexpr(1e-20)
 
 
 @triton.jit
+def short_float(x):
+    """Round to a float16 whose last 4 bits are 0; its bits, int32."""
+    half = tl.minimum(tl.maximum(x, -32752.0), 32752.0).to(tl.float16)
+    return ((half.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) + 8) & 0xFFF0
+
+
+@triton.jit
 def channel_mean(word):
     """Mean in a channel's 16 bits (as int32), float32."""
     return (word & 0xFFF0).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
@@ -88,8 +95,7 @@ def fit_kernel(
     for first in range(0, sampled, ROWS):
         tile, _ = load_sample(x, first, sampled, stride, stride_t, D, ROWS)
         total += tile
-    mean = tl.minimum(tl.maximum(tl.sum(total, 0) / sampled, -32752.0), 32752.0).to(tl.float16)
-    bits = ((mean.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) + 8) & 0xFFF0
+    bits = short_float(tl.sum(total, 0) / sampled)
     mean = channel_mean(bits)
 
     covariance = tl.zeros((D, D), tl.float32)

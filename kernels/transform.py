@@ -37,6 +37,8 @@ from longtake.kernels.codec import BlockGeometry, Side, TensorCodec
 from longtake.kernels.grid import FP8, to_fp8
 from longtake.kernels.layout import Field, Layout
 from longtake.kernels.lt2 import short_float
+from longtake.kernels.rotary import Rotary
+from longtake.kernels.scaling import Scaling
 
 MEAN_BITS = {"tc2": 2.33, "tc3": 3.0, "tc4": 4.0}
 VALUES_MORE = 1 / 3  # bits that values have above the mean, and keys below it
@@ -88,6 +90,35 @@ class TransformCodec(TensorCodec):
     def num_bytes(self) -> int:
         return self.layout.num_bytes
 
+    @property
+    def has_kernels(self) -> bool:
+        """Whether the Triton kernels cover this geometry."""
+        return self.geometry.head_dim in (64, 128) and self.tile_tokens > 1
+
+    def pack_into(self, x_THD: Tensor, out_HB: Tensor, seeds: Sequence[int]) -> None:
+        if x_THD.is_cuda and self.has_kernels:
+            from longtake.kernels import transform_triton
+
+            transform_triton.encode(x_THD, out_HB, self)
+            self.layout.clear_padding(out_HB)
+        else:
+            super().pack_into(x_THD, out_HB, seeds)
+
+    def unpack_into(
+        self,
+        sections_GHB: Tensor,
+        slots_N: Tensor,
+        rotary: Rotary | None,
+        out_HXD: Tensor,
+        scaling: Scaling | None = None,
+    ) -> None:
+        if sections_GHB.is_cuda and self.has_kernels:
+            from longtake.kernels import transform_triton
+
+            transform_triton.materialise(sections_GHB, slots_N, rotary, out_HXD, self, scaling)
+        else:
+            super().unpack_into(sections_GHB, slots_N, rotary, out_HXD, scaling)
+
     def pack(self, x_HTD: Tensor, seeds: Sequence[int]) -> Tensor:
         section = self.layout.empty(x_HTD.shape[:1], x_HTD.device)
         for x_TD, payload in zip(x_HTD, section, strict=True):
@@ -99,7 +130,7 @@ class TransformCodec(TensorCodec):
         view = self.layout.view
         mean = short_float(x_TD.mean(0))
         y_TD = x_TD - mean.view(torch.float16).float()
-        y_KFD = self._transform(x_TD.device) @ self._tiles(y_TD)
+        y_KFD = self.cosines(x_TD.device) @ self._tiles(y_TD)
         energy = y_KFD.square()
         spread = energy.mean((0, 1)).sqrt()
         largest = spread.max()
@@ -117,9 +148,9 @@ class TransformCodec(TensorCodec):
         y_KFD = y_KFD * _inverse(sigma_FD)
         gain = to_fp8(y_KFD.square().mean((1, 2)).sqrt())
         view(payload_B, "gains").copy_(gain)
-        steps = torch.tensor(STEPS, device=x_TD.device)[depth_FD] * gain.float().view(-1, 1, 1)
+        steps_KFD = steps(x_TD.device)[depth_FD] * gain.float().view(-1, 1, 1)
         half = torch.exp2(depth_FD.float() - 1)
-        codes_KFD = torch.floor(y_KFD * _inverse(steps) + half).clamp(min=0).minimum(2 * half - 1)
+        codes_KFD = torch.floor(y_KFD * _inverse(steps_KFD) + half).clamp(min=0).minimum(2 * half - 1)
         view(payload_B, "codes").copy_(pack_stream(codes_KFD, depth_FD, self.tile_bytes))
 
     def unpack(self, section_B: Tensor) -> Tensor:
@@ -128,15 +159,16 @@ class TransformCodec(TensorCodec):
         mean = (channels & -16).view(torch.float16).float()
         exponent_FD = view(section_B, "rows").long().unsqueeze(-1) + (channels & 15).unsqueeze(-2)
         depth_FD = depths(exponent_FD, view(section_B, "plan"))
-        steps_FD = torch.tensor(STEPS, device=section_B.device)[depth_FD] * torch.exp2(-0.5 * exponent_FD)
+        steps_FD = steps(section_B.device)[depth_FD] * torch.exp2(-0.5 * exponent_FD)
         steps_FD = steps_FD * view(section_B, "unit").unsqueeze(-1)
         codes_KFD = unpack_stream(view(section_B, "codes"), depth_FD)
         middle_FD = torch.exp2(depth_FD.float() - 1) - 0.5
         y_KFD = (codes_KFD - middle_FD.unsqueeze(-3)) * steps_FD.unsqueeze(-3)
         y_KFD = y_KFD * view(section_B, "gains").float()[..., None, None]
-        return self._untile(self._transform(section_B.device).T @ y_KFD) + mean.unsqueeze(-2)
+        return self._untile(self.cosines(section_B.device).T @ y_KFD) + mean.unsqueeze(-2)
 
-    def _transform(self, device: torch.device) -> Tensor:
+    def cosines(self, device: torch.device) -> Tensor:
+        """The transform of a tile, float32 [F, F]: frequencies by tokens."""
         return _cosines(self.tile, device)
 
     def _tiles(self, x_TD: Tensor) -> Tensor:
@@ -198,6 +230,27 @@ def _order(device: torch.device) -> tuple[Tensor, Tensor]:
     for index, (n, bit) in enumerate(pairs):
         place[n, bit] = index
     return torch.tensor([n for n, _ in pairs], device=device), place.to(device)
+
+
+@lru_cache(maxsize=4)
+def limits(device: torch.device) -> Tensor:
+    """What the number of whole pairs says, for kernels: int32 [pairs + 1, 8].
+
+    A row: the largest exponent that has the first bit, the second, .. the sixth; the exponent of the next pair; nothing.
+    -1: there is none.
+    """
+    exponent_P, place = _order(torch.device("cpu"))
+    count = len(exponent_P) + 1
+    rows = torch.full((count, 8), -1, dtype=torch.int32)
+    rows[:, :MOST_DEPTH] = (place < torch.arange(count).view(-1, 1, 1)).sum(1) - 1
+    rows[:-1, MOST_DEPTH] = exponent_P
+    return rows.to(device)
+
+
+@lru_cache(maxsize=4)
+def steps(device: torch.device) -> Tensor:
+    """`STEPS`, float32 [7]."""
+    return torch.tensor(STEPS, device=device)
 
 
 def plan(exponent_FD: Tensor, num_bits: int) -> Tensor:
