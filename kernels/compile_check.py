@@ -33,9 +33,11 @@ from longtake.kernels import (
     rotary_triton,
     rtn_triton,
     scaling_triton,
+    transform_triton,
 )
 from longtake.kernels.codec import BlockGeometry
 from longtake.kernels.lt2 import LowRankTwoBit
+from longtake.kernels.transform import TransformCodec
 
 ARENA = {
     "pages": "*u8",
@@ -176,6 +178,40 @@ def lt2_fields(tokens: int, dim: int) -> dict[str, int]:
     return {"R": codec.rank} | {name.upper(): codec.layout.offset(name) for name in names}
 
 
+def transform_cases() -> Iterator[Case]:
+    """The transform codec at Wan's size and mini's; its plan is read, so one number of bits stands for all."""
+    types = ARENA | {"x": "*bf16", "cosines": "*fp32", "averages": "*fp32", "energies": "*fp32", "table": "*u8",
+                     "steps": "*fp32", "stride_t": "i32", "stride_h": "i32"}  # fmt: skip
+    for dim, pairs, tokens, grid in ((64, 12, 180, (6, 10)), (128, 22, 4680, (30, 52))):
+        codec = TransformCodec(BlockGeometry(num_tokens=tokens, head_dim=dim, grid=grid), 3.0)
+        sizes, places = transform_triton.tiling(codec), transform_triton.places(codec)
+        plan = transform_triton.planning(codec)
+        for turned in (pairs, 0):
+            what = "k" if turned else "v"
+            for outs, target, fp8 in outputs(what, dim):
+                constants = {"PT": turned, "K": codec.num_tiles, "TILES": transform_triton.DEFAULT_LAUNCH.tiles,
+                             **sizes, **places, **fp8}  # fmt: skip
+                yield Case(
+                    name=f"tc materialise {what} {dim}{target}",
+                    kernel=transform_triton.materialise_kernel,
+                    types=types | outs,
+                    constants=constants,
+                    options={"num_warps": transform_triton.DEFAULT_LAUNCH.warps},
+                )
+        for name, kernel, constants in (
+            ("measure", transform_triton.measure_kernel, {"K": codec.num_tiles, "TILES": 6, **sizes}),
+            ("plan", transform_triton.plan_kernel, plan),
+            ("quantise", transform_triton.quantise_kernel, {**sizes, **places}),
+        ):
+            yield Case(
+                name=f"tc {name} {dim}",
+                kernel=kernel,
+                types=types | {"out": "*u8"},
+                constants=constants,
+                options={"num_warps": transform_triton.ENCODE_WARPS},
+            )
+
+
 def outputs(what: str, dim: int) -> Iterator[tuple[dict[str, str], str, dict[str, Any]]]:
     """Types, suffix of the name and constants of materialise into bfloat16 and into FP8 rows."""
     align = 8 if dim == 128 else 4
@@ -311,7 +347,7 @@ def main() -> int:
     print(
         f"{'kernel':<28}{'registers':>10}{'shared':>8}{'local':>7}{'16 B loads':>12}{'16 B stores':>13}{'smaller':>9}"
     )
-    for case in chain(cases(), fp8_cases(), other_cases()):
+    for case in chain(cases(), transform_cases(), fp8_cases(), other_cases()):
         if only not in case.name:
             continue
         compiled = compile_case(case)

@@ -221,30 +221,21 @@ def _order(device: torch.device) -> tuple[Tensor, Tensor]:
     """All pairs of an exponent and one more bit, most error taken away first.
 
     Returns:
-        The exponent of each pair, int64 [P], and the place of each pair, int64 [N, 6]: N exponents, P = 6 N pairs.
+        The exponent of each pair, int64 [P], P = 6 N pairs of N exponents, and the bits of each exponent once 0 .. P
+        pairs have theirs, uint8 [P + 1, N].
     """
     count = MOST_FALL + MOST_ROW + 1
     worth = [math.log2(ERRORS[bit] - ERRORS[bit + 1]) for bit in range(MOST_DEPTH)]
     pairs = sorted(((n, bit) for n in range(count) for bit in range(MOST_DEPTH)), key=lambda p: p[0] - worth[p[1]])
-    place = torch.empty(count, MOST_DEPTH, dtype=torch.int64)
-    for index, (n, bit) in enumerate(pairs):
-        place[n, bit] = index
-    return torch.tensor([n for n, _ in pairs], device=device), place.to(device)
+    exponent_P = torch.tensor([n for n, _ in pairs])
+    bits = torch.zeros(len(pairs) + 1, count, dtype=torch.int64)
+    bits[1:] = torch.nn.functional.one_hot(exponent_P, count).cumsum(0)
+    return exponent_P.to(device), bits.to(torch.uint8).to(device)
 
 
-@lru_cache(maxsize=4)
-def limits(device: torch.device) -> Tensor:
-    """What the number of whole pairs says, for kernels: int32 [pairs + 1, 8].
-
-    A row: the largest exponent that has the first bit, the second, .. the sixth; the exponent of the next pair; nothing.
-    -1: there is none.
-    """
-    exponent_P, place = _order(torch.device("cpu"))
-    count = len(exponent_P) + 1
-    rows = torch.full((count, 8), -1, dtype=torch.int32)
-    rows[:, :MOST_DEPTH] = (place < torch.arange(count).view(-1, 1, 1)).sum(1) - 1
-    rows[:-1, MOST_DEPTH] = exponent_P
-    return rows.to(device)
+def depth_table(device: torch.device) -> Tensor:
+    """Bits of each exponent, 0 .. 46, once 0 .. 282 pairs have theirs: uint8 [283, 47]."""
+    return _order(device)[1]
 
 
 @lru_cache(maxsize=4)
@@ -269,14 +260,11 @@ def plan(exponent_FD: Tensor, num_bits: int) -> Tensor:
 
 def depths(exponent_FD: Tensor, plan_2: Tensor) -> Tensor:
     """Bits of each coefficient, int64 [..., F, D], 0 .. 6; a section's plan [..., 2]."""
-    exponent_P, place_NB = _order(exponent_FD.device)
-    whole, before = plan_2[..., :1].long(), plan_2[..., 1:, None]
-    depth_N = (place_NB < whole.unsqueeze(-1)).sum(-1)
-    following = exponent_P[whole.clamp(max=len(exponent_P) - 1)].unsqueeze(-1)
-    index_FD = torch.arange(exponent_FD.shape[-2:].numel(), device=exponent_FD.device)
-    index_FD = index_FD.view(exponent_FD.shape[-2:])
-    depth_FD: Tensor = depth_N.gather(-1, exponent_FD.flatten(-2)).view(exponent_FD.shape)
-    return depth_FD + ((exponent_FD == following) & (index_FD < before) & (depth_FD < MOST_DEPTH))
+    table = depth_table(exponent_FD.device)
+    whole, before = plan_2[..., :1, None].long(), plan_2[..., 1:, None]
+    index_FD = torch.arange(exponent_FD.shape[-2] * exponent_FD.shape[-1], device=exponent_FD.device)
+    num_pairs = whole + (index_FD.view(exponent_FD.shape[-2:]) < before)
+    return table[num_pairs.clamp(0, len(table) - 1), exponent_FD].long()
 
 
 def _starts(depth_FD: Tensor) -> Tensor:

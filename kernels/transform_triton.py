@@ -29,7 +29,10 @@ from longtake.kernels.lt2_triton import channel_mean, short_float
 from longtake.kernels.rotary import Rotary
 from longtake.kernels.rotary_triton import turns
 from longtake.kernels.scaling import Scaling
-from longtake.kernels.scaling_triton import emit
+from longtake.kernels.scaling_triton import emit, token_alignment
+from longtake.kernels.transform import MOST_DEPTH, depth_table, steps
+from longtake.kernels.transform import MOST_FALL as _MOST_FALL
+from longtake.kernels.transform import MOST_ROW as _MOST_ROW
 
 if TYPE_CHECKING:
     from longtake.kernels.transform import TransformCodec
@@ -37,9 +40,10 @@ if TYPE_CHECKING:
 MEASURE_TILES = 6
 ENCODE_WARPS = 8
 TINY = tl.constexpr(1e-20)
-MOST_DEPTH = tl.constexpr(6)
-LIMITS = tl.constexpr(8)  # numbers in a row of transform.limits
-MOST_PAIRS = tl.constexpr(282)
+MOST_FALL = tl.constexpr(_MOST_FALL)
+MOST_ROW = tl.constexpr(_MOST_ROW)
+EXPONENTS = tl.constexpr(_MOST_FALL + _MOST_ROW + 1)
+PAIRS = tl.constexpr(EXPONENTS.value * MOST_DEPTH)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +55,7 @@ class TileLaunch:
         warps: of a program.
     """
 
-    tiles: int = 6
+    tiles: int = 13
     warps: int = 8
 
 
@@ -92,36 +96,39 @@ def load_cosines(cosines, F: tl.constexpr, FP: tl.constexpr):
 
 
 @triton.jit
-def depth_of(exponent_FD, limits, whole):
-    """Bits of coefficients whose pairs are among the first `whole`, int32."""
-    depth = tl.zeros_like(exponent_FD)
-    for bit in tl.static_range(MOST_DEPTH):
-        depth += (exponent_FD <= tl.load(limits + whole * LIMITS + bit)).to(tl.int32)
-    return depth
+def depth_of(exponent_FD, table, num_pairs):
+    """Bits of coefficients once so many pairs have theirs, int32."""
+    return tl.load(table + tl.minimum(tl.maximum(num_pairs, 0), PAIRS) * EXPONENTS + exponent_FD).to(tl.int32)
+
+
+@triton.jit
+def load_exponents(
+    section, D: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr
+):
+    """Exponent of each coefficient, int32 [FP, D], in 0 .. 46 whatever the section's bytes are."""
+    frequency, channel = tl.arange(0, FP), tl.arange(0, D)
+    fall = tl.load((section + CHANNELS).to(tl.pointer_type(tl.int16)) + channel).to(tl.int32) & 15
+    row = tl.load(section + ROWS + frequency, mask=frequency < F, other=0).to(tl.int32)
+    return tl.minimum(row, MOST_ROW)[:, None] + fall[None, :]
 
 
 @triton.jit
 def load_depths(
-    section, limits, D: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, TILE_BYTES: tl.constexpr,
-    CHANNELS: tl.constexpr, ROWS: tl.constexpr, PLAN: tl.constexpr,
+    section, table, exponent_FD, D: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, TILE_BYTES: tl.constexpr,
+    PLAN: tl.constexpr,
 ):  # fmt: skip
-    """Of each coefficient: exponent, bits, and the bit of a tile's stream at which its code begins, int32 [FP, D].
+    """Of each coefficient: bits, and the bit of a tile's stream at which its code begins, int32 [FP, D].
 
     Whatever the section's bytes are, no code begins beyond the stream's end.
     """
     frequency, channel = tl.arange(0, FP), tl.arange(0, D)
-    real = (frequency < F)[:, None]
-    fall = tl.load((section + CHANNELS).to(tl.pointer_type(tl.int16)) + channel).to(tl.int32) & 15
-    row = tl.load(section + ROWS + frequency, mask=frequency < F, other=0).to(tl.int32)
-    exponent = row[:, None] + fall[None, :]
-    place = (section + PLAN).to(tl.pointer_type(tl.int32))
-    whole = tl.minimum(tl.maximum(tl.load(place), 0), MOST_PAIRS)
-    following = exponent == tl.load(limits + whole * LIMITS + MOST_DEPTH)
-    one_more = following & (frequency[:, None] * D + channel[None, :] < tl.load(place + 1))
-    depth = tl.where(real, depth_of(exponent, limits, whole) + one_more.to(tl.int32), 0)
+    plan = (section + PLAN).to(tl.pointer_type(tl.int32))
+    one_more = frequency[:, None] * D + channel[None, :] < tl.load(plan + 1)
+    depth = depth_of(exponent_FD, table, tl.load(plan) + one_more.to(tl.int32))
+    depth = tl.where((frequency < F)[:, None], depth, 0)
     of_row = tl.sum(depth, 1)
     start = tl.cumsum(depth, 1) - depth + (tl.cumsum(of_row, 0) - of_row)[:, None]
-    return exponent, depth, tl.minimum(start, 8 * TILE_BYTES)
+    return depth, tl.minimum(start, 8 * TILE_BYTES)
 
 
 @triton.jit
@@ -158,7 +165,7 @@ def exponent_of(share, MOST: tl.constexpr):
 
 @triton.jit
 def plan_kernel(
-    averages, energies, limits, out, stride_page,
+    averages, energies, table, out, stride_page,
     D: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr,
     TILE_BYTES: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
@@ -184,19 +191,19 @@ def plan_kernel(
     energy = tl.where(frequency[:, None] == 0, F * tl.sum(flat, 0)[None, :], energy)
 
     spread = tl.sqrt(tl.sum(energy, 0) / (K * F))
-    fall = exponent_of(spread / tl.maximum(tl.max(spread, 0), TINY), 15)
+    fall = exponent_of(spread / tl.maximum(tl.max(spread, 0), TINY), MOST_FALL)
     height = tl.sqrt(tl.sum(energy * tl.math.exp2(fall.to(tl.float32))[None, :], 1) / (K * D))
     unit = tl.max(height, 0)
-    row = exponent_of(height / tl.maximum(unit, TINY), 31)
+    row = exponent_of(height / tl.maximum(unit, TINY), MOST_ROW)
     exponent = row[:, None] + fall[None, :]
     whole = 0
     for power in tl.static_range(9):  # the most pairs whose bits fit, found by halving
         more = whole + (256 >> power)
-        more_pairs = tl.minimum(more, MOST_PAIRS)
-        spent = tl.sum(tl.sum(tl.where(real, depth_of(exponent, limits, more_pairs), 0), 1), 0)
-        whole = tl.where((more <= MOST_PAIRS) & (spent <= 8 * TILE_BYTES), more, whole)
-    left = 8 * TILE_BYTES - tl.sum(tl.sum(tl.where(real, depth_of(exponent, limits, whole), 0), 1), 0)
-    following = (real & (exponent == tl.load(limits + whole * LIMITS + MOST_DEPTH))).to(tl.int32)
+        spent = tl.sum(tl.sum(tl.where(real, depth_of(exponent, table, more), 0), 1), 0)
+        whole = tl.where((more <= PAIRS) & (spent <= 8 * TILE_BYTES), more, whole)
+    depth = depth_of(exponent, table, whole)
+    left = 8 * TILE_BYTES - tl.sum(tl.sum(tl.where(real, depth, 0), 1), 0)
+    following = (real & (depth_of(exponent, table, whole + 1) > depth)).to(tl.int32)
     of_row = tl.sum(following, 1)
     met = tl.cumsum(following, 1) + (tl.cumsum(of_row, 0) - of_row)[:, None]
     before = tl.sum(tl.sum((real & (met <= left)).to(tl.int32), 1), 0)
@@ -216,7 +223,7 @@ def reciprocal(x):
 
 @triton.jit
 def quantise_kernel(
-    x, cosines, limits, steps, out, stride_t, stride_h, stride_page,
+    x, cosines, table, steps, out, stride_t, stride_h, stride_page,
     D: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, TILE_BYTES: tl.constexpr, CHANNELS: tl.constexpr,
     ROWS: tl.constexpr, GAINS: tl.constexpr, UNIT: tl.constexpr, PLAN: tl.constexpr,
     TT: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
@@ -227,7 +234,7 @@ def quantise_kernel(
     frequency, channel = tl.arange(0, FP), tl.arange(0, D)
     mean = channel_mean(tl.load((section + CHANNELS).to(tl.pointer_type(tl.int16)) + channel).to(tl.int32))
     unit = tl.load((section + UNIT).to(tl.pointer_type(tl.float32)))
-    exponent, depth, start = load_depths(section, limits, D, F, FP, TILE_BYTES, CHANNELS, ROWS, PLAN)
+    exponent = load_exponents(section, D, F, FP, CHANNELS, ROWS)
     rest = load_tile(x + head * stride_h, tile, stride_t, D, F, FP, TT, TY, TX, HEIGHT, WIDTH)
     rest = tl.where((frequency < F)[:, None], rest - mean[None, :], 0.0)
     y = tl.dot(load_cosines(cosines, F, FP), rest, input_precision="tf32")
@@ -235,6 +242,8 @@ def quantise_kernel(
     square = tl.sum(tl.sum(y * y, 1), 0)
     gain = tl.minimum(tl.sqrt(square / (F * D)), 448.0).to(tl.float8e4nv)
     tl.store((section + GAINS).to(tl.pointer_type(tl.float8e4nv)) + tile, gain)
+
+    depth, start = load_depths(section, table, exponent, D, F, FP, TILE_BYTES, PLAN)
     levels = 1 << depth
     level = tl.floor(y * reciprocal(tl.load(steps + depth) * gain.to(tl.float32)) + 0.5 * levels.to(tl.float32))
     code = tl.minimum(tl.maximum(level, 0.0), levels.to(tl.float32) - 1).to(tl.int32)
@@ -252,12 +261,12 @@ def quantise_kernel(
 
 @triton.jit
 def materialise_kernel(
-    pages, slots, temporal, spatial, cosines, limits, steps, out, centre, scale,
+    pages, slots, temporal, spatial, cosines, table, steps, out, centre, scale,
     stride_slot, stride_page, stride_oh, stride_ox, stride_od, tokens, tokens_per_frame,
     D: tl.constexpr, PT: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, K: tl.constexpr, TILE_BYTES: tl.constexpr,
     CHANNELS: tl.constexpr, ROWS: tl.constexpr, GAINS: tl.constexpr, UNIT: tl.constexpr, PLAN: tl.constexpr,
     TT: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-    SCALED: tl.constexpr, TURNED: tl.constexpr, TILES: tl.constexpr,
+    SCALED: tl.constexpr, TURNED: tl.constexpr, TILES: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Unpack TILES tiles of one block and head; turn their tokens unless PT is 0."""
     block, head = tl.program_id(1), tl.program_id(2)
@@ -265,17 +274,20 @@ def materialise_kernel(
     channel, token = tl.arange(0, D), tl.arange(0, FP)
     mean = channel_mean(tl.load((section + CHANNELS).to(tl.pointer_type(tl.int16)) + channel).to(tl.int32))
     unit = tl.load((section + UNIT).to(tl.pointer_type(tl.float32)))
-    exponent, depth, start = load_depths(section, limits, D, F, FP, TILE_BYTES, CHANNELS, ROWS, PLAN)
-    step = tl.load(steps + depth) * tl.math.exp2(-0.5 * exponent.to(tl.float32))
-    byte, shift, top = start >> 3, start & 7, (1 << depth) - 1
+    exponent = load_exponents(section, D, F, FP, CHANNELS, ROWS)
+    depth, start = load_depths(section, table, exponent, D, F, FP, TILE_BYTES, PLAN)
+    # a code stays where it stands in its two bytes: code * 2^shift is masked out of them, and 2^-shift is in the step
+    mask = ((1 << depth) - 1) << (start & 7)
+    step = tl.load(steps + depth) * tl.math.exp2(-0.5 * exponent.to(tl.float32) - (start & 7).to(tl.float32))
+    lowest = -0.5 * mask.to(tl.float32) * step
+    place = mask | (start >> 3 << 16)
     inverse = tl.trans(load_cosines(cosines, F, FP)).to(tl.float16)
     live = token < F
     first = tl.program_id(0) * TILES
-    for tile in range(first, min(first + TILES, K)):
-        stream = section + tile * TILE_BYTES + byte
+    for tile in tl.range(first, min(first + TILES, K), disable_licm=True):
+        stream = section + tile * TILE_BYTES + (place >> 16)
         window = tl.load(stream).to(tl.int32) | (tl.load(stream + 1).to(tl.int32) << 8)
-        code = ((window >> shift) & top).to(tl.float32)
-        y = (code - 0.5 * top.to(tl.float32)) * step
+        y = (window & place).to(tl.float32) * step + lowest
         gain = tl.load((section + GAINS).to(tl.pointer_type(tl.float8e4nv)) + tile).to(tl.float32)
         rows = tl.dot(inverse, y.to(tl.float16)) * (gain * unit) + mean[None, :]
         row = tile_rows(tile, token, TT, TY, TX, HEIGHT, WIDTH)
@@ -284,7 +296,7 @@ def materialise_kernel(
             cos, sin = turns(temporal, spatial, frame, row % tokens_per_frame, live, D, PT, FP)
             real, imag = tl.split(tl.reshape(rows, (FP, D // 2, 2)))
             rows = tl.reshape(tl.join(real * cos - imag * sin, real * sin + imag * cos), (FP, D))
-        target = block.to(tl.int64) * tokens + row
+        target = block.to(tl.int64) * (tokens // ALIGN * ALIGN) + row  # the same number, seen to be aligned
         emit(rows, out, head, target, live, stride_oh, stride_ox, stride_od, centre, scale, D, SCALED, TURNED)
 
 
@@ -297,9 +309,17 @@ def tiling(codec: TransformCodec) -> dict[str, int]:
             "HEIGHT": height, "WIDTH": width}  # fmt: skip
 
 
-def places(codec: TransformCodec, *names: str) -> dict[str, int]:
-    """Places of fields in a section, by their names in capitals, as the kernels take them."""
+def places(codec: TransformCodec) -> dict[str, int]:
+    """Bytes of a tile and places of fields in a section, as its kernels take them."""
+    names = ("channels", "rows", "gains", "unit", "plan")
     return {"TILE_BYTES": codec.tile_bytes} | {name.upper(): codec.layout.offset(name) for name in names}
+
+
+def planning(codec: TransformCodec) -> dict[str, int]:
+    """What `plan_kernel` takes."""
+    groups, chunk = triton.cdiv(codec.num_tiles, MEASURE_TILES), min(64, triton.next_power_of_2(codec.num_tiles))
+    known = tiling(codec) | places(codec) | {"K": codec.num_tiles, "GROUPS": groups, "CHUNK": chunk}
+    return {name: known[name] for name in plan_kernel.arg_names if name in known}
 
 
 def encode(x_THD: Tensor, out_HB: Tensor, codec: TransformCodec) -> None:
@@ -311,10 +331,9 @@ def encode(x_THD: Tensor, out_HB: Tensor, codec: TransformCodec) -> None:
 
 def fit(x_THD: Tensor, out_HB: Tensor, codec: TransformCodec) -> None:
     """Write channels, rows, unit and plan of each head."""
-    from longtake.kernels.transform import limits
-
     num_heads, num_tiles, sizes = x_THD.shape[1], codec.num_tiles, tiling(codec)
-    groups = triton.cdiv(num_tiles, MEASURE_TILES)
+    planned = planning(codec)
+    groups = planned["GROUPS"]
     averages_HKD = torch.empty((num_heads, num_tiles, sizes["D"]), dtype=torch.float32, device=x_THD.device)
     energies_HGFD = torch.empty((num_heads, groups, sizes["FP"], sizes["D"]), dtype=torch.float32, device=x_THD.device)
     measure_kernel[(groups, num_heads)](
@@ -322,22 +341,18 @@ def fit(x_THD: Tensor, out_HB: Tensor, codec: TransformCodec) -> None:
         K=num_tiles, TILES=MEASURE_TILES, num_warps=ENCODE_WARPS, **sizes,
     )  # fmt: skip
     plan_kernel[(num_heads,)](
-        averages_HKD, energies_HGFD, limits(x_THD.device), out_HB, out_HB.stride(0),
-        D=sizes["D"], F=sizes["F"], FP=sizes["FP"], K=num_tiles, GROUPS=groups,
-        CHUNK=min(64, triton.next_power_of_2(num_tiles)), num_warps=ENCODE_WARPS,
-        **places(codec, "channels", "rows", "unit", "plan"),
+        averages_HKD, energies_HGFD, depth_table(x_THD.device), out_HB, out_HB.stride(0),
+        num_warps=ENCODE_WARPS, **planned,
     )  # fmt: skip
 
 
 def quantise(x_THD: Tensor, out_HB: Tensor, codec: TransformCodec) -> None:
     """Write gains and codes of each head, given what `fit` wrote."""
-    from longtake.kernels.transform import limits, steps
-
     out_HB[:, : codec.layout.offset("channels")].zero_()
     quantise_kernel[(codec.num_tiles, x_THD.shape[1])](
-        x_THD, codec.cosines(x_THD.device), limits(x_THD.device), steps(x_THD.device), out_HB,
+        x_THD, codec.cosines(x_THD.device), depth_table(x_THD.device), steps(x_THD.device), out_HB,
         x_THD.stride(0), x_THD.stride(1), out_HB.stride(0), num_warps=ENCODE_WARPS,
-        **tiling(codec), **places(codec, "channels", "rows", "gains", "unit", "plan"),
+        **tiling(codec), **places(codec),
     )  # fmt: skip
 
 
@@ -351,8 +366,6 @@ def materialise(
     launch: TileLaunch = DEFAULT_LAUNCH,
 ) -> None:
     """Unpack the slots' sections into N*T rows of each head, turned if tables are given, scaled for e4m3."""
-    from longtake.kernels.transform import limits, steps
-
     device, num_tiles = out_HXD.device, codec.num_tiles
     temporal, spatial, per_frame, pairs = sections_GHB, sections_GHB, 1, 0
     centre, scale = (slots_N, slots_N) if scaling is None else (scaling.centre_HD, scaling.scale_H)
@@ -360,9 +373,9 @@ def materialise(
         temporal, spatial = rotary.temporal_YP2, rotary.spatial_SQ2
         per_frame, pairs = rotary.tokens_per_frame, temporal.shape[1]
     materialise_kernel[triton.cdiv(num_tiles, launch.tiles), slots_N.shape[0], out_HXD.shape[0]](
-        sections_GHB, slots_N, temporal, spatial, codec.cosines(device), limits(device), steps(device), out_HXD,
+        sections_GHB, slots_N, temporal, spatial, codec.cosines(device), depth_table(device), steps(device), out_HXD,
         centre, scale, sections_GHB.stride(0), sections_GHB.stride(1), out_HXD.stride(0), out_HXD.stride(1),
         out_HXD.stride(2), codec.geometry.num_tokens, per_frame,
         PT=pairs, K=num_tiles, SCALED=scaling is not None, TURNED=out_HXD.stride(2) != 1, TILES=launch.tiles,
-        num_warps=launch.warps, **tiling(codec), **places(codec, "channels", "rows", "gains", "unit", "plan"),
+        ALIGN=token_alignment(codec.geometry.num_tokens), num_warps=launch.warps, **tiling(codec), **places(codec),
     )  # fmt: skip
