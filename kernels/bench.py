@@ -31,7 +31,7 @@ from longtake.kernels import bench_sweep, flash3, synthetic
 from longtake.kernels.attention import attend, merge
 from longtake.kernels.attention_path import make_path
 from longtake.kernels.clock import Clock, relative_error, setting, survive
-from longtake.kernels.codec import BlockGeometry, Codec, make_codec
+from longtake.kernels.codec import Codec, make_codec
 from longtake.kernels.rotary import Rotary, apply_rotary, rotary_table
 
 DEFAULT_CODECS = "bf16,int8,int4,rtn2,lt2"
@@ -231,7 +231,7 @@ def measure(
     for name in args.codecs.split(",") if "=" not in args.codecs else args.codecs.split(";"):
         with survive(failed, label := f"{kind} {blocks} {name}"):
             case = Case(
-                codec=make_codec(name, BlockGeometry(num_tokens=grid.num_tokens, head_dim=args.dim)),
+                codec=make_codec(name, grid.geometry(args.dim)),
                 k_NTHD=k_NTHD,
                 v_NTHD=v_NTHD,
                 q_THD=q_THD,

@@ -24,16 +24,18 @@ from longtake.kernels import synthetic
 from longtake.kernels.attention import attend
 from longtake.kernels.attention_fp8 import Fp8Scratch, attend_fp8, fp8_scratch
 from longtake.kernels.clock import Clock, relative_error
-from longtake.kernels.codec import BlockGeometry, PairCodec, TensorCodec, make_codec
+from longtake.kernels.codec import PairCodec, TensorCodec, make_codec
 from longtake.kernels.dense import DenseCodec
 from longtake.kernels.lt2 import LowRankTwoBit
 from longtake.kernels.rotary import Rotary, rotary_table
 from longtake.kernels.rtn import RoundToNearest
 from longtake.kernels.scaling import Scaling, calibrate, unscaled
+from longtake.kernels.transform import TransformCodec
 
 if TYPE_CHECKING:
     from longtake.kernels.attention_fp8_triton import AttendLaunch
     from longtake.kernels.rotary_triton import Launch
+    from longtake.kernels.transform_triton import TileLaunch
 
 NUM_COMPILERS = 8
 MATERIALISE_LAUNCHES = (
@@ -46,6 +48,7 @@ MATERIALISE_LAUNCHES = (
     (128, 1, 8),
     (128, 4, 8),
 )
+TILE_LAUNCHES = ((13, 8), (13, 16), (26, 8), (6, 8), (6, 16), (3, 8), (3, 16), (1, 16))  # of the transform codec
 FINALISTS = 5
 
 
@@ -193,21 +196,29 @@ def sweep_attend(sizes: Sizes, clock: Clock) -> list[dict[str, Any]]:
     return found
 
 
-def materialise_call(
+def variants(
     codec: TensorCodec, arena: Tensor, slots: Tensor, rotary: Rotary | None, out: Tensor, scaling: Scaling | None
-) -> Callable[[Launch], None]:
-    """The codec's kernel with everything but its launch."""
-    from longtake.kernels import dense_triton, lt2_triton, rtn_triton
+) -> Iterator[tuple[Launch | TileLaunch, Callable[[], None]]]:
+    """The codec's kernel in every variant of its launch."""
+    from longtake.kernels import dense_triton, lt2_triton, rtn_triton, transform_triton
+    from longtake.kernels.rotary_triton import Launch
 
     common, tokens = (arena, slots, rotary, out), codec.geometry.num_tokens
-    if isinstance(codec, RoundToNearest):
-        return lambda launch: rtn_triton.materialise(
-            *common, tokens, codec.bits, codec.layout.offset("grid"), scaling, launch
-        )
-    if isinstance(codec, LowRankTwoBit):
-        return lambda launch: lt2_triton.materialise(*common, codec, scaling, launch)
-    assert isinstance(codec, DenseCodec)
-    return lambda launch: dense_triton.materialise(*common, tokens, codec.dtype, scaling, launch)
+    if isinstance(codec, TransformCodec):
+        for tiles, warps in TILE_LAUNCHES:
+            tile_launch = transform_triton.TileLaunch(tiles=tiles, warps=warps)
+            yield tile_launch, partial(transform_triton.materialise, *common, codec, scaling, tile_launch)
+        return
+    for rows, heads, warps in MATERIALISE_LAUNCHES:
+        launch = Launch(rows=rows, heads=heads, warps=warps)
+        if isinstance(codec, RoundToNearest):
+            grid = codec.layout.offset("grid")
+            yield launch, partial(rtn_triton.materialise, *common, tokens, codec.bits, grid, scaling, launch)
+        elif isinstance(codec, LowRankTwoBit):
+            yield launch, partial(lt2_triton.materialise, *common, codec, scaling, launch)
+        else:
+            assert isinstance(codec, DenseCodec)
+            yield launch, partial(dense_triton.materialise, *common, tokens, codec.dtype, scaling, launch)
 
 
 def materialise_targets(
@@ -227,19 +238,18 @@ def materialise_targets(
 
 def materialise_calls(
     sizes: Sizes, name: str, blocks: int, device: torch.device
-) -> Iterator[tuple[str, Launch, Callable[[], None]]]:
+) -> Iterator[tuple[str, Launch | TileLaunch, Callable[[], None]]]:
     """Target, launch and call of one codec's kernel in every variant."""
-    from longtake.kernels.rotary_triton import Launch
-
-    pair = make_codec(name, BlockGeometry(num_tokens=sizes.grid.num_tokens, head_dim=sizes.dim))
+    pair = make_codec(name, sizes.grid.geometry(sizes.dim))
     assert isinstance(pair, PairCodec)
     slots = torch.arange(blocks, dtype=torch.int32, device=device)
     arena = torch.zeros((blocks, sizes.heads, pair.k.num_bytes), dtype=torch.uint8, device=device)
+    noise_THD = torch.randn(sizes.grid.num_tokens, sizes.heads, sizes.dim, device=device, dtype=torch.bfloat16)
+    for page_HB in arena:
+        pair.k.pack_into(noise_THD, page_HB, [0] * sizes.heads)
     for target, rotary, out, scaling in materialise_targets(sizes, blocks, device):
-        call = materialise_call(pair.k, arena, slots, rotary, out, scaling)
-        for rows, heads, warps in MATERIALISE_LAUNCHES:
-            launch = Launch(rows=rows, heads=heads, warps=warps)
-            yield target, launch, partial(call, launch)
+        for launch, call in variants(pair.k, arena, slots, rotary, out, scaling):
+            yield target, launch, call
 
 
 def compile_materialise(sizes: Sizes, name: str, part: int) -> None:
@@ -252,7 +262,7 @@ def compile_materialise(sizes: Sizes, name: str, part: int) -> None:
 
 def sweep_materialise(sizes: Sizes, clock: Clock) -> list[dict[str, Any]]:
     """Materialise of one tensor under several tile sizes; fastest first."""
-    names = ("rtn2", "lt2")
+    names = ("rtn2", "lt2", "tc2")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(NUM_COMPILERS, mp_context=context) as pool:
         jobs = [pool.submit(compile_materialise, sizes, n, part) for n in names for part in range(NUM_COMPILERS)]

@@ -209,6 +209,7 @@ def transform_cases() -> Iterator[Case]:
                 types=types | {"out": "*u8"},
                 constants=constants,
                 options={"num_warps": transform_triton.ENCODE_WARPS},
+                local=64,
             )
 
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longtake.kernels.codec import BlockGeometry
+
 NUM_PATTERNS = 12
 
 
@@ -31,6 +33,10 @@ class Grid:
     def num_tokens(self) -> int:
         """Tokens of a block."""
         return self.frames * self.height * self.width
+
+    def geometry(self, head_dim: int) -> BlockGeometry:
+        """Of such a block, as codecs take it."""
+        return BlockGeometry(num_tokens=self.num_tokens, head_dim=head_dim, grid=(self.height, self.width))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,8 +2,9 @@
 
 Encode reads a block twice: measure sums the squares of coefficients over tiles, plan (one program a head, small numbers
 only) writes means, exponents and the plan, quantise writes gains and codes. Sums stand in another order than the
-reference's, and products are TF32's: exponents, gains and codes that lie at a border may differ, so payloads of CPU and
-GPU differ in bytes, not in quality; what is written is read alike by both. The same input gives the same bytes.
+reference's: exponents, gains and codes that lie at a border may differ, so payloads of CPU and GPU differ in bytes, not
+in quality; what is written is read alike by both. The same input gives the same bytes. Products are three of TF32's:
+with one, what large coefficients lose drowns the small ones of very smooth channels, and with them a tile's gain.
 
 What says where a code lies and what it is worth (depth, start, step of each coefficient) is the same for all tiles of a
 head's block: a program of materialise works it out once, for the few tiles it then walks over. A tile's coefficients go
@@ -150,7 +151,7 @@ def measure_kernel(
         average = tl.sum(rest, 0) / F
         tl.store(averages + (head * K + tile) * D + channel, average)
         rest = tl.where((frequency < F)[:, None], rest - average[None, :], 0.0)
-        y = tl.dot(cosine, rest, input_precision="tf32")
+        y = tl.dot(cosine, rest, input_precision="tf32x3")
         energy += y * y
     place = energies + (head * tl.num_programs(0) + group) * (FP * D) + frequency[:, None] * D + channel[None, :]
     tl.store(place, energy)
@@ -237,7 +238,7 @@ def quantise_kernel(
     exponent = load_exponents(section, D, F, FP, CHANNELS, ROWS)
     rest = load_tile(x + head * stride_h, tile, stride_t, D, F, FP, TT, TY, TX, HEIGHT, WIDTH)
     rest = tl.where((frequency < F)[:, None], rest - mean[None, :], 0.0)
-    y = tl.dot(load_cosines(cosines, F, FP), rest, input_precision="tf32")
+    y = tl.dot(load_cosines(cosines, F, FP), rest, input_precision="tf32x3")
     y = y * reciprocal(unit) * tl.math.exp2(0.5 * exponent.to(tl.float32))
     square = tl.sum(tl.sum(y * y, 1), 0)
     gain = tl.minimum(tl.sqrt(square / (F * D)), 448.0).to(tl.float8e4nv)

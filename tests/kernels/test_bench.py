@@ -8,7 +8,7 @@ import pytest
 
 from longtake.kernels import bench
 
-SMALL = "--device cpu --height 3 --width 5 --heads 2 --dim 64 --repeats 2 --blocks 2,3 --chunk 2 --codecs bf16,int4"
+SMALL = "--device cpu --height 3 --width 5 --heads 2 --dim 64 --repeats 2 --blocks 2,3 --chunk 2 --codecs bf16,int4,tc2"
 
 
 def test_report_holds_every_case_and_the_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,6 +26,7 @@ def test_report_holds_every_case_and_the_setting(tmp_path: Path, monkeypatch: py
         assert exact["bits_per_element"] == 16 and exact["output_relative_error"] < 0.01
         # a section's pad to 16 bytes shows at 45 tokens
         assert 4.5 <= int4["bits_per_element"] < 4.55 and int4["output_relative_error"] < 0.5
+        assert result["codecs"]["tc2"]["bits_per_element"] < 2.5
         fp8 = int4["paths"]["fp8"]
         assert fp8["output_relative_error"] < 0.5 and fp8["ratio_to_dense"] > 0 and abs(fp8["error_growth"]) < 0.5
         assert set(int4["paths"]) == {"fp8", "fp8-bf16v"}

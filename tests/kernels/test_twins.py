@@ -175,7 +175,7 @@ def check_lt2_encode(tokens: int, dim: int, rank: int, device: str) -> None:
 
 
 def check_transform_encode(name: str, tokens: int, dim: int, device: str) -> None:
-    """Fit: a plan that is right for its exponents. All: as good as the reference. Quantise: given its fit, its bytes."""
+    """Fit: a plan right for its exponents. All: as good as the reference. Quantise: given its fit, its bytes."""
     from longtake.kernels import transform_triton
     from longtake.kernels.transform import TransformCodec, plan
 
