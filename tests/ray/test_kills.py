@@ -159,7 +159,7 @@ def test_a_gang_of_two_goes_on_as_one_where_only_one_device_is_left(
         run.end()
     log = (out / "a.log").read_text()
     assert re.findall(rf"on (\d) x {device}", log) == ["2", "1"]
-    assert int(re.findall(r"block (\d+)/\d+ goes on", log)[-1]) >= 3
+    assert int(re.findall(r"block (\d+)/\d+ goes on", log)[-1]) >= 1, "what both ranks had on the disk by then"
     status = json.loads((out / "status.json").read_text())
     assert probe(out / "film.mp4").frames == status["shots"]["a"]["num_frames"] >= 2400
 
