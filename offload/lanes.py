@@ -34,7 +34,7 @@ class _EventFence(Fence):
     """Work up to an event on a CUDA stream."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._event = torch.cuda.Event()
+        self._event = torch.cuda.Event(blocking=True)  # a thread that waits sleeps
         self._event.record(stream)
         self._device = stream.device
 
@@ -57,7 +57,9 @@ class Lane:
     """A queue of copies in one direction, in the order in which they are given. Any thread may give them."""
 
     def __init__(self, device: torch.device) -> None:
-        """Make the lane.
+        """Make the lane; its copies begin behind all that is queued on the current stream.
+
+        So memory that PyTorch's allocator has just taken back from that stream's work can be copied to.
 
         Args:
             device: the accelerator at one end; a CPU needs no stream.
@@ -67,6 +69,7 @@ class Lane:
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)
+            self._stream.wait_stream(torch.cuda.current_stream(device))
 
     def copy(self, pairs: Iterable[tuple[Tensor, Tensor]], after: Iterable[Fence] = ()) -> Fence:
         """Queue copies.

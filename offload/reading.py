@@ -81,6 +81,7 @@ class Reading:
         if not self.released:
             self.released = True
             self._on_release([] if self._ring is None else self._ring.stop())
+            del self._on_release  # it refers to this reading: tables would stay until the garbage collector comes
 
     def __enter__(self) -> Reading:
         return self

@@ -94,10 +94,11 @@ def ring_tables(
 
 @dataclass(slots=True, kw_only=True)
 class _Arrival:
-    """One layer on its way into a slot set, or there."""
+    """One layer on its way into a slot set, or there; ``after`` are the fences that its copies wait for."""
 
     layer: int
     slot_set: int
+    after: list[Fence] = field(default_factory=list)
     fences: list[Fence] = field(default_factory=list)
     pending: list[Future[Fence]] = field(default_factory=list)
 
@@ -112,14 +113,14 @@ class _Arrival:
         return self.fences
 
     def give_up(self) -> list[Fence]:
-        """Cancel what has not begun; the fences of what has, whether or not all of it came."""
+        """Cancel what has not begun; the fences after which the slots are free, whether or not all of it came."""
         for future in self.pending:
             future.cancel()
         for future in self.pending:
             if not future.cancelled() and future.exception() is None:
                 self.fences.append(future.result())
         self.pending.clear()
-        return self.fences
+        return [*self.after, *self.fences]  # copies that never began wait for nothing
 
 
 class Ring:
@@ -203,7 +204,7 @@ class Ring:
 
     def _start(self, layer: int, slot_set: int, after: list[Fence]) -> _Arrival:
         slots = self._slot_sets[slot_set]
-        arrival = _Arrival(layer=layer, slot_set=slot_set)
+        arrival = _Arrival(layer=layer, slot_set=slot_set, after=after)
         if self._runs:
             pairs = []
             for run in self._runs:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -102,3 +105,17 @@ def test_budget_bounds_the_arena() -> None:
         CacheBudget(device_bytes=1).num_frames(SHAPE)
     with pytest.raises(ConfigError):
         CacheBudget().num_frames(SHAPE)
+
+
+def test_a_released_reading_leaves_nothing_behind() -> None:
+    cache = device_cache(2)
+    commit(cache, 0)
+    reading = cache.prepare((0,))
+    pages = weakref.ref(reading)
+    gc.disable()  # what is freed, is so by itself
+    try:
+        reading.release()
+        del reading
+        assert pages() is None
+    finally:
+        gc.enable()

@@ -150,3 +150,23 @@ def test_nothing_is_allocated_after_the_start(cache: KVCache, wanted_BLHP: torch
         cache.prepare(range(block - 2, block)).release()
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() == before
+
+
+@torch.inference_mode()
+def test_a_new_cache_waits_for_who_had_its_memory(wanted_BLHP: torch.Tensor, tmp_path: Path) -> None:
+    """The allocator gives memory anew that work on this stream has still to read."""
+    run = open_run(tmp_path, shape=SHAPE)
+    writing = KVCache(shape=SHAPE, device="cuda", budget=CacheBudget(num_blocks=1), run=run)
+    commit_late(writing, 0, wanted_BLHP)
+    writing.close()
+    del writing
+    former = torch.full((3 * B,), 7, dtype=torch.uint8, device="cuda")
+    torch.cuda._sleep(500 * BUSY_CYCLES)
+    wrong = (former != 7).sum()
+    del former
+    cache = KVCache(shape=SHAPE, device="cuda", budget=CacheBudget(num_blocks=2), run=run)
+    with cache.prepare((0,)) as reading:
+        count_wrong(reading, 0, (0,), wanted_BLHP, wrong)
+    assert int(wrong) == 0
+    cache.close()
+    run.close()
