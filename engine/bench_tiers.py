@@ -14,9 +14,11 @@ disk         the disk's own speed at files of the history's size (1.3B geometry 
              fsynced writes, and reads behind a forgotten page cache; spill and prefetch of the cache on the same disk
              in the same run. See engine/tiers_disk.py.
 resume       seconds from opening the folder of a run of ``--minutes`` until its next block is there: journal, tiers
-             (allocation and pinning), the attended history read from the disk, the block. Model and compilation are
-             there before. The folder keeps what is needed only, so its journal is as long, and its history as short,
-             as such a run's.
+             (allocation and pinning), the attended history read from the disk (behind a forgotten page cache), the
+             block. Model and compilation are there before. The folder keeps what is needed only, so its journal is as
+             long, and its history as short, as such a run's.
+
+Figures are written case by case; a case that fails is printed, and listed in the file's "failed".
 """
 
 from __future__ import annotations
@@ -33,7 +35,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from longtake.engine import record
@@ -44,10 +45,11 @@ from longtake.engine.model import TextContext
 from longtake.engine.rollout import Rollout
 from longtake.engine.shotcache import kv_shape, shot_forms
 from longtake.engine.tiers_disk import bench_disk
+from longtake.engine.tiers_resume import bench_resume
+from longtake.kernels.clock import survive
 from longtake.kernels.codec import BlockGeometry, make_codec
 from longtake.offload.cache import CacheBudget, KVCache
 from longtake.offload.chunkfiles import DiskIO
-from longtake.offload.files import FileOps
 from longtake.offload.run import RunDirectory
 from longtake.offload.shape import ModelKVShape
 
@@ -175,35 +177,41 @@ def bench_shot(bench: TiersBench) -> ShotConfig:
     return dataclasses.replace(shot, model=dataclasses.replace(shot.model, transformer=SMALL)) if small else shot
 
 
-def bench_streaming(stage: Stage) -> dict[str, Any]:
-    """Seconds a block by where the attended history is."""
+def bench_streaming(stage: Stage, failed: dict[str, str]) -> dict[str, Any]:
+    """Seconds a block by where the attended history is; ``failed`` is told of a history that finds no room."""
     window = stage.bench.window_blocks
     frames = {"resident": window + 1, "quarter": max(window // 4, stage.least_frames), "host": stage.least_frames}
     rollouts: dict[str, Rollout] = {}
     for name, num_frames in frames.items():
-        cache = stage.cache(num_frames, host=name != "resident")
-        stage.fill(cache, window)
-        rollouts[name] = stage.rollout(cache)
-    seconds: dict[str, list[float]] = {name: [] for name in frames}
-    streamed: dict[str, list[int]] = {name: [] for name in frames}
+        with survive(failed, f"streaming, {name}"):
+            cache = stage.cache(num_frames, host=name != "resident")
+            stage.fill(cache, window)
+            rollouts[name] = stage.rollout(cache)
+    seconds: dict[str, list[float]] = {name: [] for name in rollouts}
+    streamed: dict[str, list[int]] = {name: [] for name in rollouts}
     for index in range(_WARM_UP + stage.bench.blocks):
         for name, rollout in rollouts.items():
-            before = rollout.cache.stats().up_bytes
-            taken = stage.timed(rollout.step)
-            if index >= _WARM_UP:
-                seconds[name].append(taken)
-                streamed[name].append(rollout.cache.stats().up_bytes - before)
-    results: dict[str, Any] = {}
+            if f"streaming, {name}" in failed:
+                continue
+            with survive(failed, f"streaming, {name}"):
+                before = rollout.cache.stats().up_bytes
+                taken = stage.timed(rollout.step)
+                if index >= _WARM_UP:
+                    seconds[name].append(taken)
+                    streamed[name].append(rollout.cache.stats().up_bytes - before)
+    results: dict[str, Any] = {"attended_bytes": window * stage.shape.block_bytes}
     for name, rollout in rollouts.items():
-        ratios = [one / resident for one, resident in zip(seconds[name], seconds["resident"], strict=True)]
-        results[name] = {
-            "block_s": record.summary(seconds[name]),
-            "to_resident": record.summary(ratios),
-            "up_bytes_a_block": statistics.median(streamed[name]),
-            "memory_bytes": rollout.memory(),
-        }
+        if f"streaming, {name}" not in failed:
+            results[name] = {
+                "block_s": record.summary(seconds[name]),
+                "up_bytes_a_block": statistics.median(streamed[name]),
+                "memory_bytes": rollout.memory(),
+            }
+        if name in results and "resident" in results:
+            pairs = zip(seconds[name], seconds["resident"], strict=True)
+            results[name]["to_resident"] = record.summary([one / resident for one, resident in pairs])
         rollout.cache.close()
-    return {"attended_bytes": window * stage.shape.block_bytes, **results}
+    return results
 
 
 def bench_persistence(stage: Stage, work: Path) -> dict[str, Any]:
@@ -253,73 +261,6 @@ def bench_persistence(stage: Stage, work: Path) -> dict[str, Any]:
     }
 
 
-class _Unsynced(FileOps):
-    """For making a long run's folder: it only has to be there."""
-
-    def fsync(self, fd: int) -> None:
-        """Nothing."""
-
-
-def bench_resume(stage: Stage, work: Path) -> dict[str, Any]:
-    """Seconds from a folder to its next block."""
-    shot, window, shape = stage.shot, stage.bench.window_blocks, stage.shape
-    frames = shot.model.block_frames * shot.model.temporal_stride
-    num_blocks = max(window, round(60 * stage.bench.minutes * shot.fps / frames))
-    needed = (0, *range(num_blocks - window + 1, num_blocks))
-    _make_run(stage, work / "resumed", num_blocks, needed)
-    samples: list[dict[str, float]] = []
-    for _ in range(3):
-        shutil.copytree(work / "resumed", work / "again")
-        samples.append(_resume(stage, work / "again", needed))
-        shutil.rmtree(work / "again")
-    return {
-        "run_minutes": stage.bench.minutes,
-        "run_blocks": num_blocks,
-        "journal_bytes": (work / "resumed" / "journal").stat().st_size,
-        "history_read_bytes": len(needed) * shape.block_bytes,
-        **{name: record.summary([one[name] for one in samples]) for name in samples[0]},
-    }
-
-
-def _make_run(stage: Stage, folder: Path, num_blocks: int, needed: tuple[int, ...]) -> None:
-    """The folder of a run of so many blocks that keeps the needed ones."""
-    run = RunDirectory(folder, shape=stage.shape, config_hash="bench", ops=_Unsynced())
-    payloads_LHP = np.random.default_rng(0).integers(
-        0, 256, (stage.shape.num_layers, stage.shape.num_heads, stage.shape.payload_bytes), dtype=np.uint8
-    )
-    checksums_LH = np.zeros((stage.shape.num_layers, stage.shape.num_heads), dtype=np.uint32)
-    for block in range(num_blocks):
-        for chunk in run.store.chunks if block in needed else ():
-            heads = slice(chunk.heads.start, chunk.heads.stop)
-            written_lh = run.store.write_chunk(block, chunk, payloads_LHP)
-            checksums_LH[chunk.layers.start : chunk.layers.stop, heads] = written_lh
-        run.commit(block, checksums_LH)
-    run.drop(set(range(num_blocks)) - set(needed))
-    run.close()
-
-
-def _resume(stage: Stage, folder: Path, needed: tuple[int, ...]) -> dict[str, float]:
-    times = [time.perf_counter()]
-    run = RunDirectory(folder, shape=stage.shape, config_hash="bench", disk_io=stage.bench.ways[-1])
-    times.append(time.perf_counter())
-    cache = stage.cache(stage.bench.window_blocks + 1, run)
-    stage.wait()
-    times.append(time.perf_counter())
-    cache.prepare(needed).release()
-    stage.wait()
-    times.append(time.perf_counter())
-    stage.rollout(cache).step()
-    stage.wait()
-    times.append(time.perf_counter())
-    cache.flush()
-    times.append(time.perf_counter())
-    cache.close()
-    run.close()
-    names = ("journal_s", "tiers_s", "history_s", "block_s", "until_durable_s")
-    parts = {name: later - earlier for name, earlier, later in zip(names, times, times[1:], strict=False)}
-    return {**parts, "first_block_s": times[4] - times[0]}
-
-
 def disk_shape(codec: str) -> ModelKVShape:
     """History of the 1.3B geometry at 480x832: the files of every part about the disk."""
     shot = make_shot(RolloutBench(geometry="1.3b", codec=codec))
@@ -328,35 +269,47 @@ def disk_shape(codec: str) -> ModelKVShape:
     return ModelKVShape(num_layers=config.num_layers, num_heads=config.num_heads, codec=make_codec(codec, geometry))
 
 
-def run_tiers(bench: TiersBench, work: Path) -> dict[str, Any]:
-    """Run the parts; ``work`` is a folder on the disk to be measured."""
+def run_tiers(
+    bench: TiersBench,
+    work: Path,
+    failed: dict[str, str],
+    save: Callable[[dict[str, Any]], None] = lambda results: None,
+) -> dict[str, Any]:
+    """Run the parts.
+
+    Args:
+        bench: which, and of what.
+        work: a folder on the disk to be measured.
+        failed: told of cases that fail; the others run.
+        save: given the results so far, case by case.
+    """
     results: dict[str, Any] = {}
     stage = Stage(bench) if set(bench.parts) - {"disk"} else None
+
+    def disk() -> dict[str, Any]:
+        found = results["disk"] = {}
+        shape, device = disk_shape(bench.codec), torch.device(bench.device)
+        for way in bench_disk(found, shape, device, work, bench.ways, failed, bench.disk_blocks, bench.passes):
+            print(f"disk by {way}: {found[way]['write_MB_s']['median']:.0f} MB/s written", flush=True)
+            save(results)
+        return found
+
     parts: dict[str, Callable[[Stage], dict[str, Any]]] = {
-        "streaming": bench_streaming,
+        "streaming": lambda one: bench_streaming(one, failed),
         "persistence": lambda one: bench_persistence(one, work),
         "resume": lambda one: bench_resume(one, work),
     }
     for name in bench.parts:
         started = time.perf_counter()
-        if name == "disk":
-            results[name] = bench_disk(
-                disk_shape(bench.codec),
-                torch.device(bench.device),
-                work,
-                ways=list(bench.ways),
-                num_blocks=bench.disk_blocks,
-                passes=bench.passes,
-            )
-        else:
-            assert stage is not None
-            results[name] = parts[name](stage)
-        results[name]["took_s"] = time.perf_counter() - started
-        print(f"{name}: {time.perf_counter() - started:.1f} s", flush=True)
+        with survive(failed, name):
+            results[name] = disk() if stage is None or name == "disk" else parts[name](stage)
+            results[name]["took_s"] = time.perf_counter() - started
+            print(f"{name}: {time.perf_counter() - started:.1f} s", flush=True)
+        save(results)
     return results
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> int:
     """Command line of ``longtake bench tiers``."""
     parser = argparse.ArgumentParser(
         prog="longtake bench tiers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -391,8 +344,10 @@ def main(arguments: list[str]) -> None:
         device=options.device,
     )
     work = Path(tempfile.mkdtemp(prefix="tiers", dir=options.work))
+    failed: dict[str, str] = {}
+    config = {**dataclasses.asdict(bench), "protocol": __doc__, "failed": failed}
     try:
-        results = run_tiers(bench, work)
+        run_tiers(bench, work, failed, lambda results: record.write(options.json, "tiers", config, results))
     finally:
         shutil.rmtree(work)
-    record.write(options.json, "tiers", {**dataclasses.asdict(bench), "protocol": __doc__}, results)
+    return 1 if failed else 0

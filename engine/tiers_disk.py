@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from longtake.engine import record
+from longtake.kernels.clock import survive
 from longtake.offload.cache import CacheBudget, KVCache
 from longtake.offload.chunkfiles import ChunkFiles, DiskIO
 from longtake.offload.deepnvme import open_files
@@ -31,23 +32,32 @@ _MB = 1e6
 
 
 def bench_disk(
-    shape: ModelKVShape, device: torch.device, work: Path, *, ways: list[DiskIO], num_blocks: int, passes: int
-) -> dict[str, Any]:
+    results: dict[str, Any],
+    shape: ModelKVShape,
+    device: torch.device,
+    work: Path,
+    ways: Sequence[DiskIO],
+    failed: dict[str, str],
+    num_blocks: int,
+    passes: int,
+) -> Iterator[str]:
     """Measure a disk, and the cache on it.
 
     Args:
+        results: filled; by way: MB/s (10^6 bytes) of the disk itself, of spill and of prefetch, and their ratios.
         shape: of the history.
         device: at the other end of the host pool.
         work: a folder on the disk.
         ways: how it is reached, one after the other.
+        failed: told of ways that fail.
         num_blocks: of a pass; their bytes are written and read.
         passes: of each kind; medians are of these.
 
-    Returns:
-        By way: MB/s (10^6 bytes) of the disk itself, of spill and of prefetch, and their ratios.
+    Yields:
+        The names of the ways that are measured.
     """
     layout = chunk_layout(shape)
-    results: dict[str, Any] = {
+    results |= {
         "block_bytes": shape.block_bytes,
         "file_bytes": layout.file_bytes,
         "num_blocks": num_blocks,
@@ -55,36 +65,38 @@ def bench_disk(
         "load_before": os.getloadavg(),
     }
     for wish in ways:
-        files = open_files(wish, work, file_bytes=layout.file_bytes)
-        try:
-            samples = [_pass(shape, device, work, wish, files, num_blocks) for _ in range(passes + 1)][1:]
-        finally:
-            files.close()
-        found: dict[str, Any] = {name: record.summary([one[name] for one in samples]) for name in samples[0]}
-        for name, own in (("spill", "write"), ("prefetch", "read")):
-            ratios = [one[f"{name}_MB_s"] / one[f"{own}_MB_s"] for one in samples]
-            found[f"{name}_to_own_{own}_speed"] = record.summary(ratios)
-        results[wish.value] = {"used": files.name, **found}
-        print(f"disk by {files.name}: {found['write_MB_s']['median']:.0f} MB/s written", flush=True)
-    results["load_after"] = os.getloadavg()
-    return results
+        with survive(failed, f"disk, {wish.value}"):
+            files = open_files(wish, work, file_bytes=layout.file_bytes)
+            try:
+                samples = [_pass(shape, device, work, wish, files, num_blocks) for _ in range(passes + 1)][1:]
+            finally:
+                files.close()
+            found: dict[str, Any] = {name: record.summary([one[name] for one in samples]) for name in samples[0]}
+            for name, own in (("spill", "write"), ("prefetch", "read")):
+                ratios = [one[f"{name}_MB_s"] / one[f"{own}_MB_s"] for one in samples]
+                found[f"{name}_to_own_{own}_speed"] = record.summary(ratios)
+            results[wish.value] = {"used": files.name, **found}
+            results["load_after"] = os.getloadavg()
+            yield wish.value
 
 
 def _pass(
     shape: ModelKVShape, device: torch.device, work: Path, wish: DiskIO, files: ChunkFiles, num_blocks: int
 ) -> dict[str, float]:
     num_files = num_blocks * shape.block_bytes // (chunk_layout(shape).file_bytes - 4)
-    (work / "raw").mkdir()
-    found = _own_speed(work / "raw", files, chunk_layout(shape).file_bytes, num_files)
-    run = RunDirectory(work / "run", shape=shape, config_hash="bench", disk_io=wish)
     try:
-        found["spill_MB_s"] = _spill(shape, device, run, num_blocks)
-        _forget(work / "run")
-        found["prefetch_MB_s"] = _prefetch(shape, device, run, num_blocks)
+        (work / "raw").mkdir()
+        found = _own_speed(work / "raw", files, chunk_layout(shape).file_bytes, num_files)
+        run = RunDirectory(work / "run", shape=shape, config_hash="bench", disk_io=wish)
+        try:
+            found["spill_MB_s"] = _spill(shape, device, run, num_blocks)
+            forget(work / "run")
+            found["prefetch_MB_s"] = _prefetch(shape, device, run, num_blocks)
+        finally:
+            run.close()
     finally:
-        run.close()
         shutil.rmtree(work / "raw")
-        shutil.rmtree(work / "run")
+        shutil.rmtree(work / "run", ignore_errors=True)
         os.sync()  # what a file system does about deleted files, it does now
     return found
 
@@ -109,7 +121,7 @@ def _own_speed(folder: Path, files: ChunkFiles, file_bytes: int, num_files: int)
     cpu = time.process_time()
     written = timed(write)
     write_cpu = time.process_time() - cpu
-    _forget(folder)
+    forget(folder)
     cpu = time.process_time()
     seen = timed(read)
     gigabytes = num_files * file_bytes / 1e9
@@ -167,12 +179,13 @@ def _touch(cache: KVCache) -> None:
     _wait(cache.device)
 
 
-def _forget(folder: Path) -> None:
-    """Drop the files of a folder from the page cache; they are on the disk."""
+def forget(folder: Path) -> None:
+    """Drop the files of a folder from the page cache, once they are on the disk."""
     for path in folder.rglob("*"):
         if path.is_file():
             fd = os.open(path, os.O_RDONLY)
             try:
+                os.fsync(fd)
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(fd)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from longtake.engine import bench_tiers
 from longtake.engine.bench_tiers import TiersBench, run_tiers
 from longtake.jobs import cli
 from longtake.kernels.codec import BlockGeometry, make_codec
+from longtake.kernels.errors import CapacityError
 from longtake.offload.chunkfiles import DiskIO
 from longtake.offload.shape import ModelKVShape
 
@@ -27,7 +29,9 @@ def small_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_part(tmp_path: Path) -> None:
-    found = run_tiers(SMALL, tmp_path)
+    failed: dict[str, str] = {}
+    found = run_tiers(SMALL, tmp_path, failed)
+    assert failed == {}
     streaming, shape = found["streaming"], bench_tiers.Stage(SMALL).shape
     passes = 5  # four steps and the commit
     assert streaming["attended_bytes"] == 8 * shape.block_bytes
@@ -47,6 +51,22 @@ def test_every_part(tmp_path: Path) -> None:
     assert resume["run_blocks"] == 80 and resume["history_read_bytes"] == 8 * shape.block_bytes
     assert 0 < resume["journal_s"]["median"] < resume["first_block_s"]["median"]
     assert not [path for path in tmp_path.iterdir() if path.name not in ("kept", "resumed")]
+    kept = next((tmp_path / "resumed" / "kv.zarr").rglob("c.79.*"))
+    assert kept.stat().st_nlink == 1, "the copies that were gone on with are gone"
+
+
+def test_a_case_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*arguments: object, **names: object) -> None:
+        raise CapacityError("the system refuses to pin")
+
+    monkeypatch.setattr("longtake.offload.cache.HostPool", no_room)
+    bench = replace(SMALL, parts=("streaming", "disk", "resume"))
+    failed: dict[str, str] = {}
+    saved: list[set[str]] = []
+    found = run_tiers(bench, tmp_path, failed, lambda results: saved.append(set(results)))
+    assert set(failed) == {"streaming, quarter", "streaming, host", "disk, system", "resume"}
+    assert found["streaming"]["resident"]["to_resident"]["median"] == 1
+    assert saved == [{"streaming"}, {"streaming", "disk"}, {"streaming", "disk"}]
 
 
 def test_command_line(tmp_path: Path) -> None:
