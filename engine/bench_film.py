@@ -4,7 +4,8 @@ Protocol: the transformer's geometry and the VAE's are Wan2.1's, weights are ran
 the start (encoded random K/V). The rollout renders block after block and hands each to a decoder that works beside it,
 on its own stream, at most two blocks behind, as a shot's does; on a gang every rank decodes its stripe of rows. Timed
 from a block boundary with an empty queue until the last frame of the last block is in the host's memory; encoding to
-video is not part of it. The share of each is measured by a second run without decoding.
+video is not part of it. The share of each is measured by a second run without decoding. Figures are written part by
+part; on one device a part that fails is printed, and listed in the file's "failed".
 
     longtake bench film --json one.json
     torchrun --nproc-per-node 4 --no-python longtake bench film --json four.json
@@ -17,6 +18,9 @@ import dataclasses
 import queue
 import threading
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +39,7 @@ from longtake.engine.shotcache import open_cache
 from longtake.engine.vae import StreamingDecoder
 from longtake.engine.vae_fast import make_fast
 from longtake.engine.vae_stripes import StripedDecoder, StripeWorker
+from longtake.kernels.clock import survive
 
 _QUEUE_BLOCKS = 2
 _TINY_VAE = {"base_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
@@ -120,9 +125,54 @@ def run_blocks(rollout: Rollout, decoder: StreamingDecoder | None, gang: Gang, n
     return {"seconds": seconds, "frames": num_frames, "seconds_a_block": seconds / num_blocks}
 
 
-def run_film(case: ScalingCase, gang: Gang, num_blocks: int, fast_vae: bool, rounds: int) -> dict[str, Any]:
-    """Frames a second of one configuration; every rank calls it."""
+def run_film(
+    case: ScalingCase,
+    gang: Gang,
+    num_blocks: int,
+    fast_vae: bool,
+    rounds: int,
+    failed: dict[str, str],
+    save: Callable[[dict[str, Any]], None] = lambda result: None,
+) -> dict[str, Any]:
+    """Frames a second of one configuration; every rank calls it.
+
+    Args:
+        case: the configuration.
+        gang: of all ranks.
+        num_blocks: of a round.
+        fast_vae: with the engine's own layers.
+        rounds: timed, with decoding and without.
+        failed: told of parts that fail on one device; a gang ends there, or its ranks would wait for each other.
+        save: given the figures so far, part by part.
+    """
     device = torch.device(gang.device(case.device))
+    rollout = make_rollout(case, gang, device)
+    result: dict[str, Any] = {"memory_bytes": rollout.memory()}
+    guard = partial(survive, failed) if gang.size == 1 else lambda part: nullcontext()
+    with guard("rollout alone"):
+        run_blocks(rollout, None, gang, 3)
+        without = [run_blocks(rollout, None, gang, num_blocks) for _ in range(rounds)]
+        result["seconds_a_block_without_decoding"] = record.summary([one["seconds_a_block"] for one in without])
+        save(result)
+    with guard("decoding"):
+        made = make_decoder(gang, device, fast_vae, tiny=case.geometry == "tiny")
+        decoder = made if isinstance(made, StreamingDecoder) else None
+        run_blocks(rollout, decoder, gang, 3)
+        whole = [run_blocks(rollout, decoder, gang, num_blocks) for _ in range(rounds)]
+        if gang.leads:
+            result["frames_a_second"] = record.summary([one["frames"] / one["seconds"] for one in whole])
+        result["seconds_a_block"] = record.summary([one["seconds_a_block"] for one in whole])
+        save(result)
+        result["seconds_of_decoding_alone"] = _decode_alone(decoder, rollout.shot.latent_shape, gang, device)
+        result["decoder_state_bytes"] = decoder.state_bytes if decoder is not None else 0
+        if isinstance(decoder, StripedDecoder):
+            decoder.close()
+        save(result)
+    return result
+
+
+def make_rollout(case: ScalingCase, gang: Gang, device: torch.device) -> Rollout:
+    """A rollout with random weights whose history is full."""
     shot, config = case.shot(), GEOMETRIES[case.geometry]
     mesh = ALONE if gang.size == 1 else open_mesh(parse_mesh(case.mesh))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -135,22 +185,7 @@ def run_film(case: ScalingCase, gang: Gang, num_blocks: int, fast_vae: bool, rou
     rollout = Rollout(shot, model, contexts, open_cache(shot, device, heads=model.heads))
     with torch.inference_mode():
         fill_history(rollout, shot.history.sink_blocks + shot.history.recent_blocks)
-    made = make_decoder(gang, device, fast_vae, tiny=case.geometry == "tiny")
-    decoder = made if isinstance(made, StreamingDecoder) else None
-    run_blocks(rollout, decoder, gang, 3)
-    whole = [run_blocks(rollout, decoder, gang, num_blocks) for _ in range(rounds)]
-    without = [run_blocks(rollout, None, gang, num_blocks) for _ in range(rounds)]
-    decoding = _decode_alone(decoder, shot.latent_shape, gang, device)
-    if isinstance(decoder, StripedDecoder):
-        decoder.close()
-    return {
-        "frames_a_second": record.summary([one["frames"] / one["seconds"] for one in whole]) if gang.leads else {},
-        "seconds_a_block": record.summary([one["seconds_a_block"] for one in whole]),
-        "seconds_a_block_without_decoding": record.summary([one["seconds_a_block"] for one in without]),
-        "seconds_of_decoding_alone": decoding,
-        "decoder_state_bytes": decoder.state_bytes if decoder is not None else 0,
-        "memory_bytes": rollout.memory(),
-    }
+    return rollout
 
 
 def _decode_alone(
@@ -175,7 +210,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> int:
     """Command line of ``longtake bench film``; every rank runs it, rank 0 writes."""
     parser = argparse.ArgumentParser(prog="longtake bench film", description=__doc__)
     parser.add_argument("--json", type=Path, required=True)
@@ -207,8 +242,15 @@ def main(arguments: list[str]) -> None:
             compile_layers=not options.no_compile,
             device=options.device,
         )
-        result = run_film(case, gang, options.blocks, not options.plain_vae, options.rounds)
-        if gang.leads:
+        failed: dict[str, str] = {}
+        config = {**dataclasses.asdict(case), "arguments": arguments, "failed": failed}
+
+        def save(result: dict[str, Any]) -> None:
+            if gang.leads:
+                record.write(options.json, "film", config, [{"num_ranks": gang.size, "result": result}])
+
+        result = run_film(case, gang, options.blocks, not options.plain_vae, options.rounds, failed, save)
+        save(result)
+        if "frames_a_second" in result:
             print(f"{case.geometry} {case.mesh}: {result['frames_a_second']['median']:.1f} frames a second", flush=True)
-            config = {**dataclasses.asdict(case), "arguments": arguments}
-            record.write(options.json, "film", config, [{"num_ranks": gang.size, "result": result}])
+        return 1 if failed else 0

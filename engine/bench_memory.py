@@ -13,12 +13,14 @@ Consistency. The model renders a film of its own over several turns; frames at e
 each other: what it invented must still be there a turn later.
 
 Both without actors, in clear weather, in every light; PSNR of 8-bit frames in dB, over worlds of the mean over frames.
+Figures are written part by part; a part that fails is printed, and listed in the file's "failed".
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,7 @@ from longtake.engine.rollout import Prefix, Rollout, open_cache
 from longtake.engine.text import TextEncoder
 from longtake.engine.vae import StreamingDecoder, StreamingEncoder, from_uint8, load_vae
 from longtake.engine.weights import load_transformer, read_spec
+from longtake.kernels.clock import survive
 
 FIRST_SEED = 10_000_000
 FULL = HistoryConfig(policy=HistoryPolicy.FULL, positions=Positions.ABSOLUTE)
@@ -240,30 +243,54 @@ def run_memory(
     blocks: int,
     speeds: tuple[int, ...],
     film_s: float,
+    failed: dict[str, str],
+    save: Callable[[dict[str, Any]], None] = lambda results: None,
     cases: tuple[Case, ...] = CASES,
 ) -> dict[str, Any]:
-    """Cases at all ages; see the module's docstring."""
+    """Cases at all ages; see the module's docstring.
+
+    Args:
+        name: of the model.
+        device: where it runs.
+        worlds: of each part.
+        blocks: generated on a return visit.
+        speeds: pixels a frame.
+        film_s: seconds of the films; 0: none.
+        failed: told of parts that fail.
+        save: given the figures so far, part by part.
+        cases: of return visits.
+    """
     models = load(name, device)
     visits: dict[str, dict[str, dict[str, float]]] = {}
-    for speed in speeds:
-        rows = [return_visit(models, FIRST_SEED + w, speed, cases, blocks) for w in range(worlds)]
-        age = f"{RING_PX / speed / FPS:.1f} s"
-        visits[age] = {case: record.summary([row[case] for row in rows]) for case in rows[0]}
-        print(age, {case: round(found["median"], 2) for case, found in visits[age].items()}, flush=True)
     brought_back: dict[str, list[dict[str, float]]] = {}
-    for path, turns_round in (("pan", False), ("pan that turns round", True)):
-        brought_back[path] = [retrieval(models, FIRST_SEED + w, 4, 28, turns_round) for w in range(worlds)]
-        print("brought back,", path, brought_back[path], flush=True)
     films: dict[str, Any] = {}
-    if film_s:
-        for case in (CASES[0], *CASES[2:]):
+    results = {
+        "return_visit_psnr_db": visits,
+        "brought_back": brought_back,
+        "consistency_psnr_db_by_turn": films,
+    }
+    for speed in speeds:
+        age = f"{RING_PX / speed / FPS:.1f} s"
+        with survive(failed, f"return visits, {age}"):
+            rows = [return_visit(models, FIRST_SEED + w, speed, cases, blocks) for w in range(worlds)]
+            visits[age] = {case: record.summary([row[case] for row in rows]) for case in rows[0]}
+            print(age, {case: round(found["median"], 2) for case, found in visits[age].items()}, flush=True)
+        save(results)
+    for path, turns_round in (("pan", False), ("pan that turns round", True)):
+        with survive(failed, f"brought back, {path}"):
+            brought_back[path] = [retrieval(models, FIRST_SEED + w, 4, 28, turns_round) for w in range(worlds)]
+            print("brought back,", path, brought_back[path], flush=True)
+        save(results)
+    for case in (CASES[0], *CASES[2:]) if film_s else ():
+        with survive(failed, f"films, {case.name}"):
             turns = [consistency(own_film(models, FIRST_SEED + w, 4, case, film_s), 4) for w in range(min(worlds, 4))]
             films[case.name] = [record.summary(found) for found in zip(*turns, strict=True)]
             print(case.name, [round(turn["median"], 2) for turn in films[case.name]], flush=True)
-    return {"return_visit_psnr_db": visits, "brought_back": brought_back, "consistency_psnr_db_by_turn": films}
+        save(results)
+    return results
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> int:
     """Command line of ``longtake bench memory``."""
     parser = argparse.ArgumentParser(prog="longtake bench memory", description=__doc__)
     parser.add_argument("--json", type=Path, required=True)
@@ -277,15 +304,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     cases = tuple(case for case in CASES if case.name in options.cases.split(";"))
     speeds = tuple(int(speed) for speed in options.speeds.split(","))
-    results = run_memory(
-        options.model,
-        torch.device(options.device),
-        worlds=options.worlds,
-        blocks=options.blocks,
-        speeds=speeds,
-        film_s=options.film_seconds,
-        cases=cases,
-    )
+    failed: dict[str, str] = {}
     config = {
         "model": options.model,
         "device": options.device,
@@ -294,5 +313,17 @@ def main(arguments: list[str]) -> None:
         "speeds_px_a_frame": speeds,
         "film_s": options.film_seconds,
         "cases": [dataclasses.asdict(case) for case in cases],
+        "failed": failed,
     }
-    record.write(options.json, "memory", config, results)
+    run_memory(
+        options.model,
+        torch.device(options.device),
+        worlds=options.worlds,
+        blocks=options.blocks,
+        speeds=speeds,
+        film_s=options.film_seconds,
+        failed=failed,
+        save=lambda results: record.write(options.json, "memory", config, results),
+        cases=cases,
+    )
+    return 1 if failed else 0

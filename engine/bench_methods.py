@@ -42,6 +42,7 @@ from longtake.engine.rollout import Prefix, Rollout
 from longtake.engine.shotcache import cache_budgets, kv_shape, open_cache
 from longtake.engine.timeline import Timeline
 from longtake.engine.vae import StreamingDecoder, StreamingEncoder, from_uint8
+from longtake.kernels.clock import survive
 from longtake.kernels.errors import ConfigError
 
 PAN_PX = 4
@@ -278,6 +279,7 @@ def _done(path: Path, config: dict[str, Any]) -> dict[str, Any]:
         return {}
     try:
         data = json.loads(path.read_text())
+        data["config"].pop("failed", None)
         if data["config"] == json.loads(json.dumps(config)):
             return dict(data["results"])
     except (ValueError, KeyError, TypeError):
@@ -285,13 +287,14 @@ def _done(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     raise ConfigError(f"--json {path}: holds figures of other settings; name another file or remove it")
 
 
-def run_methods(path: Path, wanted: Sequence[Method], config: dict[str, Any]) -> dict[str, Any]:
-    """Measure what the file does not have yet; it is written after each method.
+def run_methods(path: Path, wanted: Sequence[Method], config: dict[str, Any], failed: dict[str, str]) -> dict[str, Any]:
+    """Measure what the file does not have yet; it is written after each method, with what failed so far.
 
     Args:
         path: of the JSON.
         wanted: methods.
         config: model, device, seconds, seeds.
+        failed: told of methods that fail; the others are measured.
     """
     results = _done(path, config)
     missing = [method for method in wanted if method.name not in results]
@@ -301,9 +304,10 @@ def run_methods(path: Path, wanted: Sequence[Method], config: dict[str, Any]) ->
     stage = Stage(models, config["seeds"], config["seconds"])
     reference = render_reference(stage)
     for method in missing:
-        row = results[method.name] = measure(stage, method, reference)
-        record.write(path, "methods", config, results)
-        print(_line(method.name, row), flush=True)
+        with survive(failed, method.name):
+            row = results[method.name] = measure(stage, method, reference)
+            print(_line(method.name, row), flush=True)
+        record.write(path, "methods", {**config, "failed": failed}, results)
     return results
 
 
@@ -316,7 +320,7 @@ def _line(name: str, row: dict[str, Any]) -> str:
     )
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> int:
     """Command line of ``longtake bench methods``."""
     parser = argparse.ArgumentParser(
         prog="longtake bench methods", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -338,9 +342,11 @@ def main(arguments: list[str]) -> None:
         "first_seed": FIRST_SEED,
         "past_blocks": PAST_BLOCKS,
     }
-    results = run_methods(options.json, chosen(options.methods), config)
+    failed: dict[str, str] = {}
+    results = run_methods(options.json, chosen(options.methods), config, failed)
     if options.plots is not None:
         from longtake.engine.methods_plots import draw
 
         for path in draw(results, options.plots):
             print(path)
+    return 1 if failed else 0

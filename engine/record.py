@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -55,7 +56,7 @@ def summary(samples: Sequence[float]) -> dict[str, float]:
 
 
 def write(path: Path, name: str, config: dict[str, Any], results: Any) -> None:
-    """Write one benchmark's JSON.
+    """Write one benchmark's JSON; a file that is there is replaced in one step.
 
     Args:
         path: of the file; its folder is made.
@@ -65,7 +66,9 @@ def write(path: Path, name: str, config: dict[str, Any], results: Any) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {"benchmark": name, "environment": environment(), "config": config, "results": results}
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(partial, path)
 
 
 def _commit() -> str | None:

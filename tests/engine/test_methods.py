@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from longtake.engine import methods_plots
+from longtake.engine import bench_methods, methods_plots
 from longtake.engine.bench_methods import chosen, main
 from longtake.engine.config import HistoryPolicy
 from longtake.engine.forms import FormPolicy
-from longtake.engine.methods import methods
+from longtake.engine.methods import Method, methods
 from longtake.engine.weights import read_spec
 from longtake.kernels.codec import BlockGeometry, codec_names
 from longtake.kernels.errors import ConfigError
@@ -61,6 +61,36 @@ def test_a_short_map(tmp_path: Path) -> None:
     assert path.read_bytes() == before
     with pytest.raises(ConfigError, match="holds figures of other settings"):
         main(["--json", str(path), "--seconds", "2", "--device", "cpu"])
+
+
+def test_a_method_that_fails_leaves_the_others_and_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "methods.json"
+    measured: list[str] = []
+    broken = {"LT2"}
+
+    def measure(stage: object, method: Method, reference: object) -> dict[str, str]:
+        measured.append(method.name)
+        if method.name in broken:
+            raise RuntimeError("no such kernel")
+        return {"group": method.group}
+
+    monkeypatch.setattr(bench_methods, "load", lambda name, device: None)
+    monkeypatch.setattr(bench_methods, "Stage", lambda models, seeds, seconds: None)
+    monkeypatch.setattr(bench_methods, "render_reference", lambda stage: None)
+    monkeypatch.setattr(bench_methods, "measure", measure)
+    monkeypatch.setattr(bench_methods, "_line", lambda name, row: name)
+    arguments = ["--json", str(path), "--methods", "BF16,LT2,INT8", "--device", "cpu"]
+    assert main(arguments) == 1
+    written = json.loads(path.read_text())
+    assert set(written["results"]) == {"BF16", "INT8"}
+    assert written["config"]["failed"] == {"LT2": "RuntimeError: no such kernel"}
+    broken.clear()
+    assert main(arguments) == 0
+    assert measured == ["BF16", "LT2", "INT8", "LT2"]
+    written = json.loads(path.read_text())
+    assert set(written["results"]) == {"BF16", "INT8", "LT2"} and written["config"]["failed"] == {}
 
 
 def test_plots(tmp_path: Path) -> None:
