@@ -27,7 +27,8 @@ TOLERANCE = {
     "bfloat16": (2**-8, "float32 results a few ulps apart may round to neighbours: one bfloat16 ulp"),
     "float8_e4m3fn": (2**-4, "float32 results a few ulps apart may round to neighbours: one ulp of the largest"),
     "float8_e4m3fn interpreted": (0.5, "the interpreter loses the carry when it rounds up to a power of two"),
-    "transform": (2**-10, "coefficients and cosines rounded to float16, 2^-12 each, summed over a tile's frequencies"),
+    "transform float32": (2**-10, "coefficients and cosines rounded to float16, 2^-12 each, summed over a tile"),
+    "transform bfloat16": (2**-7, "results that far apart often round to neighbours: one ulp of the largest"),
     "attention": (0.03, "queries and weights rounded to e4m3 relative to other maxima: 2^-4 each, averaged over keys"),
 }
 CODECS = ["fp32", "bf16", "int4", "rtn2", "int8"]  # encode to the same bytes as their references
@@ -141,8 +142,8 @@ def check_codec(name: str, tokens: int, dim: int, device: str, out_dtype: torch.
         unpack_fast(arena, slots, rotary, got)
         assert got[:, rows:].isnan().all(), "rows beyond the last were written"
         exact = name in ("fp32", "bf16") and rotary is None
-        check = "transform" if name in TRANSFORMS and out_dtype == torch.float32 else str(out_dtype)
-        close(got[:, :rows], want[:, :rows], "copy" if exact else check.removeprefix("torch."))
+        check = ("transform " if name in TRANSFORMS else "") + str(out_dtype).removeprefix("torch.")
+        close(got[:, :rows], want[:, :rows], "copy" if exact else check)
         alone = torch.full_like(got, torch.nan)
         for head in range(heads):  # as where heads turn at other speeds
             unpack_fast(arena[:, head : head + 1], slots, rotary, alone[head : head + 1])
@@ -230,7 +231,7 @@ def check_fp8_rows(name: str, tokens: int, dim: int, device: str) -> None:
         unpack(arena, slots, rotary, want, scaling)
         unpack_fast(arena, slots, rotary, got, scaling)
         assert got[:, rows:].float().isnan().all(), "rows beyond the last were written"
-        close_fp8(got[:, :rows], want[:, :rows], 0.99 if name in TRANSFORMS else 0.999)
+        close_fp8(got[:, :rows], want[:, :rows], 0.97 if name in TRANSFORMS else 0.999)
 
 
 def close_fp8(got: torch.Tensor, want: torch.Tensor, equal: float = 0.999) -> None:
