@@ -264,7 +264,8 @@ def bench_persistence(stage: Stage, work: Path) -> dict[str, Any]:
 def disk_shape(codec: str) -> ModelKVShape:
     """History of the 1.3B geometry at 480x832: the files of every part about the disk."""
     shot = make_shot(RolloutBench(geometry="1.3b", codec=codec))
-    geometry = BlockGeometry(num_tokens=shot.tokens_per_block, head_dim=shot.model.transformer.head_dim)
+    head_dim = shot.model.transformer.head_dim
+    geometry = BlockGeometry(num_tokens=shot.tokens_per_block, head_dim=head_dim, grid=shot.grid)
     config = shot.model.transformer
     return ModelKVShape(num_layers=config.num_layers, num_heads=config.num_heads, codec=make_codec(codec, geometry))
 
