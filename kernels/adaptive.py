@@ -53,10 +53,6 @@ class OutlierAware(TensorCodec):
             Field(name="places", dtype=torch.uint8, shape=kept),
         )
 
-    @property
-    def num_bytes(self) -> int:
-        return self.layout.num_bytes
-
     def pack(self, x_HTD: Tensor, seeds: Sequence[int]) -> Tensor:
         count = self.layout.fields[1].shape[1]
         middle = x_HTD.mean(-1, keepdim=True)
@@ -97,10 +93,6 @@ class TokenTiers(TensorCodec):
             Field(name="high", dtype=torch.uint8, shape=(self.high.num_bytes,)),
             Field(name="which", dtype=torch.int16, shape=(self.num_loud,)),
         )
-
-    @property
-    def num_bytes(self) -> int:
-        return self.layout.num_bytes
 
     def _order(self, which_L: Tensor) -> Tensor:
         """Tokens in stored order, quiet ones first, each kind ascending: int64 [..., T]."""

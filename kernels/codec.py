@@ -29,7 +29,7 @@ from torch import Tensor
 
 from longtake.kernels.errors import ConfigError
 from longtake.kernels.grid import FP8
-from longtake.kernels.layout import ALIGNMENT_BYTES
+from longtake.kernels.layout import ALIGNMENT_BYTES, Layout
 from longtake.kernels.rotary import HeadRotary, Rotary, Turns, check_heads, rotate_pairs
 from longtake.kernels.scaling import Scaling
 
@@ -200,14 +200,16 @@ class TensorCodec(ABC):
     """
 
     geometry: BlockGeometry
+    layout: Layout
+    """Of one head's section, for codecs that are not made of others."""
 
     def __init__(self, geometry: BlockGeometry) -> None:
         self.geometry = geometry
 
     @property
-    @abstractmethod
     def num_bytes(self) -> int:
         """Bytes of one head's section; a multiple of 16."""
+        return self.layout.num_bytes
 
     @abstractmethod
     def pack(self, x_HTD: Tensor, seeds: Sequence[int]) -> Tensor:
@@ -244,6 +246,20 @@ class TensorCodec(ABC):
                 x_HXD = scaling.store(x_HXD)
             out_HXD[:, row : row + count * tokens].copy_(x_HXD)
             row += count * tokens
+
+
+class HeadwiseCodec(TensorCodec):
+    """One that packs head by head: a matrix product's last bits may depend on the size of a batch."""
+
+    def pack(self, x_HTD: Tensor, seeds: Sequence[int]) -> Tensor:
+        section_HB = self.layout.empty(x_HTD.shape[:1], x_HTD.device)
+        for x_TD, payload_B in zip(x_HTD, section_HB, strict=True):
+            self.pack_head(x_TD, payload_B)
+        return section_HB
+
+    @abstractmethod
+    def pack_head(self, x_TD: Tensor, payload_B: Tensor) -> None:
+        """Encode one head, float32 [T, D], into its zeroed section, uint8 [num_bytes]."""
 
 
 class PairCodec(Codec):

@@ -33,10 +33,6 @@ class DenseCodec(TensorCodec):
         self.dtype = dtype
         self.layout = Layout(Field(name="x", dtype=dtype, shape=(geometry.num_tokens, geometry.head_dim)))
 
-    @property
-    def num_bytes(self) -> int:
-        return self.layout.num_bytes
-
     def pack(self, x_HTD: Tensor, seeds: Sequence[int]) -> Tensor:
         section = self.layout.empty(x_HTD.shape[:1], x_HTD.device)
         self.layout.view(section, "x").copy_(x_HTD)

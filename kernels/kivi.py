@@ -43,10 +43,6 @@ class PerChannel(TensorCodec):
             Field(name="grid", dtype=torch.float16, shape=(self.num_groups, geometry.head_dim, 2)),
         )
 
-    @property
-    def num_bytes(self) -> int:
-        return self.layout.num_bytes
-
     def _groups(self, x_HTD: Tensor) -> Tensor:
         """[..., T, D] -> [..., G, D, C]; the last group is filled up with the last token."""
         tokens, dim = x_HTD.shape[-2:]

@@ -76,10 +76,6 @@ class LowRankTwoBit(TensorCodec):
         )
 
     @property
-    def num_bytes(self) -> int:
-        return self.layout.num_bytes
-
-    @property
     def sample_stride(self) -> int:
         """Every how many tokens are looked at for mean, directions and spreads."""
         return max(1, self.geometry.num_tokens // SAMPLED_TOKENS)

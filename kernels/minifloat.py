@@ -48,10 +48,6 @@ class NvFp4(TensorCodec):
             Field(name="unit", dtype=torch.float32, shape=(1,)),
         )
 
-    @property
-    def num_bytes(self) -> int:
-        return self.layout.num_bytes
-
     def pack(self, x_HTD: Tensor, seeds: Sequence[int]) -> Tensor:
         x_HTGC = x_HTD.reshape(*x_HTD.shape[:-1], -1, GROUP)
         unit = x_HTD.abs().amax((-2, -1), keepdim=True) * (1.0 / (E2M1[-1] * FP8_MAX))
@@ -87,10 +83,6 @@ class Fp8(TensorCodec):
             Field(name="codes", dtype=FP8, shape=(geometry.num_tokens, geometry.head_dim)),
             Field(name="unit", dtype=torch.float32, shape=(1,)),
         )
-
-    @property
-    def num_bytes(self) -> int:
-        return self.layout.num_bytes
 
     def pack(self, x_HTD: Tensor, seeds: Sequence[int]) -> Tensor:
         unit = x_HTD.abs().amax((-2, -1), keepdim=True) * (1.0 / FP8_MAX)

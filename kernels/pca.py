@@ -14,12 +14,10 @@ Shape legend: T tokens, H heads, D head dim, R directions, G groups of a token, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from longtake.kernels.codec import BlockGeometry, Side, TensorCodec
+from longtake.kernels.codec import BlockGeometry, HeadwiseCodec, Side, TensorCodec
 from longtake.kernels.grid import FP8, FP8_MAX, power_of_two_unit, quantise_affine, to_fp8
 from longtake.kernels.layout import Field, Layout, pack_codes, unpack_codes
 
@@ -38,7 +36,7 @@ def principal_directions(x_TD: Tensor, rank: int) -> Tensor:
     return signed.float().to(x_TD.device)
 
 
-class BudgetPca(TensorCodec):
+class BudgetPca(HeadwiseCodec):
     """Low rank plus an asymmetric 2-bit grid.
 
     Args:
@@ -66,17 +64,7 @@ class BudgetPca(TensorCodec):
             Field(name="scales", dtype=torch.float32, shape=(rank + 1,)),
         )
 
-    @property
-    def num_bytes(self) -> int:
-        return self.layout.num_bytes
-
-    def pack(self, x_HTD: Tensor, seeds: Sequence[int]) -> Tensor:
-        section = self.layout.empty(x_HTD.shape[:1], x_HTD.device)
-        for x_TD, payload in zip(x_HTD, section, strict=True):
-            self._pack_head(x_TD, payload)
-        return section
-
-    def _pack_head(self, x_TD: Tensor, payload_B: Tensor) -> None:
+    def pack_head(self, x_TD: Tensor, payload_B: Tensor) -> None:
         mean = x_TD.mean(0).half()
         rest = x_TD - mean.float()
         direction = principal_directions(rest, self.rank).half()

@@ -25,12 +25,10 @@ Shape legend: T tokens, H heads, D head dim, S stages, K centroids, G groups of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from longtake.kernels.codec import BlockGeometry, Side, TensorCodec
+from longtake.kernels.codec import BlockGeometry, HeadwiseCodec, Side, TensorCodec
 from longtake.kernels.grid import (
     FP8,
     best_symmetric_step,
@@ -69,7 +67,7 @@ def nearest(x_TD: Tensor, centroid_KD: Tensor) -> Tensor:
     return (centroid_KD.square().sum(-1) - 2 * (x_TD @ centroid_KD.T)).argmin(-1)
 
 
-class Clustered(TensorCodec):
+class Clustered(HeadwiseCodec):
     """Stages of centroids, then a symmetric 2-bit grid.
 
     Args:
@@ -92,18 +90,7 @@ class Clustered(TensorCodec):
             Field(name="units", dtype=torch.float32, shape=(1 + stages,)),
         )
 
-    @property
-    def num_bytes(self) -> int:
-        return self.layout.num_bytes
-
-    def pack(self, x_HTD: Tensor, seeds: Sequence[int]) -> Tensor:
-        section = self.layout.empty(x_HTD.shape[:1], x_HTD.device)
-        for x_TD, payload in zip(x_HTD, section, strict=True):
-            self._pack_head(x_TD, payload)
-        return section
-
-    def _pack_head(self, x_TD: Tensor, payload_B: Tensor) -> None:
-        """Head by head: a matrix product's last bits may depend on the size of the batch."""
+    def pack_head(self, x_TD: Tensor, payload_B: Tensor) -> None:
         units = self.layout.view(payload_B, "units")
         rest = x_TD
         for stage in range(self.stages):

@@ -54,10 +54,6 @@ class RoundToNearest(TensorCodec):
         )
 
     @property
-    def num_bytes(self) -> int:
-        return self.layout.num_bytes
-
-    @property
     def has_kernels(self) -> bool:
         """Whether the Triton kernels cover this geometry."""
         return self.group == GROUP and self.geometry.head_dim in (64, 128)

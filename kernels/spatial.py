@@ -73,10 +73,6 @@ class SpatialSplit(TensorCodec):
             Field(name="rest", dtype=torch.uint8, shape=(self.parts[1].num_bytes,)),
         )
 
-    @property
-    def num_bytes(self) -> int:
-        return self.layout.num_bytes
-
     def pack(self, x_HTD: Tensor, seeds: Sequence[int]) -> Tensor:
         ordered = x_HTD.index_select(1, _orders(self.geometry, x_HTD.device)[0])
         section = self.layout.empty(x_HTD.shape[:1], x_HTD.device)

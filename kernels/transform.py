@@ -33,7 +33,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from longtake.kernels.codec import BlockGeometry, Side, TensorCodec
+from longtake.kernels.codec import BlockGeometry, HeadwiseCodec, Side, TensorCodec
 from longtake.kernels.grid import FP8, to_fp8
 from longtake.kernels.layout import Field, Layout
 from longtake.kernels.lt2 import short_float
@@ -51,7 +51,7 @@ STEPS = (0.0, 1.5958, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041)
 ERRORS = (1.0, 0.3634, 0.1188, 0.03744, 0.01154, 0.003495, 0.00104)
 
 
-class TransformCodec(TensorCodec):
+class TransformCodec(HeadwiseCodec):
     """Cosine transform over tiles of tokens, and bits where they count.
 
     Args:
@@ -87,10 +87,6 @@ class TransformCodec(TensorCodec):
         )
 
     @property
-    def num_bytes(self) -> int:
-        return self.layout.num_bytes
-
-    @property
     def has_kernels(self) -> bool:
         """Whether the Triton kernels cover this geometry."""
         return self.geometry.head_dim in (64, 128) and self.tile_tokens > 1
@@ -119,14 +115,7 @@ class TransformCodec(TensorCodec):
         else:
             super().unpack_into(sections_GHB, slots_N, rotary, out_HXD, scaling)
 
-    def pack(self, x_HTD: Tensor, seeds: Sequence[int]) -> Tensor:
-        section = self.layout.empty(x_HTD.shape[:1], x_HTD.device)
-        for x_TD, payload in zip(x_HTD, section, strict=True):
-            self._pack_head(x_TD, payload)
-        return section
-
-    def _pack_head(self, x_TD: Tensor, payload_B: Tensor) -> None:
-        """Write one head's section (alone: a matrix product's last bits may depend on a batch)."""
+    def pack_head(self, x_TD: Tensor, payload_B: Tensor) -> None:
         view = self.layout.view
         mean = short_float(x_TD.mean(0))
         y_TD = x_TD - mean.view(torch.float16).float()

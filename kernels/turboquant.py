@@ -38,10 +38,6 @@ class TurboQuant(TensorCodec):
             Field(name="lengths", dtype=torch.float16, shape=(geometry.num_tokens,)),
         )
 
-    @property
-    def num_bytes(self) -> int:
-        return self.layout.num_bytes
-
     def pack(self, x_HTD: Tensor, seeds: Sequence[int]) -> Tensor:
         deviation = x_HTD.square().mean(-1).sqrt().clamp(max=FLOAT16_MAX).half()
         inverse = torch.where(deviation > 0, 1.0 / deviation.float(), torch.zeros_like(deviation, dtype=torch.float32))
