@@ -1,4 +1,7 @@
-"""On a GPU: hand-overs between streams hold when compute is slow, copies are slow, and nobody synchronises."""
+"""Hand-overs between streams hold when compute is slow, copies are slow, and nobody synchronises.
+
+On a GPU; on a CPU the same plans over lanes that copy late, so that what is asked for there can be had.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,10 @@ from longtake.offload.cache import CacheBudget, KVCache
 from longtake.offload.reading import Reading
 from longtake.offload.shape import ModelKVShape
 from longtake.offload.verify import verify
+from tests.offload.late_lane import LateLane
 from tests.offload.payloads import Opaque, open_run, payload_LHP
 
-pytestmark = pytest.mark.gpu
-
+DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 # Pages of 1 MiB, so that copies take longer than launches.
 SHAPE = ModelKVShape(num_layers=6, num_heads=4, codec=Opaque(payload_bytes=1 << 18))
 B = SHAPE.block_bytes
@@ -24,18 +27,28 @@ NUM_BLOCKS = 12
 BUSY_CYCLES = 3_000_000
 
 
-@pytest.fixture(scope="module")
-def wanted_BLHP() -> torch.Tensor:
-    return torch.stack([payload_LHP(block, SHAPE) for block in range(NUM_BLOCKS)]).cuda()
+@pytest.fixture
+def device() -> str:
+    return "cuda"
 
 
-@pytest.fixture(params=[(5, 14, False), (4, 8, True), (NUM_BLOCKS + 1, 4, True), (5, 3, True)])
-def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[KVCache]:
-    device, host, disk = request.param
+@pytest.fixture
+def wanted_BLHP(device: str) -> torch.Tensor:
+    return torch.stack([payload_LHP(block, SHAPE) for block in range(NUM_BLOCKS)]).to(device)
+
+
+@pytest.fixture(params=[(5, 14, False), (5, 8, True), (NUM_BLOCKS + 1, 4, True), (5, 3, True)])
+def cache(
+    request: pytest.FixtureRequest, tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[KVCache]:
+    if device == "cpu":
+        monkeypatch.setattr("longtake.offload.hosttier.Lane", LateLane)
+        monkeypatch.setattr("longtake.offload.devicetier.Lane", LateLane)
+    frames, host, disk = request.param
     run = open_run(tmp_path, shape=SHAPE) if disk else None
-    budget = CacheBudget(device_bytes=device * B, host_bytes=host * B)
+    budget = CacheBudget(device_bytes=frames * B, host_bytes=host * B)
     with torch.inference_mode():
-        cache = KVCache(shape=SHAPE, device="cuda", budget=budget, run=run)
+        cache = KVCache(shape=SHAPE, device=device, budget=budget, run=run)
     yield cache
     cache.close()
     if run is not None:
@@ -43,11 +56,17 @@ def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[KVCache]:
         assert verify(tmp_path) == []
 
 
+def be_busy(like: torch.Tensor) -> None:
+    """Keep the current stream busy for a while."""
+    if like.is_cuda:
+        torch.cuda._sleep(BUSY_CYCLES)
+
+
 def commit_late(cache: KVCache, block: int, wanted_BLHP: torch.Tensor) -> None:
     """Fill the pages long after `complete` has returned."""
     opened = cache.begin_commit(block)
     for layer in range(SHAPE.num_layers):
-        torch.cuda._sleep(BUSY_CYCLES)
+        be_busy(wanted_BLHP)
         opened.page(layer).copy_(wanted_BLHP[block, layer])
     opened.complete()
 
@@ -57,15 +76,16 @@ def count_wrong(
 ) -> None:
     """Compare a layer on the device, long after `pages` has returned; adds to `wrong` without synchronising."""
     pages_GHP, slots_N = reading.pages(layer)
-    torch.cuda._sleep(BUSY_CYCLES)
+    be_busy(wanted_BLHP)
     for column, block in enumerate(plan):
         page_1HP = pages_GHP.index_select(0, slots_N[column : column + 1])
         wrong += (page_1HP[0] != wanted_BLHP[block, layer]).sum()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @torch.inference_mode()
 def test_rollout_with_slow_compute(cache: KVCache, wanted_BLHP: torch.Tensor) -> None:
-    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    wrong = torch.zeros((), dtype=torch.int64, device=wanted_BLHP.device)
     longest = 4 if cache.budget.host_bytes == 3 * B else NUM_BLOCKS
     for block in range(NUM_BLOCKS):
         plan = range(max(0, block - longest), block)
@@ -80,6 +100,7 @@ def test_rollout_with_slow_compute(cache: KVCache, wanted_BLHP: torch.Tensor) ->
     assert int(wrong) == 0
 
 
+@pytest.mark.gpu
 @torch.inference_mode()
 def test_rollout_on_a_stream_of_its_own(cache: KVCache, wanted_BLHP: torch.Tensor) -> None:
     """The stream that prepares and commits need not be the default one, which is idle meanwhile."""
@@ -97,6 +118,7 @@ def test_rollout_on_a_stream_of_its_own(cache: KVCache, wanted_BLHP: torch.Tenso
         assert int(wrong) == 0
 
 
+@pytest.mark.gpu
 @torch.inference_mode()
 def test_without_fences_these_tests_fail(monkeypatch: pytest.MonkeyPatch, wanted_BLHP: torch.Tensor) -> None:
     """What they would show if a stream did not wait for another."""
@@ -113,9 +135,10 @@ def test_without_fences_these_tests_fail(monkeypatch: pytest.MonkeyPatch, wanted
     cache.close()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @torch.inference_mode()
 def test_random_plans_with_slow_compute(cache: KVCache, wanted_BLHP: torch.Tensor) -> None:
-    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    wrong = torch.zeros((), dtype=torch.int64, device=wanted_BLHP.device)
     chooser = random.Random(5)
     longest = 4 if cache.budget.host_bytes == 3 * B else NUM_BLOCKS - 1
     for block in range(NUM_BLOCKS):
@@ -129,6 +152,7 @@ def test_random_plans_with_slow_compute(cache: KVCache, wanted_BLHP: torch.Tenso
     assert int(wrong) == 0
 
 
+@pytest.mark.gpu
 def test_host_pool_is_pinned_in_place_and_given_back() -> None:
     budget = CacheBudget(num_blocks=2, host_bytes=3 * B)
     for _ in range(3):
@@ -139,6 +163,7 @@ def test_host_pool_is_pinned_in_place_and_given_back() -> None:
         cache.close()
 
 
+@pytest.mark.gpu
 def test_nothing_is_allocated_after_the_start(cache: KVCache, wanted_BLHP: torch.Tensor) -> None:
     for block in range(4):
         commit_late(cache, block, wanted_BLHP)
@@ -152,6 +177,7 @@ def test_nothing_is_allocated_after_the_start(cache: KVCache, wanted_BLHP: torch
     assert torch.cuda.memory_allocated() == before
 
 
+@pytest.mark.gpu
 @torch.inference_mode()
 def test_a_new_cache_waits_for_who_had_its_memory(wanted_BLHP: torch.Tensor, tmp_path: Path) -> None:
     """The allocator gives memory anew that work on this stream has still to read."""
