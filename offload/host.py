@@ -12,6 +12,7 @@ begins on a memory page of its own and is pinned by itself; no copy crosses two.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 
 import numpy as np
@@ -72,6 +73,8 @@ class HostPool:
                     torch.cuda.check_error(runtime.cudaHostRegister(address, slab_FHP.numel(), 0))
                 except RuntimeError as error:
                     self.close()
+                    with contextlib.suppress(RuntimeError):  # CUDA would tell of the failure once more, elsewhere
+                        torch.ones(1, device=self.device)
                     raise CapacityError(
                         f"the system refuses to pin {self.nbytes:,} bytes of host memory: {error}; lower the cache's "
                         f"host budget or raise the limit on locked memory"
