@@ -23,7 +23,7 @@ from longtake.kernels.errors import CapacityError, LongtakeError, StorageError
 from longtake.offload.belady import Uses
 from longtake.offload.frames import Tier
 from longtake.offload.host import HostPool
-from longtake.offload.lanes import Fence, Lane
+from longtake.offload.lanes import Fence, Lane, thread_start
 from longtake.offload.layout import Chunk
 from longtake.offload.readers import Readers, when_all
 from longtake.offload.run import RunDirectory
@@ -93,10 +93,16 @@ class HostTier:
         self._spiller: Spiller | None = None
         self._readers: Readers | None = None
         if run is not None:
+            on_start = thread_start(pool.device)
             self._spiller = Spiller(
-                run, num_threads=num_writers, on_durable=self._durable, on_failure=self._failed, on_step=on_step
+                run,
+                num_threads=num_writers,
+                on_durable=self._durable,
+                on_failure=self._failed,
+                on_step=on_step,
+                on_start=on_start,
             )
-            self._readers = Readers(num_readers)
+            self._readers = Readers(num_readers, on_start)
 
     # -- what is where
 

@@ -7,7 +7,8 @@ which have nothing else to do, wait for one on the host. Nothing here waits for 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -51,6 +52,16 @@ class _EventFence(Fence):
 def mark(device: torch.device) -> Fence:
     """A fence after all that is queued on the current stream."""
     return _EventFence(torch.cuda.current_stream(device)) if device.type == "cuda" else DONE
+
+
+def thread_start(device: torch.device) -> Callable[[], None]:
+    """What a new thread is to call once before its first fence or copy.
+
+    CUDA gives every thread device 0: on the other devices' ranks, its calls would take half a gigabyte there.
+    """
+    if device.type != "cuda":
+        return lambda: None
+    return partial(torch.cuda.set_device, torch.cuda.current_device() if device.index is None else device.index)
 
 
 class Lane:

@@ -13,7 +13,9 @@ from typing import Any
 class Readers:
     """A pool of threads that takes the job with the earliest deadline; equal ones in the order of submission."""
 
-    def __init__(self, num_threads: int) -> None:
+    def __init__(self, num_threads: int, on_start: Callable[[], None] = lambda: None) -> None:
+        """Start the threads; each calls ``on_start`` first."""
+        self._on_start = on_start
         self._ready = threading.Condition()
         self._jobs: list[tuple[float, int, Future[Any], Callable[[], Any]]] = []
         self._order = itertools.count()
@@ -48,6 +50,7 @@ class Readers:
             thread.join()
 
     def _work(self) -> None:
+        self._on_start()
         while True:
             with self._ready:
                 while not self._jobs and not self._closed:

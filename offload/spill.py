@@ -45,6 +45,7 @@ class Spiller:
         on_durable: Callable[[int], None],
         on_failure: Callable[[BaseException], None],
         on_step: Step | None = None,
+        on_start: Callable[[], None] = lambda: None,
     ) -> None:
         """Start the threads.
 
@@ -54,12 +55,13 @@ class Spiller:
             on_durable: called with each block, in order, when its record is on the disk.
             on_failure: called once with the first error; nothing is journaled after it.
             on_step: see Step.
+            on_start: called by each thread first.
         """
-        self._run = run
+        self._run, self._on_start = run, on_start
         self._on_durable, self._on_failure = on_durable, on_failure
         self._step = on_step or _no_step
         self._failed = threading.Event()
-        self._writers = ThreadPoolExecutor(num_threads, thread_name_prefix="longtake-write")
+        self._writers = ThreadPoolExecutor(num_threads, "longtake-write", on_start)
         self._blocks: queue.SimpleQueue[_Block | None] = queue.SimpleQueue()
         self._journaler = threading.Thread(target=self._journal, name="longtake-journal", daemon=True)
         self._journaler.start()
@@ -99,6 +101,7 @@ class Spiller:
         return checksums_lh
 
     def _journal(self) -> None:
+        self._on_start()
         while (item := self._blocks.get()) is not None:
             block, futures, summary_HS = item
             try:
