@@ -34,6 +34,19 @@ class CacheStats:
     max_lag_s: float = 0.0
 
 
+@dataclass(slots=True, kw_only=True)
+class HostCounters:
+    """What a host tier did so far; `CacheStats` tells it, stalled writes as of the host, stalled reads as of the disk."""
+
+    stalled_write_s: float = 0.0
+    stalled_read_s: float = 0.0
+    num_written: int = 0
+    num_read: int = 0
+    read_bytes: int = 0
+    last_lag_s: float = 0.0
+    max_lag_s: float = 0.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierUse:
     """How full one tier of this rank's cache is.

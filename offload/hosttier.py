@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from longtake.kernels.errors import CapacityError, LongtakeError, StorageError
 from longtake.offload.belady import Uses
+from longtake.offload.cachestats import HostCounters
 from longtake.offload.frames import Tier
 from longtake.offload.host import HostPool
 from longtake.offload.lanes import Fence, Lane, thread_start
@@ -31,19 +31,6 @@ from longtake.offload.spill import Spiller, Step
 from longtake.offload.store import Payloads
 
 DEMANDED = -1.0
-
-
-@dataclass(slots=True, kw_only=True)
-class HostCounters:
-    """What happened so far."""
-
-    stalled_write_s: float = 0.0
-    stalled_read_s: float = 0.0
-    num_written: int = 0
-    num_read: int = 0
-    read_bytes: int = 0
-    last_lag_s: float = 0.0
-    max_lag_s: float = 0.0
 
 
 class HostTier:
