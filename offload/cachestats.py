@@ -36,7 +36,7 @@ class CacheStats:
 
 @dataclass(slots=True, kw_only=True)
 class HostCounters:
-    """What a host tier did so far; `CacheStats` tells it, stalled writes as of the host, stalled reads as of the disk."""
+    """What a host tier did so far; `CacheStats` tells it, writes stalled for as host, reads as disk."""
 
     stalled_write_s: float = 0.0
     stalled_read_s: float = 0.0
