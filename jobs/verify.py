@@ -142,7 +142,8 @@ class _Shot:
     def _latent_errors(self, num_shown: int) -> Iterator[StorageError]:
         """Blocks that are there, and those before them or shown by a segment; a run killed may lack the last few."""
         path = self.folder / LATENTS_NAME
-        if not path.exists() and num_shown <= 0:
+        begun = (path / "zarr.json").exists() or any(path.glob("c.*"))
+        if not begun and num_shown <= 0:  # a run killed as it began may leave a bare folder
             return
         try:
             log = LatentLog.existing(path)

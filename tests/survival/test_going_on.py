@@ -125,6 +125,22 @@ def test_verify_names_the_place(out: Path, capsys: pytest.CaptureFixture[str]) -
     assert "1 files of" in captured.err.splitlines()[-1]
 
 
+def test_a_shot_killed_as_it_began_is_no_damage(film: Path, undisturbed: Path, out: Path) -> None:
+    """Its folders are there, and what should be in them is not yet."""
+    shot = out / "quay"
+    for name in ("kv.zarr", "segments", "latents.zarr"):
+        shutil.rmtree(shot / name)
+    for name in ("journal", "metrics.jsonl", "quay.mp4", "../film.mp4"):
+        (shot / name).unlink()
+    (shot / "latents.zarr").mkdir()
+    (shot / "latents.zarr" / "zarr.json.partial").write_bytes(b"{")
+    assert cli.run(["verify", str(out)]) == 0
+    assert render(film, out) == 0
+    assert contents(out) == contents(undisturbed)
+    (shot / "latents.zarr" / "zarr.json").unlink()
+    assert cli.run(["verify", str(out)]) == 1, "with blocks of latents it is"
+
+
 @pytest.mark.parametrize("name", ["nowhere", "film.toml", "."])
 def test_verify_of_no_film(film: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["verify", str(film if name == "film.toml" else tmp_path / name)]) == 2
