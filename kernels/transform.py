@@ -241,8 +241,8 @@ def plan(exponent_FD: Tensor, num_bits: int) -> Tensor:
     counts = counts.scatter_add(0, flat, torch.ones_like(flat))
     spent_P = counts[exponent_P].cumsum(0)
     whole = (spent_P <= num_bits).sum()
-    left = num_bits - torch.where(whole > 0, spent_P[(whole - 1).clamp(min=0)], 0)
-    following = exponent_P[whole.clamp(max=len(exponent_P) - 1)]
+    left = num_bits - torch.where(whole > 0, spent_P.take((whole - 1).clamp(min=0)), 0)
+    following = exponent_P.take(whole.clamp(max=len(exponent_P) - 1))  # an index would make the host wait
     before = ((flat == following).cumsum(0) <= left).sum()
     return torch.stack((whole, before)).int()
 
