@@ -7,8 +7,9 @@ materialise into e4m3 rows, FP8 attention, both, what they take relative to dens
 relative to the codec's own. Every call is timed apart with the L2 cache overwritten before it; medians, 10th and 90th
 percentiles. Nothing is asserted. Figures are written as they come; a case that fails is listed under "failed".
 
---sweep also times FP8 attention and materialise under other tile sizes and variants (bench_sweep.py). On a CPU (small
-sizes only) the same program runs, slowly.
+--splits also times FlashAttention-3 in FP8 over exact keys and values in more and fewer splits, with the error of each;
+--codecs "" leaves all codecs out. --sweep also times FP8 attention and materialise under other tile sizes and variants
+(bench_sweep.py). On a CPU (small sizes only) the same program runs, slowly.
 
 Shape legend: N blocks, T tokens of a block, H heads, D head dim, X = N*T rows of the scratch.
 """
@@ -33,8 +34,10 @@ from longtake.kernels.attention_path import make_path
 from longtake.kernels.clock import Clock, relative_error, setting, survive
 from longtake.kernels.codec import Codec, make_codec
 from longtake.kernels.rotary import Rotary, apply_rotary, rotary_table
+from longtake.kernels.scaling import calibrate
 
 DEFAULT_CODECS = "bf16,int8,int4,rtn2,lt2"
+SPLITS = (1, 2, 4, 8, 16, 32)
 FP8_PATHS = ("fp8", "fp8-bf16v", "fp8/flash3")  # the last where FlashAttention-3 is installed
 
 
@@ -187,6 +190,34 @@ def measure_fp8(
     }
 
 
+def measure_splits(
+    q_HTD: Tensor, k_HXD: Tensor, v_HXD: Tensor, want: Tensor, own_tokens: int, clock: Clock
+) -> list[dict[str, Any]]:
+    """FlashAttention-3 in FP8 by the number of splits; scaled as the paths do it, by the last block's own tokens."""
+    k_scaling, v_scaling = (calibrate(x_HXD[:, -own_tokens:].transpose(0, 1)) for x_HXD in (k_HXD, v_HXD))
+    queries = flash3.quantise(q_HTD, calibrate(q_HTD.transpose(0, 1), centred=False), k_scaling)
+    k8_HXD, v8_HXD = k_scaling.store(k_HXD), v_scaling.store(v_HXD)
+    flop, found = 4 * q_HTD.numel() * k_HXD.shape[1], []
+    chosen = flash3.fp8_splits(k_HXD.shape[1])
+    for splits in sorted({*SPLITS, chosen}):
+
+        def call(splits: int = splits) -> Tensor:
+            return flash3.attend_fp8(queries, k8_HXD, v8_HXD, k_scaling, v_scaling, num_splits=splits)[0]
+
+        error, timing = relative_error(call(), want), clock(call)
+        rate = flop / timing.median_ms / 1e9
+        found.append(
+            {"splits": splits, "chosen": splits == chosen, **asdict(timing), "TFLOP_per_s": rate, "error": error}
+        )
+        print(
+            f"{'':<11}keys {k_HXD.shape[1]:>7} splits {splits:>2}{' (chosen)' if splits == chosen else '':<9}"
+            f"{timing.median_ms:8.3f} ms ({rate:.0f} TFLOP/s)  error {error:.5f}",
+            file=sys.stderr,
+            flush=True,
+        )
+    return found
+
+
 def measure(
     args: argparse.Namespace, kind: str, blocks: int, clock: Clock, report: dict[str, Any], write: Callable[[], None]
 ) -> None:
@@ -207,10 +238,13 @@ def measure(
     q_HTD = apply_rotary(q_THD, own).transpose(0, 1)
     want, lse = attend(q_HTD, k_dense, v_dense)
     dense = clock(lambda: attend(q_HTD, k_dense, v_dense))
-    flash, failed = None, report["failed"]
+    flash, splits, failed = None, None, report["failed"]
     if flash3.available(device, args.dim):
         with survive(failed, f"{kind} {blocks} flash3"):
             flash = asdict(clock(lambda: flash3.attend(q_HTD, k_dense, v_dense)))
+        if args.splits:
+            with survive(failed, f"{kind} {blocks} splits"):
+                splits = measure_splits(q_HTD, k_dense, v_dense, want, grid.num_tokens, clock)
     flop = 4 * args.heads * q_HTD.shape[1] * rows * args.dim
     result: dict[str, Any] = {
         "kind": kind,
@@ -219,6 +253,7 @@ def measure(
         "dense_attend": asdict(dense),
         "dense_TFLOP_per_s": flop / dense.median_ms / 1e9,
         "dense_flash3_attend": flash,
+        "fp8_flash3_splits": splits,
         "rotate_queries": asdict(clock(lambda: apply_rotary(q_THD, own))),
         "merge": asdict(clock(lambda: merge(want, lse, want, lse))),
         "codecs": {},
@@ -228,7 +263,8 @@ def measure(
     result["fill_TB_per_s"] = copy.nbytes / clock(lambda: copy.zero_()).median_ms / 1e9
     scratch = (copy, torch.empty_like(v_dense))
     report["results"].append(result)
-    for name in args.codecs.split(",") if "=" not in args.codecs else args.codecs.split(";"):
+    write()
+    for name in filter(None, args.codecs.split(";" if "=" in args.codecs else ",")):
         with survive(failed, label := f"{kind} {blocks} {name}"):
             case = Case(
                 codec=make_codec(name, grid.geometry(args.dim)),
@@ -278,6 +314,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kinds", default="noise,structured")
     parser.add_argument("--chunk", type=int, default=7, help="blocks of a chunk")
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--splits", action="store_true")
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--commit", default="", help="recorded when this is no git checkout")
     for name, value in (("frames", 3), ("height", 30), ("width", 52), ("heads", 12), ("dim", 128)):

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from longtake.kernels import bench
+from longtake.kernels import bench, flash3
+from tests.kernels.test_flash3 import plain_operator
 
 SMALL = "--device cpu --height 3 --width 5 --heads 2 --dim 64 --repeats 2 --blocks 2,3 --chunk 2 --codecs bf16,int4,tc2"
 
@@ -52,3 +53,15 @@ def test_what_fails_costs_no_other_case_its_figures(
     assert list(report["results"][0]["codecs"]) == ["int4"]
     assert list(report["results"][0]["codecs"]["int4"]["paths"]) == ["fp8-bf16v"]
     assert "no such kernel" in capsys.readouterr().err
+
+
+def test_splits_are_timed_without_any_codec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash3, "_operator", lambda: plain_operator)
+    monkeypatch.setattr(flash3, "available", lambda device, dim: True)
+    target = tmp_path / "splits.json"
+    options = [*SMALL.split()[:-1], "", "--kinds", "noise", "--splits"]
+    assert bench.main(["--json", str(target), *options]) == 0
+    for result in json.loads(target.read_text())["results"]:
+        found = result["fp8_flash3_splits"]
+        assert [(of["splits"], of["chosen"]) for of in found] == [(n, n == 1) for n in bench.SPLITS]
+        assert all(0 < of["error"] < 0.2 and of["TFLOP_per_s"] > 0 for of in found) and result["codecs"] == {}

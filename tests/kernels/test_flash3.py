@@ -14,7 +14,7 @@ from longtake.kernels.attention_path import Flash3Fp8Path, make_path
 from longtake.kernels.codec import BlockGeometry, make_codec
 from longtake.kernels.errors import ConfigError
 from longtake.kernels.rotary import apply_rotary, rotary_table
-from longtake.kernels.scaling import calibrate
+from longtake.kernels.scaling import calibrate, unscaled
 
 CPU = torch.device("cpu")
 
@@ -31,7 +31,7 @@ def plain_operator(
     v_descale: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """What FlashAttention-3's forward computes; scales are [B, H]."""
-    assert num_splits == 1 and softmax_scale == q_BTHD.shape[-1] ** -0.5
+    assert 1 <= num_splits <= 256 and softmax_scale == q_BTHD.shape[-1] ** -0.5
 
     def load(x: Tensor, scale: Tensor | None) -> Tensor:
         assert x.stride(-1) == 1
@@ -112,6 +112,49 @@ def test_it_is_refused_where_it_is_not() -> None:
     assert not flash3.available(CPU, 64)
     with pytest.raises(ConfigError, match="Hopper"):
         make_path("fp8", codec, 2, 540, torch.bfloat16, CPU, use_flash3=True)
+
+
+def test_splits_bound_what_is_summed_in_the_tensor_core() -> None:
+    for keys in (0, 1, 8192, 8193, 32_760, 131_040):
+        splits = flash3.fp8_splits(keys)
+        assert splits >= 1 and 8192 * (splits - 1) < max(keys, 1) <= 8192 * splits
+    assert flash3.fp8_splits(10**9) == 256
+
+
+def test_keys_alone_decide_the_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def operator(q: Tensor, k: Tensor, v: Tensor, *, num_splits: int, **scales: Tensor | float) -> tuple[Tensor, ...]:
+        asked.append(num_splits)
+        return q.bfloat16(), torch.zeros(1, q.shape[2], q.shape[1]), torch.empty(0), torch.empty(0)
+
+    monkeypatch.setattr(flash3, "_operator", lambda: operator)
+    scaling = unscaled(2, 64, CPU)
+    queries = flash3.quantise(torch.randn(2, 5, 64), scaling, scaling)
+    for keys in (100, 20_000):
+        rows = torch.zeros(2, keys, 64).to(torch.float8_e4m3fn)
+        flash3.attend_fp8(queries, rows, rows, scaling, scaling)
+        flash3.attend_fp8(queries, rows, rows, scaling, scaling, num_splits=7)
+        flash3.attend(*(x.bfloat16() for x in (torch.randn(2, 5, 64), rows.float(), rows.float())))
+    assert asked == [1, 7, 1, 3, 7, 1]
+
+
+@pytest.mark.gpu
+def test_the_real_one_sums_over_many_keys() -> None:
+    device = torch.device("cuda")
+    if not flash3.available(device, 128):
+        pytest.skip("FlashAttention-3 is not installed, or this is no Hopper GPU")
+    g = torch.Generator(device).manual_seed(0)
+    q, k, v = (torch.randn(2, n, 128, generator=g, device=device).bfloat16() for n in (256, 131_072, 131_072))
+    scalings = calibrate(k.transpose(0, 1)), calibrate(v.transpose(0, 1))
+    queries = flash3.quantise(q, calibrate(q.transpose(0, 1), centred=False), scalings[0])
+    k8, v8 = (scaling.store(x) for scaling, x in zip(scalings, (k, v), strict=True))
+    want, _ = attend_reference(q, k, v)
+    split, lse = flash3.attend_fp8(queries, k8, v8, *scalings)
+    again, lse_again = flash3.attend_fp8(queries, k8, v8, *scalings)
+    assert torch.equal(split, again) and torch.equal(lse, lse_again)
+    whole, _ = flash3.attend_fp8(queries, k8, v8, *scalings, num_splits=1)
+    assert relative(split, want) < 0.5 * relative(whole, want)
 
 
 @pytest.mark.gpu
