@@ -12,11 +12,12 @@ Shape legend: B batch (1), T tokens of a block, H heads, D head dim, N history b
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,11 +27,15 @@ from longtake.engine.timing import NO_TIMER, StageTimer
 from longtake.kernels.attention import merge
 from longtake.kernels.attention_path import AttentionPath
 from longtake.kernels.forms import Form
-from longtake.kernels.rotary import THETA, Turns
+from longtake.kernels.rotary import THETA, HeadRotary, Rotary, Turns
 
 
 class Pages(Protocol):
     """Readable blocks of one plan in one form."""
+
+    @property
+    def streamed(self) -> bool:
+        """Whether a layer's pages come when it is asked for, and go when another one is."""
 
     def pages(self, layer: int) -> tuple[Tensor, Tensor]:
         """Arena uint8 [G, H, P] and the int32 [N] slots of the planned blocks, in order."""
@@ -80,6 +85,36 @@ class _Chunk:
     parts: tuple[_Part, ...] = ()
     num_rows: int = 0
     mass: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _FixedPages:
+    """Pages whose slots, one tensor a layer, are rewritten for each pass."""
+
+    pages_GHP: Tensor
+    slots_LN: Sequence[Tensor]
+    streamed: bool = False
+
+    def pages(self, layer: int) -> tuple[Tensor, Tensor]:
+        return self.pages_GHP, self.slots_LN[layer]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _OwnPages:
+    """Pages of no cache's, one tensor a layer."""
+
+    pages_LHP: Sequence[Tensor]
+
+    def page(self, layer: int) -> Tensor:
+        return self.pages_LHP[layer]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Fixed:
+    """A reading, or a commit, of whichever block comes."""
+
+    parts: Sequence[Any]
+    block: int = 0
 
 
 class HistoryAttention:
@@ -166,6 +201,91 @@ class HistoryAttention:
         self._commit, self._summarise = commit, summarise
         return self
 
+    # -- the same for any block: what a recorded pass needs
+
+    @property
+    def commits(self) -> bool:
+        """Whether this is the commit pass."""
+        return self._commit is not None
+
+    @property
+    def shape(self) -> Hashable | None:
+        """Equal for passes that issue the same kernels, whose `inputs` differ; None: no two passes do.
+
+        That is so when pages come through a ring, a codec's work depends on the block, a retriever takes a summary, or
+        somebody times the stages.
+        """
+        parts = [] if self._reading is None else [part for part in self._reading.parts if part is not None]
+        if (
+            self._timer is not NO_TIMER
+            or self._summarise is not None
+            or any(part.streamed for part in parts)
+            or not all(form.codec.recordable for form in self._forms)
+        ):
+            return None
+        chunks = tuple(
+            (chunk.num_rows, chunk.mass, tuple((part.form, part.first, part.last, part.row) for part in chunk.parts))
+            for chunk in self._chunks
+        )
+        arenas = tuple(part.pages(0)[0].data_ptr() for part in parts)
+        commit = None if self._commit is None else tuple(part is not None for part in self._commit.parts)
+        return chunks, arenas, commit, tuple(table.shape for table in self._tables())
+
+    def _tables(self) -> list[Tensor]:
+        turns = [self._own_rotary, *(part.rotary for chunk in self._chunks for part in chunk.parts)]
+        return [one.temporal_YP2 for turn in turns for one in (turn.heads if isinstance(turn, HeadRotary) else (turn,))]
+
+    def _slots(self, num_layers: int) -> list[Tensor]:
+        parts = () if self._reading is None else self._reading.parts
+        return [part.pages(layer)[1] for part in parts if part is not None for layer in range(num_layers)]
+
+    def _pages(self, num_layers: int) -> list[Tensor]:
+        parts = () if self._commit is None else self._commit.parts
+        return [part.page(layer) for part in parts if part is not None for layer in range(num_layers)]
+
+    def fixed(self, num_layers: int) -> HistoryAttention:
+        """A pass of this `shape` whose inputs are overwritten for each block; a commit fills pages of its own."""
+        fixed = copy.copy(self)
+        fixed._own_rotary = _own_tables(self._own_rotary)
+        fixed._chunks = [
+            replace(chunk, parts=tuple(replace(part, rotary=_own_tables(part.rotary)) for part in chunk.parts))
+            for chunk in self._chunks
+        ]
+        layers = range(num_layers)
+        if self._reading is not None:
+            fixed._reading = _Fixed(
+                parts=[
+                    part
+                    and _FixedPages(
+                        pages_GHP=part.pages(0)[0], slots_LN=[part.pages(layer)[1].clone() for layer in layers]
+                    )
+                    for part in self._reading.parts
+                ]
+            )
+        if self._commit is not None:
+            fixed._commit = _Fixed(
+                parts=[
+                    part and _OwnPages(pages_LHP=[torch.empty_like(part.page(layer)) for layer in layers])
+                    for part in self._commit.parts
+                ]
+            )
+        return fixed
+
+    def page_bytes(self, num_layers: int) -> int:
+        """Bytes of the pages that this pass fills."""
+        return sum(page.nbytes for page in self._pages(num_layers))
+
+    def take_inputs(self, other: HistoryAttention, num_layers: int) -> None:
+        """Overwrite the inputs of a `fixed` pass by those of another of its shape."""
+        torch._foreach_copy_(self._tables(), other._tables())
+        if slots := self._slots(num_layers):
+            torch._foreach_copy_(slots, other._slots(num_layers))
+
+    def give_pages(self, other: HistoryAttention, num_layers: int) -> None:
+        """Copy what a `fixed` commit pass encoded into another's pages."""
+        if self.commits:
+            torch._foreach_copy_(other._pages(num_layers), self._pages(num_layers))
+
     def __call__(self, layer: int, q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor:
         """Attend history and own block; q, k normed and unrotated; returns [1, T, H, D]."""
         q_THD, k_THD, v_THD = q_BTHD[0], k_BTHD[0], v_BTHD[0]
@@ -212,3 +332,14 @@ class HistoryAttention:
             pages_GHP, slots_N = pages.pages(layer)
             codec = self._forms[part.form].codec
             self._path.write_history(pages_GHP, slots_N[part.first : part.last], part.rotary, codec=codec, row=part.row)
+
+
+def _own_tables(turns: Turns) -> Turns:
+    """Tables whose part in time is a tensor of its own."""
+    if isinstance(turns, HeadRotary):
+        return HeadRotary(heads=tuple(_own_table(one) for one in turns.heads))
+    return _own_table(turns)
+
+
+def _own_table(rotary: Rotary) -> Rotary:
+    return replace(rotary, temporal_YP2=rotary.temporal_YP2.clone())

@@ -168,6 +168,7 @@ def run_film(
         if isinstance(decoder, StripedDecoder):
             decoder.close()
         save(result)
+    rollout.close()
     return result
 
 

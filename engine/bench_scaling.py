@@ -153,6 +153,7 @@ def run_case(case: ScalingCase, gang: Gang, model: ShardedWan, device: torch.dev
         "memory_bytes": rollout.memory(),
         "bits_per_element": rollout.codec.bits_per_element,
     }
+    rollout.close()
     rollout.cache.close()
     return result
 

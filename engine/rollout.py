@@ -17,6 +17,7 @@ from torch import Tensor
 from longtake.engine.attention import HistoryAttention
 from longtake.engine.config import Loop, Precision, ShotConfig
 from longtake.engine.fp8_linear import is_fp8
+from longtake.engine.graphs import CudaRecording, PassGraphs
 from longtake.engine.history import Plan, head_thetas
 from longtake.engine.model import CausalWan, TextContext
 from longtake.engine.noise import block_noise
@@ -59,7 +60,7 @@ class Rollout:
 
     Blocks are numbered in time from 0 with the prefix first, so block ``n`` of the shot is block ``len(prefix) + n``;
     which of the cache's entries hold which block, the timeline knows. Not thread-safe; all work is issued on the
-    current stream and nothing waits for the device.
+    current stream and nothing waits for the device, but for the two moments in which passes are recorded.
 
     Args:
         shot: what to render.
@@ -72,6 +73,7 @@ class Rollout:
         read_latents: block of the shot -> its clean latents as an earlier run left them; needed to go on behind a
             prompt that has history committed anew.
         windows: keeps a rolling window between blocks, so that a shot can go on.
+        graphs: record passes that repeat as CUDA graphs, on a GPU.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Rollout:
         read_latents: Callable[[int], Tensor] | None = None,
         windows: WindowStore | None = None,
         stages: StageTimer = NO_TIMER,
+        graphs: bool = True,
     ) -> None:
         weight = model.proj_out.weight
         self.device, self.dtype = weight.device, weight.dtype
@@ -96,6 +99,7 @@ class Rollout:
         if is_fp8(model) != (shot.model.weights.precision is Precision.FP8):
             raise ConfigError(f"shot {shot.name!r}: its model was loaded with weights of another precision")
         self._timer, self._stages = timer, stages
+        self.passes = PassGraphs(model, CudaRecording if graphs and self.device.type == "cuda" else None)
         self._read_latents = read_latents
         self._recent: OrderedDict[int, Tensor] = OrderedDict()
         self._fixed = None if prefix.fixed is None else prefix.fixed.to(self.device, torch.float32)
@@ -158,15 +162,21 @@ class Rollout:
         return clean
 
     def memory(self) -> dict[str, int]:
-        """Bytes by name: weights, scratch, text context, latents that may be committed anew, and the cache's own."""
+        """Bytes by name: weights, scratch, text context, latents that may be committed anew, recorded passes, and the
+        cache's own."""
         return {
             "weights": sum(p.numel() * p.element_size() for p in self.model.parameters()),
             "scratch": self.path.num_bytes,
             "text_context": self.prompts.num_bytes,
             "retrieval_summaries": self._retrieval.num_bytes,
             "recent_latents": sum(latents.nbytes for latents in self._recent.values()),
+            "recorded_passes": self.passes.num_bytes,
             **self.cache.memory(),
         }
+
+    def close(self) -> None:
+        """Let recorded passes go; those of a gang must go before its process groups. The cache is the caller's."""
+        self.passes.clear()
 
     def _read_plan(self, entry: Entry) -> Plan:
         return self.timeline.read_plan(entry, self._retrieval.chosen(entry))
@@ -202,7 +212,7 @@ class Rollout:
                 context = self.prompts.context(entry.step)
                 committing = attention.committing(commit, self._retrieval.keeper(commit))
                 with self._stages("commit"):
-                    self._run(latents, self.shot.sampler.context_timestep, context, committing)
+                    self._run(entry, latents, self.shot.sampler.context_timestep, context, committing)
             except BaseException:
                 commit.abort()
                 raise
@@ -218,7 +228,8 @@ class Rollout:
         context = self.prompts.context(block)
 
         def predict_flow(noisy: Tensor, sigma: float) -> Tensor:
-            return self._run(noisy, 1000.0 * sigma, context, attention, 0 if fixed is None else fixed.shape[1])
+            num_fixed = 0 if fixed is None else fixed.shape[1]
+            return self._run(entry, noisy, 1000.0 * sigma, context, attention, num_fixed)
 
         sigmas = shifted_sigmas(sampler, first=entry.time == 0, strength=1.0 if guide is None else self.shot.strength)
         with self._stages("denoise"):
@@ -231,7 +242,7 @@ class Rollout:
         timesteps = [1000.0 * sigma for sigma in sigmas for _ in range(frames)]
         plan = self.timeline.window_plan(entry, len(sigmas))
         with self._reading(entry, plan) as attention, self._stages("denoise"):
-            return self._run(noisy, timesteps, self.prompts.context(first), attention)
+            return self._run(entry, noisy, timesteps, self.prompts.context(first), attention)
 
     def _clean(self, time: int) -> Tensor:
         """Clean latents of an earlier block."""
@@ -260,6 +271,7 @@ class Rollout:
 
     def _run(
         self,
+        entry: Entry,
         latents: Tensor,
         timestep: float | Sequence[float],
         context: TextContext,
@@ -273,8 +285,7 @@ class Rollout:
             timesteps_BF[:, :num_fixed] = 0.0
         else:
             timesteps_BF = torch.tensor([timestep], dtype=torch.float32, device=self.device)
-        flow: Tensor = self.model(latents[None].to(self.dtype), timesteps_BF, context, attention)
-        return flow[0]
+        return self.passes.run(entry.index, latents[None].to(self.dtype), timesteps_BF, context, attention)[0]
 
 
 def _check_start(shot: ShotConfig, prefix: Prefix, prompts: Prompts) -> None:

@@ -140,7 +140,7 @@ class ShotRenderer:
                         windows=(WindowStore if gang.leads else ReadWindows)(folder / WINDOW_NAME),
                         stages=clock if gang.leads else NO_TIMER,
                     )
-                    with gang.guard():
+                    with contextlib.closing(rollout), gang.guard():
                         if isinstance(files, RankFolder):
                             follow(gang, shot, rollout, stop)
                         else:

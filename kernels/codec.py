@@ -88,6 +88,11 @@ class Codec(ABC):
         """Bytes of one (block, layer, head), everything included; a multiple of 16."""
 
     @property
+    def recordable(self) -> bool:
+        """Whether encode and materialise issue the same work for every block and never wait: a CUDA graph's demand."""
+        return False
+
+    @property
     def bits_per_element(self) -> float:
         """Stored bits for one element of K or V."""
         return self.payload_bytes * 8 / (2 * self.geometry.num_tokens * self.geometry.head_dim)
@@ -207,6 +212,11 @@ class TensorCodec(ABC):
         self.geometry = geometry
 
     @property
+    def recordable(self) -> bool:
+        """As Codec's; such a codec uses no seed."""
+        return False
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of one head's section; a multiple of 16."""
         return self.layout.num_bytes
@@ -280,6 +290,10 @@ class PairCodec(Codec):
     @property
     def payload_bytes(self) -> int:
         return self.k.num_bytes + self.v.num_bytes
+
+    @property
+    def recordable(self) -> bool:
+        return self.k.recordable and self.v.recordable
 
     def encode(
         self, k_THD: Tensor, v_THD: Tensor, out_HP: Tensor, *, block: int, layer: int, first_head: int = 0

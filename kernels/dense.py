@@ -38,6 +38,10 @@ class DenseCodec(TensorCodec):
         self.layout.view(section, "x").copy_(x_HTD)
         return section
 
+    @property
+    def recordable(self) -> bool:
+        return True
+
     def pack_into(self, x_THD: Tensor, out_HB: Tensor, seeds: Sequence[int]) -> None:
         self.layout.view(out_HB, "x").copy_(x_THD.transpose(0, 1))
         self.layout.clear_padding(out_HB)

@@ -9,7 +9,7 @@ Shape legend: D head dim, C channels of a Hadamard block (a power of two).
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ def hadamard(x_D: Tensor) -> Tensor:
     return y.mul(float(block) ** -0.5).reshape(x_D.shape)
 
 
-@lru_cache(maxsize=64)
+@cache  # tables stay: recorded passes read them
 def random_signs(dim: int, stream: int, device: torch.device) -> Tensor:
     """A fixed draw of +1 and -1, float32 [dim]: bits of splitmix64, the same on every machine and version."""
     mask, signs = (1 << 64) - 1, []

@@ -148,6 +148,10 @@ class LowRankTwoBit(TensorCodec):
             low = low + coefficient[..., r, None] * direction[..., r, :].unsqueeze(-2)
         return x * spread.unsqueeze(-2) + low
 
+    @property
+    def recordable(self) -> bool:
+        return self.has_kernels
+
     def pack_into(self, x_THD: Tensor, out_HB: Tensor, seeds: Sequence[int]) -> None:
         if x_THD.is_cuda and self.has_kernels:
             from longtake.kernels import lt2_triton

@@ -71,6 +71,10 @@ class RoundToNearest(TensorCodec):
         codes = codes.reshape(*codes.shape[:-1], self.num_groups, self.group)
         return decode_groups(codes, self.layout.view(section_B, "grid")).flatten(-2)
 
+    @property
+    def recordable(self) -> bool:
+        return True
+
     def pack_into(self, x_THD: Tensor, out_HB: Tensor, seeds: Sequence[int]) -> None:
         if x_THD.is_cuda and self.has_kernels:
             from longtake.kernels import rtn_triton

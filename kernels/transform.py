@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -90,6 +90,10 @@ class TransformCodec(HeadwiseCodec):
     def has_kernels(self) -> bool:
         """Whether the Triton kernels cover this geometry."""
         return self.geometry.head_dim in (64, 128) and self.tile_tokens > 1
+
+    @property
+    def recordable(self) -> bool:
+        return self.has_kernels
 
     def pack_into(self, x_THD: Tensor, out_HB: Tensor, seeds: Sequence[int]) -> None:
         if x_THD.is_cuda and self.has_kernels:
@@ -184,7 +188,7 @@ def tile_of(extent: tuple[int, int, int]) -> tuple[int, int, int]:
     return min(fitting, key=lambda tile: (sum(1 / n for n in tile), tile))
 
 
-@lru_cache(maxsize=16)
+@cache  # tables stay: recorded passes read them
 def _cosines(tile: tuple[int, int, int], device: torch.device) -> Tensor:
     """The orthonormal cosine transform (DCT-II) over a tile, float32 [F, F]: frequencies by tokens."""
     matrix = torch.ones(1, 1, dtype=torch.float64)
@@ -205,7 +209,7 @@ def _inverse(x: Tensor) -> Tensor:
     return torch.where(x > 0, 1.0 / x, torch.zeros_like(x))
 
 
-@lru_cache(maxsize=4)
+@cache
 def _order(device: torch.device) -> tuple[Tensor, Tensor]:
     """All pairs of an exponent and one more bit, most error taken away first.
 
@@ -227,7 +231,7 @@ def depth_table(device: torch.device) -> Tensor:
     return _order(device)[1]
 
 
-@lru_cache(maxsize=4)
+@cache
 def steps(device: torch.device) -> Tensor:
     """`STEPS`, float32 [7]."""
     return torch.tensor(STEPS, device=device)
