@@ -1,4 +1,4 @@
-"""Merge of two partial attention results in one pass.
+"""Merge of two partial attention results in one pass, and what centring took put back in one.
 
 Shape legend: H heads, T query tokens, D head dim, R rows of a tile.
 """
@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 MERGE_ROWS = 32
+RESTORE_ROWS = 64
 
 
 @triton.jit(do_not_specialize=["num_queries"])
@@ -39,6 +40,39 @@ def merge_kernel(
     z = x.to(tl.float32) * (share_a * scale)[:, None] + y.to(tl.float32) * (share_b * scale)[:, None]
     place = out + (head * num_queries + row)[:, None] * D + column
     tl.store(place, z.to(out.dtype.element_ty), mask=live[:, None])
+
+
+@triton.jit(do_not_specialize=["num_queries"])
+def restore_kernel(
+    out, lse, centre, shift, stride_oh, stride_ot, num_queries,
+    D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Add a head's centre to ROWS rows of its output and their shifts to their log-sum-exps, in place."""
+    head = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = row < num_queries
+    column = tl.arange(0, D)
+    line = head * num_queries + row
+    moved = tl.load(lse + line, mask=live, other=0.0) + tl.load(shift + line, mask=live, other=0.0)
+    tl.store(lse + line, moved, mask=live)
+    place = out + head * stride_oh + row.to(tl.int64)[:, None] * stride_ot + column[None, :]
+    x = tl.load(place, mask=live[:, None], other=0.0).to(tl.float32) + tl.load(centre + head * D + column)[None, :]
+    tl.store(place, x.to(out.dtype.element_ty), mask=live[:, None])
+
+
+def restore(out_HTD: Tensor, lse_HT: Tensor, centre_HD: Tensor, shift_HT: Tensor) -> None:
+    """Add the values' centre to an attention's output and the keys' to its log-sum-exp, in place.
+
+    Args:
+        out_HTD: [H, T, D] any float type, D a power of two, channels contiguous.
+        lse_HT, shift_HT: float32 [H, T], contiguous.
+        centre_HD: float32 [H, D], contiguous.
+    """
+    num_heads, num_queries, dim = out_HTD.shape
+    restore_kernel[(triton.cdiv(num_queries, RESTORE_ROWS), num_heads)](
+        out_HTD, lse_HT, centre_HD, shift_HT, out_HTD.stride(0), out_HTD.stride(1), num_queries,
+        D=dim, ROWS=RESTORE_ROWS,
+    )  # fmt: skip
 
 
 def merge(out_a_HTD: Tensor, lse_a_HT: Tensor, out_b_HTD: Tensor, lse_b_HT: Tensor) -> tuple[Tensor, Tensor]:

@@ -115,6 +115,13 @@ def cases() -> Iterator[Case]:
                        "num_queries": "i32"},
                 constants={"D": dim, "ROWS": attention_triton.MERGE_ROWS},
             )  # fmt: skip
+        yield Case(
+            name=f"restore {dim}",
+            kernel=attention_triton.restore_kernel,
+            types={"out": "*bf16", "lse": "*fp32", "centre": "*fp32", "shift": "*fp32", "stride_oh": "i32",
+                   "stride_ot": "i32", "num_queries": "i32"},
+            constants={"D": dim, "ROWS": attention_triton.RESTORE_ROWS},
+        )  # fmt: skip
         for turned in (pairs, 0):
             what = "k" if turned else "v"
             for types, target, fp8 in outputs(what, dim):

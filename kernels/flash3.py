@@ -138,8 +138,20 @@ def attend_fp8(
         k_descale=k_scaling.scale_H[None],
         v_descale=v_scaling.scale_H[None],
     )
-    out_BTHD.add_(v_scaling.centre_HD)
-    return out_BTHD[0].transpose(0, 1), lse_BHT[0] + queries.shift_HT
+    out_HTD, lse_HT = out_BTHD[0].transpose(0, 1), lse_BHT[0]
+    if out_HTD.is_cuda:
+        from longtake.kernels.attention_triton import restore
+
+        restore(out_HTD, lse_HT, v_scaling.centre_HD, queries.shift_HT)
+    else:
+        restore_reference(out_HTD, lse_HT, v_scaling.centre_HD, queries.shift_HT)
+    return out_HTD, lse_HT
+
+
+def restore_reference(out_HTD: Tensor, lse_HT: Tensor, centre_HD: Tensor, shift_HT: Tensor) -> None:
+    """The plain twin of attention_triton.restore: what centring took, added in float32 and rounded once."""
+    out_HTD.add_(centre_HD.unsqueeze(1))
+    lse_HT.add_(shift_HT)
 
 
 def _forward(q_HTD: Tensor, k_HXD: Tensor, v_HXD: Tensor, num_splits: int, **scales: Tensor) -> tuple[Tensor, Tensor]:

@@ -350,6 +350,21 @@ def check_merge(dim: int, device: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(got_lse, want_lse, rtol=1e-6, atol=1e-5)
 
 
+def check_restore(dim: int, device: str, dtype: torch.dtype) -> None:
+    from longtake.kernels import attention_triton, flash3
+
+    g = torch.Generator().manual_seed(dim)
+    out = torch.randn(77, 3, dim, generator=g).to(device, dtype)
+    lse, shift = (20 * torch.randn(3, 77, generator=g).to(device) for _ in range(2))
+    centre = torch.randn(3, dim, generator=g).to(device)
+    got, want = out.clone().transpose(0, 1), out.clone().transpose(0, 1)
+    got_lse, want_lse = lse.clone(), lse.clone()
+    attention_triton.restore(got, got_lse, centre, shift)
+    flash3.restore_reference(want, want_lse, centre, shift)
+    assert torch.equal(got, want) and torch.equal(got_lse, want_lse)
+    assert not torch.equal(got, out.transpose(0, 1))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("tokens", "dim"), [(180, 64), (77, 128), (4680, 128), (77, 64)])
@@ -368,8 +383,9 @@ def test_rotation_kernel_equals_its_twin(tokens: int, dim: int, dtype: torch.dty
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("dim", [64, 128])
-def test_merge_kernel_equals_its_twin(dim: int, dtype: torch.dtype) -> None:
+def test_merge_and_restore_kernels_equal_their_twins(dim: int, dtype: torch.dtype) -> None:
     check_merge(dim, "cuda", dtype)
+    check_restore(dim, "cuda", dtype)
 
 
 @pytest.mark.gpu
@@ -449,6 +465,7 @@ def main() -> None:
     check_rotate(77, 128, "cpu", torch.float32)
     check_rotate(36, 64, "cpu", torch.float32)
     check_merge(64, "cpu", torch.float32)
+    check_restore(64, "cpu", torch.float32)
     for rank in (2, 8):
         check_lt2_encode(77, 64, rank, "cpu")
         print("ok lt2", rank)
