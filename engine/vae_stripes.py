@@ -101,7 +101,7 @@ def stripe(decoder: nn.Module, stripes: Stripes) -> None:
         elif isinstance(module, WanAttentionBlock):
             module.forward = partial(_attention, module, stripes)
         elif isinstance(module, nn.Conv2d) and module.kernel_size[0] > 1:
-            module.forward = partial(_conv, module, stripes)  # type: ignore[method-assign]
+            module._conv_forward = partial(_conv, module, stripes)  # type: ignore[method-assign]
 
 
 def _bordered_conv(stripes: Stripes, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -110,10 +110,11 @@ def _bordered_conv(stripes: Stripes, x: Tensor, weight: Tensor, bias: Tensor | N
     return F.conv3d(x, weight, bias)
 
 
-def _conv(conv: nn.Conv2d, stripes: Stripes, x: Tensor) -> Tensor:
-    x = F.pad(x, (1, 1, 1, 1))
+def _conv(conv: nn.Conv2d, stripes: Stripes, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if conv.padding != (0, 0):  # the fast decoder's frames come with their border
+        x = F.pad(x, (1, 1, 1, 1))
     stripes.fill_halo(x)
-    return F.conv2d(x, conv.weight, conv.bias)
+    return F.conv2d(x, weight, bias)
 
 
 def _attention(block: WanAttentionBlock, stripes: Stripes, x: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from longtake.kernels import (
     rtn_triton,
     scaling_triton,
     transform_triton,
+    vae_layers_triton,
 )
 from longtake.kernels.codec import BlockGeometry
 from longtake.kernels.lt2 import LowRankTwoBit
@@ -67,6 +68,7 @@ UNALIGNED = (
     "height",
     "width",
     "num_pixels",
+    "frames",
     "sampled",
     "stride",
     "softmax_scale",
@@ -306,17 +308,39 @@ def fp8_cases() -> Iterator[Case]:
 
 
 def other_cases() -> Iterator[Case]:
-    """The VAE's norms: at Wan's widths inside a border, at mini's without."""
-    for channels in (96, 192, 384, 24, 36, 32, 48):
-        padded = triton.next_power_of_2(channels)
+    """What lies between the VAE's convolutions, at Wan's widths, and mini's norms."""
+    for channels in (24, 36, 32, 48):
+        padded, rows = vae_layers_triton.tile(channels)
         yield Case(
             name=f"norm and SiLU {channels}",
             kernel=norm_silu_triton.norm_silu_kernel,
-            types={"x_NC": "*bf16", "gamma_C": "*bf16", "out": "*bf16", "scale": "fp32", "floor": "fp32",
-                   "num_pixels": "i32", "height": "i32", "width": "i32"},
-            constants={"C": channels, "CP": padded, "ROWS": norm_silu_triton.TILE // padded, "SILU": True,
-                       "BORDER": channels >= 96},
+            types={"x_NC": "*bf16", "gamma_C": "*bf16", "out_NC": "*bf16", "scale": "fp32", "floor": "fp32",
+                   "num_pixels": "i32"},
+            constants={"C": channels, "CP": padded, "ROWS": rows},
         )  # fmt: skip
+    for channels in (96, 192, 384):
+        padded, rows = vae_layers_triton.tile(channels)
+        sizes = {"C": channels, "CP": padded, "ROWS": rows}
+        yield Case(
+            name=f"norm into a buffer {channels}",
+            kernel=vae_layers_triton.normed_kernel,
+            types={"x_THWC": "*bf16", "bias_C": "*bf16", "gamma_C": "*bf16", "past_PHWC": "*bf16", "buffer": "*bf16",
+                   "last_PHWC": "*bf16", "scale": "fp32", "floor": "fp32", "frames": "i32", "height": "i32",
+                   "width": "i32"},
+            constants=sizes | {"BIAS": True, "PAST": True},
+        )  # fmt: skip
+        yield Case(
+            name=f"twice the size {channels}",
+            kernel=vae_layers_triton.upsampled_kernel,
+            types={"x_THWKC": "*bf16", "bias_KC": "*bf16", "buffer": "*bf16", "height": "i32", "width": "i32"},
+            constants=sizes | {"K": 2, "BIAS": True},
+        )
+        yield Case(
+            name=f"bias and residual {channels}",
+            kernel=vae_layers_triton.add_kernel,
+            types={"x_NC": "*bf16", "bias_C": "*bf16", "residual_NC": "*bf16", "num_pixels": "i32"},
+            constants=sizes | {"RESIDUAL": True},
+        )
 
 
 def compile_case(case: Case) -> Any:

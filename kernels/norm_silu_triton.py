@@ -1,8 +1,6 @@
-"""RMS norm over channels, with or without SiLU, in one Triton kernel: before nearly every convolution of Wan's VAE.
+"""RMS norm over channels and SiLU in one Triton kernel, for channels-last activations.
 
-Activations are channels-last; the result may go inside a border, where a convolution wants it.
-
-Shape legend: N pixels of all frames of all clips, C channels (contiguous); T frames, H and W pixels high and wide.
+Shape legend: N pixels of all frames of all clips, C channels (contiguous).
 """
 
 # Triton has no type stubs and its kernels no types.
@@ -17,53 +15,40 @@ TILE = 4096  # elements of a program
 
 
 @triton.jit
+def norm_silu(x, gamma, floor):
+    """Of pixels [ROWS, CP] in float32; gamma [CP] holds the norm's length."""
+    inverse = 1.0 / tl.sqrt(tl.maximum(tl.sum(x * x, 1), floor))
+    z = x * inverse[:, None] * gamma[None, :]
+    return z / (1.0 + tl.exp(-z))
+
+
+@triton.jit
 def norm_silu_kernel(
-    x_NC, gamma_C, out, scale, floor, num_pixels, height, width,
-    C: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr, SILU: tl.constexpr, BORDER: tl.constexpr,
-):  # fmt: skip
-    """ROWS pixels; with BORDER, pixel (t, y, x) goes to (t, y + 1, x + 1) of frames two rows and columns larger."""
+    x_NC, gamma_C, out_NC, scale, floor, num_pixels, C: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr
+):
+    """ROWS pixels."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, CP)
     mask = (rows < num_pixels)[:, None] & (columns < C)[None, :]
     x = tl.load(x_NC + rows[:, None] * C + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     gamma = tl.load(gamma_C + columns, mask=columns < C, other=0.0).to(tl.float32) * scale
-    inverse = 1.0 / tl.sqrt(tl.maximum(tl.sum(x * x, 1), floor))
-    z = x * inverse[:, None] * gamma[None, :]
-    if SILU:
-        z = z / (1.0 + tl.exp(-z))
-    target = rows
-    if BORDER:
-        line = rows // width  # t * height + y
-        target = (line + 2 * (line // height) + 1) * (width + 2) + rows % width + 1
-    tl.store(out + target[:, None] * C + columns[None, :], z.to(out.dtype.element_ty), mask=mask)
+    z = norm_silu(x, gamma, floor).to(out_NC.dtype.element_ty)
+    tl.store(out_NC + rows[:, None] * C + columns[None, :], z, mask=mask)
 
 
-def normalise(
-    x_NC: Tensor,
-    gamma_C: Tensor,
-    out: Tensor,
-    scale: float,
-    floor: float,
-    *,
-    silu: bool,
-    frame: tuple[int, int] = (0, 0),
-) -> None:
+def normalise(x_NC: Tensor, gamma_C: Tensor, out_NC: Tensor, scale: float, floor: float) -> None:
     """Normalise pixels over channels to length `scale`, multiply by gamma, apply SiLU.
 
     Args:
         x_NC: [N, C] contiguous, any float type.
         gamma_C: [C] contiguous.
-        out: [N, C] contiguous; with a frame, [T, H + 2, W + 2, C] contiguous, whose border is left alone.
+        out_NC: [N, C] contiguous.
         scale: the square root of C in Wan.
         floor: least squared length.
-        silu: whether SiLU follows.
-        frame: (H, W), for a border around each.
     """
     num_pixels, channels = x_NC.shape
     padded = triton.next_power_of_2(channels)
     rows = max(1, TILE // padded)
-    height, width = frame
     norm_silu_kernel[(triton.cdiv(num_pixels, rows),)](
-        x_NC, gamma_C, out, scale, floor, num_pixels, height, width,
-        C=channels, CP=padded, ROWS=rows, SILU=silu, BORDER=height > 0,
-    )  # fmt: skip
+        x_NC, gamma_C, out_NC, scale, floor, num_pixels, C=channels, CP=padded, ROWS=rows
+    )

@@ -75,7 +75,7 @@ class _Fused(torch.autograd.Function):
         from longtake.kernels.norm_silu_triton import normalise
 
         out = torch.empty_like(x_NC)
-        normalise(x_NC, gamma_C, out, scale, NORM_FLOOR, silu=True)
+        normalise(x_NC, gamma_C, out, scale, NORM_FLOOR)
         ctx.save_for_backward(x_NC, gamma_C)
         ctx.scale = scale
         return out

@@ -47,30 +47,36 @@ def test_the_same_frames(name: str, split: list[int]) -> None:
     assert fast_bytes == state_bytes
 
 
-def test_a_decoder_goes_on_from_the_others_state() -> None:
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_either_decoder_goes_on_from_the_others_state(at: int) -> None:
     vae = make_vae("wan2.1")
     fast = make_fast(copy.deepcopy(vae))
     latents = torch.randn(4, 6, 5, 7)
     want, _ = decoded(vae, latents, [6])
-    first, second = StreamingDecoder(fast), StreamingDecoder(vae)
-    frames = first.decode_float(latents[:, :4])
-    second.load_state_dict(first.state_dict())
-    torch.testing.assert_close(torch.cat([frames, second.decode_float(latents[:, 4:])], 1), want, rtol=0, atol=2e-5)
+    for first, second in (
+        (StreamingDecoder(fast), StreamingDecoder(vae)),
+        (StreamingDecoder(vae), StreamingDecoder(fast)),
+    ):
+        frames = first.decode_float(latents[:, :at])
+        second.load_state_dict(first.state_dict())
+        rest = second.decode_float(latents[:, at:])
+        torch.testing.assert_close(torch.cat([frames, rest], 1), want, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["wan2.1", "wan2.2"])
 def test_what_convolutions_read_is_seen_to_be_channels_last(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch goes by strides, that of the single clip among them, where a kernel has no extent."""
-    convolve, read = torch.nn.Conv3d.forward, []
+    convolve, read = torch.nn.Conv3d._conv_forward, []
 
-    def watched(conv: torch.nn.Conv3d, x: Tensor) -> Tensor:
+    def watched(conv: torch.nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         read.append((x.shape, x.stride()))
-        return convolve(conv, x)
+        result: Tensor = convolve(conv, x, weight, bias)
+        return result
 
     vae = make_fast(make_vae(name))
     decoder = StreamingDecoder(vae)
     decoder.warm_up(torch.randn(vae.config.z_dim, 2, 5, 7))
-    monkeypatch.setattr(torch.nn.Conv3d, "forward", watched)
+    monkeypatch.setattr(torch.nn.Conv3d, "_conv_forward", watched)
     vae.decoder.forward(
         torch.randn(1, vae.config.z_dim, 1, 5, 7), feat_cache=list(decoder._slots), feat_idx=[0], first_chunk=False
     )
@@ -80,15 +86,42 @@ def test_what_convolutions_read_is_seen_to_be_channels_last(name: str, monkeypat
         assert stride == (shape.numel(), 1, channels * height * width, channels * width, channels)
 
 
+@pytest.mark.parametrize("name", ["wan2.1", "wan2.2"])
+def test_bfloat16_is_no_further_off_than_diffusers_own(name: str) -> None:
+    check_bfloat16(name, "cpu", (5, 7))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["wan2.1", "wan2.2"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-3), (torch.bfloat16, 0.05)])
-def test_the_same_frames_on_a_gpu(name: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_bfloat16_is_no_further_off_than_diffusers_own_on_a_gpu(name: str) -> None:
+    check_bfloat16(name, "cuda", (12, 20))
+
+
+def check_bfloat16(name: str, device: str, size: tuple[int, int]) -> None:
+    """Each of some thirty layers rounds to 2^-9, so a few of a million pixels are a tenth off in either decoder: what
+    can be asked is that the error as a whole does not grow."""
+    vae = make_vae(name)
+    latents = torch.randn(vae.config.z_dim, 6, *size, generator=torch.Generator().manual_seed(1))
+    want, _ = decoded(vae, latents, [6])
+    plain = copy.deepcopy(vae).to(device, torch.bfloat16)
+    errors = []
+    for each in (plain, make_fast(copy.deepcopy(plain))):
+        got, _ = decoded(each, latents.to(device), [2, 3, 1])
+        errors.append((got - want).square().mean().sqrt().item())
+    assert 0 < errors[1] <= 1.1 * errors[0] < 0.1 * want.std().item()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["wan2.1", "wan2.2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_frames_on_a_gpu(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # it rounds what convolutions read to 2^-11
     vae = make_vae(name)
     latents = torch.randn(vae.config.z_dim, 6, 12, 20, generator=torch.Generator().manual_seed(1))
-    want, _ = decoded(vae, latents, [6])
     fast = make_fast(copy.deepcopy(vae).to("cuda", dtype))
     got, _ = decoded(fast, latents.cuda(), [2, 3, 1])
-    torch.testing.assert_close(got, want, rtol=0, atol=tolerance)
-    again, _ = decoded(fast, latents.cuda(), [2, 3, 1])
+    if dtype == torch.float32:
+        want, _ = decoded(vae, latents, [6])
+        torch.testing.assert_close(got, want, rtol=0, atol=2e-3)
+    again, _ = decoded(fast, latents.cuda(), [1, 5])
     assert torch.equal(again, got)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longtake.engine.gang import join
 from longtake.engine.vae import StreamingDecoder
+from longtake.engine.vae_fast import make_fast
 from longtake.engine.vae_stripes import StripedDecoder, StripeWorker
 from longtake.kernels.errors import ConfigError
 from tests.engine.gangs import run_ranks
@@ -40,14 +41,15 @@ def whole() -> dict[str, Tensor]:
     return {"frames": frames, "later": decoder.decode(clip()[:, 3:]), "state": torch.tensor(decoder.state_bytes)}
 
 
-def decode(rank: int) -> dict[str, Any] | int:
+def decode(rank: int, fast: bool) -> dict[str, Any] | int:
+    vae = make_fast(make_vae()) if fast else make_vae()
     with join() as gang:
         axis = gang.axis()
         if not gang.leads:
-            worker = StripeWorker(make_vae(), axis, gang)
+            worker = StripeWorker(vae, axis, gang)
             worker.join()
             return worker._decoder.state_bytes
-        decoder = StripedDecoder(make_vae(), axis, gang)
+        decoder = StripedDecoder(vae, axis, gang)
         frames = torch.cat([decoder.decode(part) for part in clip().split([2, 3], dim=1)])
         decoder.reset()
         decoder.warm_up(clip()[:, :3])
@@ -56,10 +58,10 @@ def decode(rank: int) -> dict[str, Any] | int:
         return {"frames": frames.numpy(), "later": later.numpy(), "state": decoder.state_bytes}
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_stripes_make_up_the_frames(num_ranks: int) -> None:
+@pytest.mark.parametrize(("num_ranks", "fast"), [(2, False), (4, False), (3, True)])
+def test_stripes_make_up_the_frames(num_ranks: int, fast: bool) -> None:
     expected = whole()
-    found = run_ranks(decode, num_ranks)
+    found = run_ranks(decode, num_ranks, fast)
     assert isinstance(found[0], dict), found
     for name in ("frames", "later"):
         assert found[0][name].shape == expected[name].shape

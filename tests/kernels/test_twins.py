@@ -312,16 +312,52 @@ def check_norm_silu(channels: int, device: str, dtype: torch.dtype) -> None:
     x_NC[4] = 0
     gamma_C = torch.rand(channels, device=device, dtype=dtype)
     unit = x_NC.float() / x_NC.float().norm(dim=1, keepdim=True).clamp_min(1e-12)
-    want_NC = unit * channels**0.5 * gamma_C.float()
-    rtol, atol = (1e-5, 1e-5) if dtype == torch.float32 else (8e-3, 1e-3)
-    plain_NC = torch.empty_like(x_NC)
-    normalise(x_NC, gamma_C, plain_NC, channels**0.5, 1e-24, silu=False)
-    torch.testing.assert_close(plain_NC.float(), want_NC, rtol=rtol, atol=atol)
-    out_THWC = torch.full((3, 7, 9, channels), 7.0, device=device, dtype=dtype)
-    normalise(x_NC, gamma_C, out_THWC, channels**0.5, 1e-24, silu=True, frame=(5, 7))
-    want_THWC = torch.full((3, 7, 9, channels), 7.0, device=device)
-    want_THWC[:, 1:-1, 1:-1] = torch.nn.functional.silu(want_NC).view(3, 5, 7, channels)
-    torch.testing.assert_close(out_THWC.float(), want_THWC, rtol=rtol, atol=atol)
+    want_NC = torch.nn.functional.silu(unit * channels**0.5 * gamma_C.float())
+    out_NC = torch.full_like(x_NC, torch.nan)
+    normalise(x_NC, gamma_C, out_NC, channels**0.5, 1e-24)
+    close_vae(out_NC, want_NC)
+
+
+def check_vae_layers(channels: int, device: str, dtype: torch.dtype) -> None:
+    """The passes between a VAE's convolutions, on frames of odd sizes."""
+    from longtake.kernels import vae_layers, vae_layers_triton
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    gamma_C, bias_C, scale = noise(channels), noise(channels), channels**0.5
+    for frames, height, width in ((1, 5, 3), (2, 1, 35), (4, 3, 70)):
+        x = noise(frames, height, width, channels)
+        x[0, 0, 0] = 0
+        past = noise(2, height, width, channels)
+        for bias, before in ((None, None), (bias_C, past)):
+            buffer = x.new_full((2 + frames, height + 2, width + 2, channels), torch.nan)
+            last = torch.full_like(past, torch.nan)
+            vae_layers_triton.normed(x, bias, gamma_C, scale, before, buffer, last)
+            want_buffer, want_last = vae_layers.normed(x.cpu(), on_cpu(bias), gamma_C.cpu(), scale, on_cpu(before))
+            close_vae(buffer, want_buffer)
+            close_vae(last, want_last)
+        for parts, bias in ((1, None), (2, noise(2, channels))):
+            x = noise(frames, height, width, parts, channels)
+            buffer = x.new_full((frames * parts, 2 * height + 2, 2 * width + 2, channels), torch.nan)
+            vae_layers_triton.upsampled(x, bias, buffer)
+            close_vae(buffer, vae_layers.upsampled(x.cpu(), on_cpu(bias)))
+        for residual in (None, past.flatten(0, 2)):
+            x = noise(2 * height * width, channels)
+            want = x.cpu().clone()
+            vae_layers_triton.add(x, bias_C, residual)
+            vae_layers.add(want, bias_C.cpu(), on_cpu(residual))
+            close_vae(x, want)
+
+
+def on_cpu(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.cpu()
+
+
+def close_vae(got: torch.Tensor, want: torch.Tensor) -> None:
+    """A few ulps in float32; in bfloat16 one, where float32 results a few ulps apart round to neighbours."""
+    rtol, atol = (1e-5, 1e-5) if got.dtype == torch.float32 else (8e-3, 1e-3)
+    torch.testing.assert_close(got.float(), want.to(got.device).float(), rtol=rtol, atol=atol)
 
 
 def check_rotate(tokens: int, dim: int, device: str, dtype: torch.dtype) -> None:
@@ -427,6 +463,8 @@ def test_query_and_norm_kernels_equal_their_twins(dtype: torch.dtype) -> None:
     check_queries(4680, 128, "cuda", dtype)
     check_norm_silu(96, "cuda", dtype)
     check_norm_silu(384, "cuda", dtype)
+    check_vae_layers(96, "cuda", dtype)
+    check_vae_layers(384, "cuda", dtype)
 
 
 @pytest.mark.gpu
@@ -479,6 +517,8 @@ def main() -> None:
     check_scaling(77, 64, "cpu", torch.float32)
     check_queries(77, 64, "cpu", torch.float32)
     check_norm_silu(24, "cpu", torch.float32)
+    check_vae_layers(24, "cpu", torch.float32)
+    check_vae_layers(192, "cpu", torch.float32)
     check_attend_fp8(77, 150, 64, "cpu", torch.float32, *attend_launches("cpu"))
 
 
