@@ -41,6 +41,7 @@ from longtake.engine.tensor_parallel import ShardedRMSNorm, ShardedWan
 from longtake.engine.timing import StageClock
 
 _WARM_UP_BLOCKS = 2
+_NUM_NAMES, _NAME_LENGTH = 30, 110
 # Kernels by what they are for: the first pattern that a name matches.
 _KINDS = (
     ("communication", r"nccl|ncclDevKernel|symm_mem|two_shot|one_shot"),
@@ -184,8 +185,9 @@ def _stages(rollout: Rollout, model: ShardedWan, gang: Gang) -> dict[str, float]
     return {"block": block, **stages, "linear and rest": block - sum(stages.values())}
 
 
-def _kernels(rollout: Rollout, gang: Gang, device: torch.device) -> dict[str, float]:
-    """Seconds of kernels by kind in one block, those that overlap counted each; how long the device did nothing."""
+def _kernels(rollout: Rollout, gang: Gang, device: torch.device) -> dict[str, Any]:
+    """Seconds of kernels by kind in one block, those that overlap counted each, the longest ones by name with their
+    number; how long the device did nothing."""
     _wait(device)
     gang.any(False)
     if device.type != "cuda" or not gang.leads:
@@ -195,7 +197,8 @@ def _kernels(rollout: Rollout, gang: Gang, device: torch.device) -> dict[str, fl
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         rollout.step()
         _wait(device)
-    kinds: dict[str, float] = defaultdict(float)
+    kinds: dict[str, Any] = defaultdict(float)
+    names: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
     spans = []
     for event in profile.events():
         on_device = event.device_type == torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]
@@ -204,6 +207,8 @@ def _kernels(rollout: Rollout, gang: Gang, device: torch.device) -> dict[str, fl
         begin, end = event.time_range.start, event.time_range.end
         spans.append((begin, end))
         kinds[kernel_kind(event.name)] += (end - begin) / 1e6
+        names[event.name[:_NAME_LENGTH]][0] += 1
+        names[event.name[:_NAME_LENGTH]][1] += (end - begin) / 1e6
     busy, until = 0.0, -math.inf
     for begin, end in sorted(spans):
         busy += max(0.0, end - max(begin, until)) / 1e6
@@ -211,6 +216,8 @@ def _kernels(rollout: Rollout, gang: Gang, device: torch.device) -> dict[str, fl
     if spans:
         kinds["idle"] = (until - min(spans)[0]) / 1e6 - busy
         kinds["launches"] = len(spans)
+    longest = sorted(names.items(), key=lambda item: -item[1][1])[:_NUM_NAMES]
+    kinds["longest"] = [[name, int(count), seconds] for name, (count, seconds) in longest]
     return dict(kinds)
 
 

@@ -180,6 +180,7 @@ class ShardedWan(CausalWan):
         super().__init__(config)
         self.mesh = mesh
         self.timer: StageTimer = NO_TIMER
+        self._compiled = False
         self._ffn = share(config.ffn_dim, mesh.tp.index, mesh.tp.size)
         self._weight_heads = mesh.shape.weight_heads(mesh.rank, config.num_heads)
         if mesh.tp.size == 1:
@@ -189,6 +190,10 @@ class ShardedWan(CausalWan):
             block.attn1 = ShardedAttention(config, self._weight_heads, joint)
             block.attn2 = ShardedAttention(config, self._weight_heads, joint)
             block.ffn = ShardedFeedForward(config.dim, len(self._ffn), joint)
+
+    def compile_layers(self) -> None:
+        super().compile_layers()
+        self._compiled = True
 
     @property
     def heads(self) -> range:
@@ -226,7 +231,7 @@ class ShardedWan(CausalWan):
         patch_f, patch_y, patch_x = self.config.patch_size
         _, _, frames, rows, columns = latents_BCFYX.shape
         layout = self._layout(frames // patch_f, (rows // patch_y) * (columns // patch_x))
-        exchanged = HeadExchange(self.mesh, layout, self.timer).around(attend)
+        exchanged = HeadExchange(self.mesh, layout, self.timer, compiled=self._compiled).around(attend)
         return super().forward(latents_BCFYX, timesteps_BF, context, exchanged)
 
     def take_share(self, x_BTM: Tensor, num_frames: int) -> Tensor:

@@ -14,13 +14,17 @@ H heads before the exchange, h = H/n after it, D head dim, n ranks along sp, m r
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from longtake.engine.mesh import Mesh, MeshShape
+from longtake.engine.mesh import Axis, Mesh, MeshShape
 from longtake.engine.model import Attend
 from longtake.engine.timing import NO_TIMER, StageTimer
 
@@ -85,7 +89,7 @@ class TokenLayout:
         missing = self.num_shares * self.share_tokens - self.frame_tokens
         if not missing:
             return x_BFS
-        return F.pad(x_BFS, (0, 0) * (x_BFS.ndim - 3) + (0, missing))
+        return pad(x_BFS, (0, 0) * (x_BFS.ndim - 3) + (0, missing))
 
 
 class HeadExchange:
@@ -95,10 +99,15 @@ class HeadExchange:
         mesh: of the gang.
         layout: of the block's tokens.
         timer: where time goes, for benchmarks.
+        compiled: fuse what reorders tokens before and after a collective, as the layers are compiled.
     """
 
-    def __init__(self, mesh: Mesh, layout: TokenLayout, timer: StageTimer = NO_TIMER) -> None:
+    def __init__(
+        self, mesh: Mesh, layout: TokenLayout, timer: StageTimer = NO_TIMER, *, compiled: bool = False
+    ) -> None:
         self._axis, self._layout, self._timer = mesh.sp, layout, timer
+        self._to_heads = _compiled(to_heads) if compiled else to_heads
+        self._to_tokens = _compiled(to_tokens) if compiled else to_tokens
 
     @property
     def idle(self) -> bool:
@@ -112,30 +121,32 @@ class HeadExchange:
 
         def exchanged(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with self._timer("exchange"):
-                inside = self.to_heads(q, k, v)
+                inside = self._to_heads(q, k, v, self._axis, self._layout)
             out = attend(layer, *inside)
             with self._timer("exchange"):
-                return self.to_tokens(out)
+                return self._to_tokens(out, self._axis, self._layout)
 
         return exchanged
 
-    def to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v [1, m*t, H, D] to [1, T, h, D] each, in one all-to-all."""
-        num_ranks, layout = self._axis.size, self._layout
-        tokens, heads, head_dim = q.shape[1:]
-        # n (to), m*t, 3, h, D: what a rank receives from all others is then in the order of the shares
-        send = q.new_empty((num_ranks, tokens, 3, heads // num_ranks, head_dim))
-        for index, x in enumerate((q, k, v)):
-            send[:, :, index] = x[0].unflatten(1, (num_ranks, -1)).transpose(0, 1)
-        received = self._axis.all_to_all(send).view(layout.num_shares, -1, *send.shape[2:])
-        x_F, own = received.unflatten(1, (layout.num_frames, -1)), layout.frame_tokens
-        # 3, F, n*m, s, h, D
-        x = x_F.permute(3, 1, 0, 2, 4, 5).flatten(2, 3)[:, :, :own].flatten(1, 2).contiguous()
-        return x[0][None], x[1][None], x[2][None]
 
-    def to_tokens(self, out: Tensor) -> Tensor:
-        """Attention's result [1, T, h, D] to [1, m*t, H, D], in one all-to-all."""
-        num_ranks = self._axis.size
-        send = self._layout.shares(out[0]).contiguous()
-        received = self._axis.all_to_all(send.view(num_ranks, -1, *send.shape[2:]))
-        return received.transpose(0, 1).flatten(1, 2)[None]
+def to_heads(q: Tensor, k: Tensor, v: Tensor, axis: Axis, layout: TokenLayout) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [1, m*t, H, D] to [1, T, h, D] each, in one all-to-all."""
+    # n (to), m*t, 3, h, D: what a rank receives from all others is then in the order of the shares
+    send = torch.stack([x[0].unflatten(1, (axis.size, -1)).transpose(0, 1) for x in (q, k, v)], dim=2)
+    received = axis.all_to_all(send).view(layout.num_shares, -1, *send.shape[2:])
+    x_F, own = received.unflatten(1, (layout.num_frames, -1)), layout.frame_tokens
+    # 3, F, n*m, s, h, D
+    x = x_F.permute(3, 1, 0, 2, 4, 5).flatten(2, 3)[:, :, :own].flatten(1, 2).contiguous()
+    return x[0][None], x[1][None], x[2][None]
+
+
+def to_tokens(out: Tensor, axis: Axis, layout: TokenLayout) -> Tensor:
+    """Attention's result [1, T, h, D] to [1, m*t, H, D], in one all-to-all."""
+    send = layout.shares(out[0]).contiguous()
+    received = axis.all_to_all(send.view(axis.size, -1, *send.shape[2:]))
+    return received.transpose(0, 1).flatten(1, 2)[None]
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
 from longtake.engine.gang import join
 from longtake.engine.mesh import ALONE, MeshShape, open_mesh
-from longtake.engine.ulysses import HeadExchange, TokenLayout
+from longtake.engine.ulysses import HeadExchange, TokenLayout, to_heads, to_tokens
 from tests.engine.gangs import run_ranks
 
 
@@ -55,14 +57,19 @@ def exchange(rank: int, text: str, frame_tokens: int) -> list[bool]:
             for x in whole
         ]
         seen: list[bool] = []
+        seen_q: list[Tensor] = []
 
         def attend(layer: int, *qkv: Tensor) -> Tensor:
+            seen_q.append(qkv[0])
             seen.extend(torch.equal(x, y[:, :, own.start : own.stop]) for x, y in zip(qkv, whole, strict=True))
             return (2 * qkv[0]).transpose(1, 2).contiguous().transpose(1, 2)  # as attention leaves it: head-major
 
         with torch.inference_mode():
             out = HeadExchange(mesh, layout).around(attend)(0, *mine)
-        seen.append(torch.equal(out, 2 * mine[0]))
+            seen.append(torch.equal(out, 2 * mine[0]))
+            trace = partial(torch.compile, fullgraph=True, backend="aot_eager")
+            attend(0, *trace(to_heads)(*mine, mesh.sp, layout))
+            seen.append(torch.equal(trace(to_tokens)(2 * seen_q[-1], mesh.sp, layout), 2 * mine[0]))
         gang.any(False)
         return seen
 
@@ -70,4 +77,4 @@ def exchange(rank: int, text: str, frame_tokens: int) -> list[bool]:
 @pytest.mark.parametrize(("num_ranks", "text"), [(2, "1/2/0"), (4, "1/4/0"), (4, "2/2/0"), (4, "2/2/1"), (2, "2/1/1")])
 def test_heads_for_tokens_and_back(num_ranks: int, text: str) -> None:
     for found in run_ranks(exchange, num_ranks, text, 15):
-        assert found == [True] * 4
+        assert found == [True] * 8
