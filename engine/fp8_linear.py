@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from longtake.engine.model import Block, CausalWan
+from longtake.engine.model import Block, CausalWan, GELUProjection
+from longtake.kernels.fp8_rows import gelu_round_rows, round_rows
 
-E4M3_MAX = 448.0
 _FP8_CAPABILITY = (8, 9)
 
 
@@ -23,19 +23,21 @@ class Fp8Linear(nn.Module):
 
     Args:
         linear: its weight and bias; not changed.
+        gelu: take GELU (tanh) of the input first, in the pass that rounds it.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, *, gelu: bool = False) -> None:
         super().__init__()
         weight_OI, scale_O1 = round_rows(linear.weight.detach())
         self.weight = nn.Parameter(weight_OI, requires_grad=False)
         self.scale = nn.Parameter(scale_O1, requires_grad=False)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+        self._round = gelu_round_rows if gelu else round_rows
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O] in the type of ``x``."""
-        x_RI, scale_R1 = round_rows(x.reshape(-1, self.in_features))
+        x_RI, scale_R1 = self._round(x.reshape(-1, self.in_features))
         if has_fp8(x.device) and x.dtype == torch.bfloat16:
             out_RO = torch._scaled_mm(
                 x_RI, self.weight.t(), scale_a=scale_R1, scale_b=self.scale.t(), bias=self.bias, out_dtype=x.dtype
@@ -45,13 +47,6 @@ class Fp8Linear(nn.Module):
             out_RO = (out_RO if self.bias is None else out_RO + self.bias.float()).to(x.dtype)
         out: Tensor = out_RO.unflatten(0, x.shape[:-1])
         return out
-
-
-def round_rows(x_RI: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows in e4m3 and their float32 scales [R, 1]: ``x`` is about ``rounded * scale``; a row of zeros stays one."""
-    x = x_RI.float()
-    scale = x.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / E4M3_MAX
-    return (x / scale).to(torch.float8_e4m3fn), scale
 
 
 def has_fp8(device: torch.device) -> bool:
@@ -65,9 +60,16 @@ def is_fp8(model: CausalWan) -> bool:
 
 
 def quantise_linears(model: CausalWan) -> CausalWan:
-    """Replace the linear layers of all blocks, one after the other, in place; what is outside of blocks stays."""
+    """Replace the linear layers of all blocks, one after the other, in place; what is outside of blocks stays.
+
+    The feed-forward's second one takes over the GELU before it, unless it is no plain one (sharded over ranks).
+    """
     for block in model.blocks:
         assert isinstance(block, Block)
+        first, net = block.ffn.net[0], block.ffn.net
+        assert isinstance(first, GELUProjection)
+        if type(net[2]) is nn.Linear:
+            first.gelu, net[2] = nn.Identity(), Fp8Linear(net[2], gelu=True)
         for parent in list(block.modules()):
             for name, child in list(parent.named_children()):
                 if type(child) is nn.Linear:

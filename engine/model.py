@@ -130,9 +130,11 @@ class GELUProjection(nn.Module):
     def __init__(self, dim: int, ffn_dim: int) -> None:
         super().__init__()
         self.proj = nn.Linear(dim, ffn_dim)
+        self.gelu: nn.Module = nn.GELU(approximate="tanh")
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
+        out: Tensor = self.gelu(self.proj(x))
+        return out
 
 
 class FeedForward(nn.Module):

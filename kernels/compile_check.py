@@ -28,6 +28,7 @@ from longtake.kernels import (
     attention_fp8_triton,
     attention_triton,
     dense_triton,
+    fp8_rows_triton,
     lt2_triton,
     norm_silu_triton,
     rotary_triton,
@@ -232,7 +233,7 @@ def outputs(what: str, dim: int) -> Iterator[tuple[dict[str, str], str, dict[str
 
 
 def fp8_cases() -> Iterator[Case]:
-    """Attention over FP8 rows in the variants that are swept, and what stores a block's own rows."""
+    """Attention over FP8 rows as it is swept, what stores a block's own rows, and GELU before an FP8 matrix."""
     attend = {
         "q": "*bf16", "q8": "*fp8e4nv", "q_scale": "*fp32", "shift": "*fp32", "k": "*fp8e4nv", "v": "*fp8e4nv",
         "k_scale": "*fp32", "v_scale": "*fp32", "k_centre": "*fp32", "v_centre": "*fp32", "out": "*bf16",
@@ -305,6 +306,15 @@ def fp8_cases() -> Iterator[Case]:
                 constants={"D": dim, "TURNED": turned, "ROWS": scaling_triton.STORE_ROWS, "ALIGN": 8,
                            "stride_ox" if turned else "stride_od": 1},
             )  # fmt: skip
+    for width in (8960, 13824, 14336):
+        main, rest = fp8_rows_triton.tiles(width)
+        yield Case(
+            name=f"gelu and round {width}",
+            kernel=fp8_rows_triton.gelu_round_rows_kernel,
+            types={"x": "*bf16", "out": "*fp8e4nv", "scale": "*fp32"},
+            constants={"WIDTH": width, "MAIN": main, "REST": rest, "FLOOR": 1e-12},
+            options={"num_warps": fp8_rows_triton.num_warps(width)},
+        )
 
 
 def other_cases() -> Iterator[Case]:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from longtake.engine.config import WAN_14B, Precision, WeightsConfig
-from longtake.engine.fp8_linear import Fp8Linear, has_fp8, quantise_linears, round_rows
-from longtake.engine.model import CausalWan
+from longtake.engine.fp8_linear import Fp8Linear, has_fp8, quantise_linears
+from longtake.engine.model import Block, CausalWan
 from longtake.engine.weights import load_transformer
+from longtake.kernels.fp8_rows import round_rows
 from tests.engine.plain_wan import random_state
 from tests.engine.test_tensor_files import spec_of
 
@@ -37,12 +38,11 @@ def test_close_to_the_layer(dtype: torch.dtype, bias: bool) -> None:
         assert relative(out[:, row], linear(x)[:, row]) < RELATIVE
 
 
-def test_rows_keep_their_scale() -> None:
-    rounded, scale = round_rows(torch.tensor([[0.0, 0.0], [1e4, -5.0], [1e-30, 2e-30]]))
-    assert rounded.dtype == torch.float8_e4m3fn
-    back = rounded.float() * scale
-    assert torch.equal(back[0], torch.zeros(2)) and back.isfinite().all()
-    assert back[1, 0] == 1e4
+def test_takes_gelu_before_it_rounds() -> None:
+    torch.manual_seed(0)
+    linear, x = nn.Linear(96, 40), 3 * torch.randn(7, 96)
+    activated = nn.functional.gelu(x, approximate="tanh")
+    assert torch.equal(Fp8Linear(linear, gelu=True)(x), Fp8Linear(linear)(activated))
 
 
 def test_only_blocks_are_rounded_and_14b_halves() -> None:
@@ -86,3 +86,19 @@ def test_the_matrix_units_agree_with_the_plain_twin(rows: int) -> None:
     x_RI, scale_R1 = round_rows(x)
     expected = (x_RI.float() @ layer.weight.float().t()) * scale_R1 * layer.scale.t() + layer.bias.float()
     assert relative(layer(x), expected) < 0.005
+
+
+@pytest.mark.gpu
+def test_compiled_feed_forward_is_one_graph_and_agrees() -> None:
+    if not has_fp8(torch.device("cuda")):
+        pytest.skip("no FP8 matrix units")
+    torch.manual_seed(0)
+    model = CausalWan(replace(WAN_14B, num_layers=1, num_heads=5, ffn_dim=1792)).to("cuda").cast(torch.bfloat16)
+    block, x = model.blocks[0], torch.randn(1, 77, 640, device="cuda", dtype=torch.bfloat16)
+    assert isinstance(block, Block)
+    with torch.no_grad():
+        exact = block.ffn(x)
+        quantise_linears(model)
+        plain = block.ffn(x)
+        compiled = torch.compile(block.ffn, dynamic=False, fullgraph=True)(x)
+    assert relative(plain, exact) < RELATIVE and relative(compiled, plain) < 0.01

@@ -305,6 +305,19 @@ def check_queries(tokens: int, dim: int, device: str, dtype: torch.dtype) -> Non
     torch.testing.assert_close(shift_HT, want.shift_HT, rtol=1e-4, atol=1e-4)
 
 
+def check_gelu_rows(rows: int, width: int, device: str, dtype: torch.dtype) -> None:
+    from longtake.kernels.fp8_rows import gelu_round_rows_reference
+    from longtake.kernels.fp8_rows_triton import gelu_round_rows
+
+    x = 3 * torch.randn(rows, width, generator=torch.Generator().manual_seed(width)).to(device, dtype)
+    x[0, :] = 0
+    x[1, -1], x[1, 0] = 300, -300  # the largest stands last; GELU of the other is 0
+    (got, got_scale), (want, want_scale) = (of(x) for of in (gelu_round_rows, gelu_round_rows_reference))
+    torch.testing.assert_close(got_scale, want_scale, rtol=1e-5, atol=0)
+    assert got.shape == want.shape and got.dtype == want.dtype and not got[0].float().any()
+    close_fp8(got, want)
+
+
 def check_norm_silu(channels: int, device: str, dtype: torch.dtype) -> None:
     from longtake.kernels.norm_silu_triton import normalise
 
@@ -468,6 +481,13 @@ def test_query_and_norm_kernels_equal_their_twins(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("width", [96, 1024, 8960, 13824, 14336])
+def test_gelu_kernel_equals_its_twin(width: int, dtype: torch.dtype) -> None:
+    check_gelu_rows(77, width, "cuda", dtype)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", CODECS)
 def test_wrapper_picks_kernels_and_gives_the_same_bytes_on_cpu_and_gpu(name: str) -> None:
     codec = make_codec(name, BlockGeometry(num_tokens=180, head_dim=64))
@@ -516,6 +536,8 @@ def main() -> None:
         print("ok fp8 rows", name)
     check_scaling(77, 64, "cpu", torch.float32)
     check_queries(77, 64, "cpu", torch.float32)
+    for width in (1, 64, 96, 700):
+        check_gelu_rows(5, width, "cpu", torch.float32)
     check_norm_silu(24, "cpu", torch.float32)
     check_vae_layers(24, "cpu", torch.float32)
     check_vae_layers(192, "cpu", torch.float32)
