@@ -89,7 +89,8 @@ def _normed_conv(
     """Bias, norm, SiLU and a 3x3x3 convolution, without its bias, over the chunk and the two frames before it."""
     slot = feat_idx[0]
     feat_idx[0] += 1
-    buffer, last_PHWC = normed(x_THWC, bias_C, norm.gamma.flatten(), float(norm.scale), _past(feat_cache[slot]))
+    past_PHWC = _past(feat_cache[slot], x_THWC)
+    buffer, last_PHWC = normed(x_THWC, bias_C, norm.gamma.flatten(), float(norm.scale), past_PHWC)
     feat_cache[slot] = _clip(last_PHWC)
     return _convolve(conv, buffer)
 
@@ -120,23 +121,20 @@ def _convolve(conv: WanCausalConv3d, frames_THWC: Tensor) -> Tensor:
 
 
 def _with_past(x_THWC: Tensor, feat_cache: list[Any], feat_idx: list[int]) -> Tensor:
-    """The chunk behind the two frames before it, zeros where there were none; keeps the last two for the next."""
+    """The chunk behind the two frames before it; keeps the last two for the next."""
     slot = feat_idx[0]
     feat_idx[0] += 1
-    past = _past(feat_cache[slot])
-    if past is None:
-        past = x_THWC.new_zeros((PAST_FRAMES, *x_THWC.shape[1:]))
-    whole_THWC = torch.cat((past, x_THWC))
+    whole_THWC = torch.cat((_past(feat_cache[slot], x_THWC), x_THWC))
     feat_cache[slot] = _clip(whole_THWC[-PAST_FRAMES:].clone())
     return whole_THWC
 
 
-def _past(cached: Any) -> Tensor | None:
-    """[P, H, W, C] of a cache; diffusers' own has one frame after a clip's first."""
-    if not isinstance(cached, Tensor):
-        return None
-    frames = _frames(cached)
-    return frames if len(frames) == PAST_FRAMES else torch.cat((torch.zeros_like(frames), frames))
+def _past(cached: Any, x_THWC: Tensor) -> Tensor:
+    """[P, H, W, C] before the chunk: what is cached, which is one frame in diffusers' own after a clip's first, and
+    zeros before the clip."""
+    frames = _frames(cached) if isinstance(cached, Tensor) else x_THWC[:0]
+    missing = PAST_FRAMES - len(frames)
+    return F.pad(frames, (0, 0, 0, 0, 0, 0, missing, 0)) if missing else frames
 
 
 def _frames(clip: Tensor) -> Tensor:

@@ -337,7 +337,7 @@ def other_cases() -> Iterator[Case]:
             types={"x_THWC": "*bf16", "bias_C": "*bf16", "gamma_C": "*bf16", "past_PHWC": "*bf16", "buffer": "*bf16",
                    "last_PHWC": "*bf16", "scale": "fp32", "floor": "fp32", "frames": "i32", "height": "i32",
                    "width": "i32"},
-            constants=sizes | {"BIAS": True, "PAST": True},
+            constants=sizes | {"BIAS": True},
         )  # fmt: skip
         yield Case(
             name=f"twice the size {channels}",

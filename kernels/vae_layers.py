@@ -23,7 +23,7 @@ FLOOR = 1e-24  # F.normalize's, squared
 
 
 def normed(
-    x_THWC: Tensor, bias_C: Tensor | None, gamma_C: Tensor, scale: float, past_PHWC: Tensor | None
+    x_THWC: Tensor, bias_C: Tensor | None, gamma_C: Tensor, scale: float, past_PHWC: Tensor
 ) -> tuple[Tensor, Tensor]:
     """SiLU of the RMS norm over channels, between what came before and a border of zeros.
 
@@ -32,7 +32,7 @@ def normed(
         bias_C: added first; None for none.
         gamma_C: multiplies what is normalised.
         scale: length of the norm: the square root of C in Wan.
-        past_PHWC: the second result of the chunk before, contiguous; None for zeros.
+        past_PHWC: the second result of the chunk before, contiguous; zeros at first.
 
     Returns:
         The buffer [P + T, H + 2, W + 2, C], and its last P frames without their border.
@@ -48,8 +48,7 @@ def normed(
     wide = x_THWC.float() if bias_C is None else x_THWC.float() + bias_C.float()
     length = wide.square().sum(-1, keepdim=True).clamp_min(FLOOR).sqrt()
     active = F.silu(wide / length * scale * gamma_C.float()).to(x_THWC.dtype)
-    past = x_THWC.new_zeros((PAST_FRAMES, height, width, channels)) if past_PHWC is None else past_PHWC
-    whole = torch.cat((past, active))
+    whole = torch.cat((past_PHWC, active))
     return _bordered(whole), whole[-PAST_FRAMES:].clone()
 
 

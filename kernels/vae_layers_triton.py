@@ -15,24 +15,22 @@ from longtake.kernels.norm_silu_triton import TILE, norm_silu
 from longtake.kernels.vae_layers import FLOOR
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frames", "height", "width"])  # it would gain nothing and be compiled more often
 def normed_kernel(
     x_THWC, bias_C, gamma_C, past_PHWC, buffer, last_PHWC, scale, floor, frames, height, width,
-    C: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr, BIAS: tl.constexpr, PAST: tl.constexpr,
+    C: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """A line of the buffer: one of zeros at a frame's edge, one of the past, or one that is normalised."""
     channels = tl.arange(0, CP)
-    line = tl.program_id(0)
+    line = tl.program_id(1)
     frame = line // (height + 2) - 2
     row = line % (height + 2) - 1
-    columns = tl.program_id(1) * ROWS + tl.arange(0, ROWS) - 1
+    columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS) - 1
     real = (channels < C)[None, :]
     inside = ((columns >= 0) & (columns < width) & (row >= 0) & (row < height))[:, None] & real
     if frame < 0:
-        z = tl.zeros([ROWS, CP], dtype=tl.float32)
-        if PAST:
-            pixels = ((frame + 2).to(tl.int64) * height + row) * width + columns
-            z = tl.load(past_PHWC + pixels[:, None] * C + channels[None, :], mask=inside, other=0.0).to(tl.float32)
+        pixels = ((frame + 2).to(tl.int64) * height + row) * width + columns
+        z = tl.load(past_PHWC + pixels[:, None] * C + channels[None, :], mask=inside, other=0.0).to(tl.float32)
     else:
         pixels = (frame.to(tl.int64) * height + row) * width + columns
         x = tl.load(x_THWC + pixels[:, None] * C + channels[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -48,17 +46,17 @@ def normed_kernel(
         tl.store(last_PHWC + pixels[:, None] * C + channels[None, :], z, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width"])
 def upsampled_kernel(
     x_THWKC, bias_KC, buffer, height, width,
     K: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """A line of the buffer, from one of a source half as high and wide."""
     channels = tl.arange(0, CP)
-    line = tl.program_id(0)
+    line = tl.program_id(1)
     frame = line // (2 * height + 2)
     row = line % (2 * height + 2) - 1
-    columns = tl.program_id(1) * ROWS + tl.arange(0, ROWS) - 1
+    columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS) - 1
     part = frame % K
     real = (channels < C)[None, :]
     inside = ((columns >= 0) & (columns < 2 * width) & (row >= 0) & (row < 2 * height))[:, None] & real
@@ -72,7 +70,7 @@ def upsampled_kernel(
     tl.store(buffer + target, x, mask=(columns <= 2 * width)[:, None] & real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pixels"])
 def add_kernel(
     x_NC, bias_C, residual_NC, num_pixels,
     C: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr, RESIDUAL: tl.constexpr,
@@ -94,17 +92,16 @@ def normed(
     bias_C: Tensor | None,
     gamma_C: Tensor,
     scale: float,
-    past_PHWC: Tensor | None,
+    past_PHWC: Tensor,
     buffer: Tensor,
     last_PHWC: Tensor,
 ) -> None:
     """vae_layers.normed into `buffer` and `last_PHWC`."""
     frames, height, width, channels = x_THWC.shape
     padded, rows = tile(channels)
-    normed_kernel[(buffer.shape[0] * (height + 2), triton.cdiv(width + 2, rows))](
-        x_THWC, gamma_C if bias_C is None else bias_C, gamma_C, x_THWC if past_PHWC is None else past_PHWC,
-        buffer, last_PHWC, scale, FLOOR, frames, height, width,
-        C=channels, CP=padded, ROWS=rows, BIAS=bias_C is not None, PAST=past_PHWC is not None,
+    normed_kernel[(triton.cdiv(width + 2, rows), buffer.shape[0] * (height + 2))](
+        x_THWC, gamma_C if bias_C is None else bias_C, gamma_C, past_PHWC, buffer, last_PHWC, scale, FLOOR,
+        frames, height, width, C=channels, CP=padded, ROWS=rows, BIAS=bias_C is not None,
     )  # fmt: skip
 
 
@@ -112,7 +109,7 @@ def upsampled(x_THWKC: Tensor, bias_KC: Tensor | None, buffer: Tensor) -> None:
     """vae_layers.upsampled into `buffer`."""
     _, height, width, parts, channels = x_THWKC.shape
     padded, rows = tile(channels)
-    upsampled_kernel[(buffer.shape[0] * buffer.shape[1], triton.cdiv(buffer.shape[2], rows))](
+    upsampled_kernel[(triton.cdiv(buffer.shape[2], rows), buffer.shape[0] * buffer.shape[1])](
         x_THWKC, x_THWKC if bias_KC is None else bias_KC, buffer, height, width,
         K=parts, C=channels, CP=padded, ROWS=rows, BIAS=bias_KC is not None,
     )  # fmt: skip

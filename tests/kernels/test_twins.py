@@ -343,11 +343,11 @@ def check_vae_layers(channels: int, device: str, dtype: torch.dtype) -> None:
         x = noise(frames, height, width, channels)
         x[0, 0, 0] = 0
         past = noise(2, height, width, channels)
-        for bias, before in ((None, None), (bias_C, past)):
+        for bias in (None, bias_C):
             buffer = x.new_full((2 + frames, height + 2, width + 2, channels), torch.nan)
             last = torch.full_like(past, torch.nan)
-            vae_layers_triton.normed(x, bias, gamma_C, scale, before, buffer, last)
-            want_buffer, want_last = vae_layers.normed(x.cpu(), on_cpu(bias), gamma_C.cpu(), scale, on_cpu(before))
+            vae_layers_triton.normed(x, bias, gamma_C, scale, past, buffer, last)
+            want_buffer, want_last = vae_layers.normed(x.cpu(), on_cpu(bias), gamma_C.cpu(), scale, past.cpu())
             close_vae(buffer, want_buffer)
             close_vae(last, want_last)
         for parts, bias in ((1, None), (2, noise(2, channels))):
