@@ -19,6 +19,7 @@ from torch import Tensor
 
 from longtake.engine.mini.autoencoder import ClipForward, encode_clips
 from longtake.engine.mini.prompts import BEAT_GRID_S, Script, camera_path, random_scripts, stage, tokens
+from longtake.engine.mini.ranks import Ranks
 from longtake.engine.mini.render import render
 from longtake.engine.mini.teacher_forcing import Layout
 from longtake.engine.mini.world import FPS, RING_PX, build_worlds
@@ -29,8 +30,9 @@ NUM_PROMPTS, TEXT_LEN = 3, 128
 CLIP_FRAMES = 1 + 4 * (CLIP_BLOCKS * BLOCK_FRAMES - 1)
 LATENT_SHAPE = (16, 12, 20)
 _AT_ONCE = 8
-_REFRESH_STEPS = 16
+REFRESH_STEPS = 16
 _MAX_GAP_LATENTS = 240
+_SEEDS_A_RANK = 1_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,9 +67,12 @@ class ClipBuffer:
         capacity: clips kept.
         device: of the buffer; rendering and encoding happen there too.
         first_seed: of the first world; each clip has its own.
+        refresh_steps: steps between two makings of a few clips.
     """
 
-    def __init__(self, vae: Path, capacity: int, device: torch.device, first_seed: int = 1) -> None:
+    def __init__(
+        self, vae: Path, capacity: int, device: torch.device, first_seed: int = 1, refresh_steps: int = REFRESH_STEPS
+    ) -> None:
         channels, rows, columns = LATENT_SHAPE
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self._device, self._capacity, self._first_seed = device, capacity, first_seed
@@ -79,7 +84,7 @@ class ClipBuffer:
         )
         self._tokens = torch.zeros(capacity, NUM_PROMPTS, TEXT_LEN, dtype=torch.int64, device=device)
         self._prompt_of_block = torch.zeros(capacity, CLIP_BLOCKS, dtype=torch.int64, device=device)
-        self._calls = 0
+        self._calls, self._refresh_steps = 0, refresh_steps
         self.num_made = 0
 
     def fill(self, count: int) -> None:
@@ -90,7 +95,7 @@ class ClipBuffer:
     def refresh(self) -> None:
         """Make a few clips now and then; called once a step."""
         self._calls += 1
-        if self._calls % _REFRESH_STEPS == 0:
+        if self._calls % self._refresh_steps == 0:
             self._make()
 
     @torch.no_grad()
@@ -128,6 +133,11 @@ class ClipBuffer:
             tokens_BPK=self._tokens[clip_B],
             prompt_BQ=self._prompt_of_block[clip_B],
         )
+
+
+def shared_clips(vae: Path, capacity: int, device: torch.device, ranks: Ranks) -> ClipBuffer:
+    """A rank's part of a buffer, and of the work to renew it; its worlds are its own."""
+    return ClipBuffer(vae, capacity // ranks.size, device, 1 + ranks.index * _SEEDS_A_RANK, REFRESH_STEPS * ranks.size)
 
 
 def text_mask(prompt_BN: Tensor, layout: Layout, num_prompts: int, text_len: int) -> Tensor:

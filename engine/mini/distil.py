@@ -1,6 +1,7 @@
 """Few-step distillation of mini: four re-noised steps that give sharp samples instead of means.
 
     python -m longtake.engine.mini.distil --vae DIR/vae --weights DIR --out DIR --seconds 650 [--resume DIR]
+    torchrun --nproc-per-node 4 -m longtake.engine.mini.distil ...    the same on four GPUs
 
 Distribution matching (DMD, arXiv 2311.18828; DMD2, arXiv 2405.14867) for a causal model, as Self-Forcing (arXiv
 2506.08009) does it, but all blocks of a sequence at once in the doubled layout of teacher_forcing.py::
@@ -25,9 +26,10 @@ from pathlib import Path
 
 import torch
 
-from longtake.engine.mini.clips import ClipBuffer
+from longtake.engine.mini.clips import shared_clips
 from longtake.engine.mini.distiller import DistilConfig, Distiller
 from longtake.engine.mini.preview import PreviewPlan, preview
+from longtake.engine.mini.ranks import join, leave
 from longtake.engine.mini.recall import Recall
 from longtake.engine.mini.state import fill, load_distilled, save_distilled
 from longtake.engine.mini.train_dit import LAYOUT, Trainee
@@ -56,7 +58,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     torch.set_float32_matmul_precision("high")
-    device = torch.device(options.device)
+    ranks, device = join(options.device)
     config = DistilConfig(
         seconds=options.seconds,
         horizon_s=options.horizon or options.seconds,
@@ -67,15 +69,16 @@ def main() -> None:
         truth_weight=options.truth_weight,
         own_history_share=options.own_share,
     )
-    clips = ClipBuffer(options.vae, options.clips, device)
+    clips = shared_clips(options.vae, options.clips, device, ranks)
     model = Trainee().to(device)
     fill(model, options.weights, device)
-    distiller = Distiller(config, model, clips, LAYOUT, device)
+    distiller = Distiller(config, model, clips, LAYOUT, device, ranks=ranks)
     if options.resume:
         load_distilled(options.resume, distiller)
-    clips.fill(options.first_clips)
+    clips.fill(options.first_clips // ranks.size)
     options.out.mkdir(parents=True, exist_ok=True)
     watch(distiller, options.out, PreviewPlan(blocks=options.preview_blocks, sigmas=distiller.sigmas), options.every)
+    leave()
 
 
 def watch(distiller: Distiller, out: Path, plan: PreviewPlan, every_s: float) -> None:
@@ -84,11 +87,17 @@ def watch(distiller: Distiller, out: Path, plan: PreviewPlan, every_s: float) ->
     assert sequence.clean_BCFYX is not None
     recall = Recall(sequence.clean_BCFYX, distiller.layout.num_blocks, distiller.sigmas)
     shown = copy.deepcopy(distiller.teacher)
-    print("teacher:", recall(lambda noisy, sigma: distiller.denoised(shown, noisy, sigma, sequence)), flush=True)
+    if distiller.ranks.leads:
+        print("teacher:", recall(lambda noisy, sigma: distiller.denoised(shown, noisy, sigma, sequence)), flush=True)
 
     def save() -> None:
         save_distilled(out, distiller)
-        record = {"config": asdict(distiller.config), "step": distiller.step, "elapsed_s": distiller.elapsed_s}
+        record = {
+            "config": asdict(distiller.config),
+            "ranks": distiller.ranks.size,
+            "step": distiller.step,
+            "elapsed_s": distiller.elapsed_s,
+        }
         (out / "distillation.json").write_text(json.dumps(record, indent=1))
 
     def look() -> None:
@@ -100,7 +109,8 @@ def watch(distiller: Distiller, out: Path, plan: PreviewPlan, every_s: float) ->
         line = preview(distiller.model, distiller.average, distiller.clips, distiller.layout, plan, path)
         print("preview:", line, flush=True)
 
-    look()
+    if distiller.ranks.leads:
+        look()
     distiller.run(distiller.config.seconds, every_s, save, look)
 
 

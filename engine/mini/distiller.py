@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from longtake.engine.config import SamplerConfig
 from longtake.engine.mini.clips import NUM_PROMPTS, TEXT_LEN, ClipBuffer, text_mask
 from longtake.engine.mini.film_pool import FilmPool, PoolPlan
+from longtake.engine.mini.ranks import ALONE, Ranks
 from longtake.engine.mini.teacher_forcing import Layout, Rotations, block_mask, make_attend
 from longtake.engine.mini.train_dit import Trainee, make_optimisers, mean_over, sample_sigmas
 from longtake.engine.model import CausalWan
@@ -94,6 +95,8 @@ class Distiller:
         clips: true sequences, prompts.
         layout: of a sequence.
         device: of the model and the clips.
+        pool: how films of its own are made.
+        ranks: that distil together; the config's batch is that of all.
     """
 
     def __init__(
@@ -104,9 +107,11 @@ class Distiller:
         layout: Layout,
         device: torch.device,
         pool: PoolPlan | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        torch.manual_seed(config.seed)
-        random.seed(config.seed)
+        torch.manual_seed(config.seed + ranks.index)
+        self.choices = random.Random(config.seed)  # alike on all ranks: what kind of step comes
+        self.ranks, self.batch = ranks, ranks.share(config.batch)
         self.config, self.clips, self.layout, self.device = config, clips, layout, device
         self.model = model
         model.text_encoder.requires_grad_(False)
@@ -120,7 +125,9 @@ class Distiller:
         self.fake_optimisers = make_optimisers(self.fake, config.weight_decay, betas)
         self.rotations = Rotations(layout, model.transformer.config.head_dim, device)
         self.mask = block_mask(layout, device)
-        self.pool = FilmPool(clips, model, layout, self.sigmas, pool or PoolPlan(batch=config.batch), device)
+        self.pool = FilmPool(
+            clips, model, layout, self.sigmas, pool or PoolPlan(batch=self.batch), device, self.choices
+        )
         self.step = self.steps_here = 0
         self.elapsed_s = 0.0
         self.forward: Callable[..., Tensor] = self._forward
@@ -155,7 +162,7 @@ class Distiller:
     @torch.no_grad()
     def true_sequence(self) -> Sequence:
         """A sequence of a clip."""
-        batch = self.clips.sample(self.config.batch, self.layout)
+        batch = self.clips.sample(self.batch, self.layout)
         clean = batch.latents_BCFYX.float()
         return Sequence(
             history_BCFYX=self._light_noise(clean),
@@ -255,7 +262,7 @@ class Distiller:
         """One iteration; figures to print, [4]: gradient size, error against the truth, fake loss, gradient norm."""
         if self.steps_here % self.config.refresh_steps == 0:
             self.pool.refresh(self.model)
-        is_own = random.random() < self.config.own_history_share
+        is_own = self.choices.random() < self.config.own_history_share
         sequence = self.own_sequence() if is_own else self.true_sequence()
         noisy, sigma_BN, truth_BN = self.student_input(sequence)
         size = error = norm = torch.zeros((), device=self.device)
@@ -285,6 +292,7 @@ class Distiller:
         return rate * min(1.0, (self.steps_here + 1) / self.config.warmup_steps) * min(1.0, 0.1 + 2.7 * left)
 
     def _apply(self, model: nn.Module, optimisers: tuple[torch.optim.Optimizer, ...], rate: float) -> Tensor:
+        self.ranks.average_gradients(model.parameters())
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimiser in optimisers:
             for group in optimiser.param_groups:
@@ -295,7 +303,7 @@ class Distiller:
 
     def run(self, seconds: float, every_s: float, save: Callable[[], None], look: Callable[[], None]) -> None:
         """Train until ``seconds`` have passed, saving and looking every ``every_s`` and at the end."""
-        started = last = saved = time.monotonic()
+        started = last = saved = self.ranks.first(time.monotonic(), self.device)
         figures: list[Tensor] = []
         while True:
             self.clips.refresh()
@@ -305,20 +313,23 @@ class Distiller:
             size, error, fake, norm = torch.stack(figures).mean(0).tolist()  # waits for the device
             if not all(math.isfinite(value) for value in (size, error, fake, norm)):
                 raise RuntimeError(f"not a number at step {self.step}: resume with lower rates")
-            now = time.monotonic()
+            now = self.ranks.first(time.monotonic(), self.device)
             self.elapsed_s += now - last
-            print(
+            line = (
                 f"step {self.step} gradient {size:.3f} truth {error:.4f} fake {fake:.4f} norm {norm:.3f} "
-                f"{1000 * (now - last) / len(figures):.0f} ms a step, {now - started:.0f} s of {seconds:.0f}",
-                flush=True,
+                f"{1000 * (now - last) / len(figures):.0f} ms a step, {now - started:.0f} s of {seconds:.0f}"
             )
             last = now
             figures.clear()
+            if self.ranks.leads:
+                print(line, flush=True)
             if now - started > seconds:
                 break
             if now - saved > every_s:
-                save()
-                look()
-                saved = last = time.monotonic()
-        save()
-        look()
+                if self.ranks.leads:
+                    save()
+                    look()
+                saved = last = self.ranks.first(time.monotonic(), self.device)
+        if self.ranks.leads:
+            save()
+            look()

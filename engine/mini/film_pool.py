@@ -79,6 +79,7 @@ class FilmPool:
         sigmas: of the sampler's steps.
         plan: sizes.
         device: of everything.
+        choices: what is drawn besides the films themselves; ranks that train together have equal ones.
     """
 
     def __init__(
@@ -89,7 +90,9 @@ class FilmPool:
         sigmas: tuple[float, ...],
         plan: PoolPlan,
         device: torch.device,
+        choices: random.Random,
     ) -> None:
+        self._choices = choices
         self._clips, self._layout, self._sigmas, self._plan = clips, layout, sigmas, plan
         self._player = Player(model.transformer, device, compiled=device.type == "cuda")
         self._reels: list[_Reel | None] = [None] * plan.reels
@@ -112,7 +115,7 @@ class FilmPool:
 
     def sample(self) -> OwnSequence:
         """One of the kept sequences; :meth:`refresh` must have run."""
-        return random.choice(self._kept)
+        return self._choices.choice(self._kept)
 
     def _begin(self, model: Trainee) -> _Reel:
         plan, frames = self._plan, self._layout.block_frames
@@ -120,9 +123,9 @@ class FilmPool:
         dtype = self._player.model.proj_out.weight.dtype
         embeds = model.encode_text(clips.tokens_BPK)
         film = Film(self._player.model, self._layout, embeds.to(dtype), NUM_PROMPTS, self._sigmas, plan.window)
-        end = random.randint(self._layout.num_blocks, max(plan.blocks, self._layout.num_blocks))
+        end = self._choices.randint(self._layout.num_blocks, max(plan.blocks, self._layout.num_blocks))
         reel = _Reel(film=film, blocks=[], embeds_BKE=embeds, prompt_BQ=clips.prompt_BQ, end=end)
-        num_true = random.choice((0, random.randint(0, plan.max_true_blocks)))
+        num_true = self._choices.choice((0, self._choices.randint(0, plan.max_true_blocks)))
         for block in clips.latents_BCFYX.float().split(frames, dim=2)[:num_true]:
             film.push(block, reel.prompt(len(reel.blocks)))
             reel.blocks.append(block)

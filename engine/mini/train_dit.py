@@ -1,6 +1,7 @@
 """Train mini's transformer and text encoder on latents of the procedural world.
 
     python -m longtake.engine.mini.train_dit --vae DIR/vae --out DIR --seconds 1200 [--resume DIR]
+    torchrun --nproc-per-node 4 -m longtake.engine.mini.train_dit ...    the same on four GPUs
 
 Flow matching (target ``noise - x0``) by teacher forcing over blocks with a noise level each. Two phases in one run:
 the history is the truth, lightly noised so that small errors do no harm; then, for a share of the batches, the history
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,8 +27,9 @@ from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from longtake.engine.config import ModelConfig
-from longtake.engine.mini.clips import Batch, ClipBuffer
+from longtake.engine.mini.clips import Batch, ClipBuffer, shared_clips
 from longtake.engine.mini.muon import Muon
+from longtake.engine.mini.ranks import ALONE, Ranks, join, leave
 from longtake.engine.mini.state import load_state, load_weights, save_state
 from longtake.engine.mini.teacher_forcing import Layout, Rotations, block_mask, make_attend
 from longtake.engine.model import CausalWan
@@ -132,17 +135,27 @@ def mean_over(values_BCFYX: Tensor, chosen_BN: Tensor) -> Tensor:
 
 
 class Trainer:
-    """One training run on one device."""
+    """One training run on one device, or one rank's part of it.
 
-    def __init__(self, config: TrainConfig, clips: ClipBuffer, device: torch.device) -> None:
+    Args:
+        config: of the run; its batch is that of all ranks together.
+        clips: of this rank.
+        device: of this rank.
+        ranks: that train together.
+    """
+
+    def __init__(self, config: TrainConfig, clips: ClipBuffer, device: torch.device, ranks: Ranks = ALONE) -> None:
         torch.manual_seed(config.seed)
-        self.config, self.clips, self.device = config, clips, device
+        self.choices = random.Random(config.seed)  # alike on all ranks: what kind of step comes
+        self.config, self.clips, self.device, self.ranks = config, clips, device, ranks
+        self.batch = ranks.share(config.batch)
         self.model = Trainee().to(device)
         self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.matrices = {name: p for name, p in self.model.named_parameters() if is_matrix(name, p)}
         self.muon, self.adam = make_optimisers(self.model, config.weight_decay)
         self.rotations = Rotations(LAYOUT, TRANSFORMER.head_dim, device)
         self.mask = block_mask(LAYOUT, device)
+        torch.manual_seed(config.seed + ranks.index)
         self.step = 0
         self.elapsed_s = 0.0
         self.forward: Callable[..., Tensor] = self._forward
@@ -193,7 +206,7 @@ class Trainer:
     def history(self, clean: Tensor, batch: Batch) -> Tensor:
         """What stands for the past in this batch."""
         config = self.config
-        if self.progress() > config.own_history_from and torch.rand(()).item() < config.own_history_share:
+        if self.progress() > config.own_history_from and self.choices.random() < config.own_history_share:
             clean = self.own_history(clean, batch)
         shape = (*batch.starts_BN.shape, 1)
         level = config.history_noise * torch.rand(shape, device=self.device).square()
@@ -202,7 +215,7 @@ class Trainer:
 
     def train_step(self) -> Tensor:
         """One optimiser step; returns the loss (a device scalar, not read here)."""
-        batch = self.clips.sample(self.config.batch, LAYOUT)
+        batch = self.clips.sample(self.batch, LAYOUT)
         clean = batch.latents_BCFYX.float()
         noise = torch.randn_like(clean)
         sigma_BN = sample_sigmas(tuple(batch.starts_BN.shape), self.config.shift, self.device)  # type: ignore[arg-type]
@@ -212,6 +225,7 @@ class Trainer:
         error = (flow.float() - (noise - clean)).square()
         loss = mean_over(error, batch.askable_BN)
         loss.backward()
+        self.ranks.average_gradients(self.model.parameters())
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for group in self.adam.param_groups + self.muon.param_groups:
             group["lr"] = self.learning_rate()
@@ -233,7 +247,7 @@ class Trainer:
         look: Callable[[], None] = lambda: None,
     ) -> None:
         """Train until ``seconds`` have passed, saving and looking from time to time and at the end."""
-        started = last = saved = looked = time.monotonic()
+        started = last = saved = looked = self.ranks.first(time.monotonic(), self.device)
         losses: list[Tensor] = []
         while True:
             self.clips.refresh()
@@ -242,27 +256,36 @@ class Trainer:
                 loss = torch.stack(losses).mean().item()  # waits for the device
                 if not math.isfinite(loss):
                     raise RuntimeError(f"the loss is {loss} at step {self.step}: lower the learning rate, resume")
-                now = time.monotonic()
+                now = self.ranks.first(time.monotonic(), self.device)
                 self.elapsed_s += now - last
                 last = now
                 rate = self.learning_rate()
-                print(
+                self.say(
                     f"step {self.step} loss {loss:.4f} lr {rate:.2e} clips {self.clips.num_made} "
-                    f"{(now - started):.0f} s of {seconds:.0f}",
-                    flush=True,
+                    f"{(now - started):.0f} s of {seconds:.0f}"
                 )
                 losses.clear()
                 if now - saved > save_every_s:
-                    save()
-                    saved = time.monotonic()
+                    self.alone(save)
+                    saved = now
                 if now - looked > preview_every_s:
-                    look()
-                    looked = time.monotonic()
+                    self.alone(look)
+                    looked = now
                 if now - started > seconds:
                     break
-        save()
+        self.alone(save)
         if preview_every_s < math.inf:
-            look()
+            self.alone(look)
+
+    def alone(self, act: Callable[[], None]) -> None:
+        """The first rank does it; the others go on to the next step and wait there."""
+        if self.ranks.leads:
+            act()
+
+    def say(self, line: str) -> None:
+        """Print it once."""
+        if self.ranks.leads:
+            print(line, flush=True)
 
 
 def main() -> None:
@@ -284,20 +307,20 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     torch.set_float32_matmul_precision("high")
-    device = torch.device(options.device)
+    ranks, device = join(options.device)
     config = TrainConfig(seconds=options.seconds, horizon_s=options.horizon, batch=options.batch)
-    clips = ClipBuffer(options.vae, options.clips, device)
-    trainer = Trainer(config, clips, device)
+    clips = shared_clips(options.vae, options.clips, device, ranks)
+    trainer = Trainer(config, clips, device, ranks)
     if options.weights:
         load_weights(options.weights, trainer)
     if options.resume:
         load_state(options.resume, trainer)
-    clips.fill(options.first_clips)
+    clips.fill(options.first_clips // ranks.size)
     options.out.mkdir(parents=True, exist_ok=True)
 
     def save() -> None:
         save_state(options.out, trainer)
-        record = {"config": asdict(config), "step": trainer.step, "elapsed_s": trainer.elapsed_s}
+        record = {"config": asdict(config), "ranks": ranks.size, "step": trainer.step, "elapsed_s": trainer.elapsed_s}
         (options.out / "training.json").write_text(json.dumps(record, indent=1))
 
     plan = PreviewPlan(blocks=options.preview_blocks)
@@ -307,6 +330,7 @@ def main() -> None:
         print("preview:", preview(trainer.model, trainer.average, clips, LAYOUT, plan, path), flush=True)
 
     trainer.run(options.seconds, 120.0, save, options.preview_every, look)
+    leave()
 
 
 if __name__ == "__main__":

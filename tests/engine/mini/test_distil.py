@@ -27,6 +27,7 @@ from longtake.engine.model import CausalWan
 CPU = torch.device("cpu")
 LAYOUT = Layout(num_blocks=3, block_frames=2, rows=1, columns=2)
 SMALL = ModelConfig(num_heads=2, head_dim=16, num_layers=2, ffn_dim=32, text_dim=64)
+SMALL_POOL = PoolPlan(batch=2, reels=1, blocks=6, advance=2, window=3, max_true_blocks=2, kept=2)
 
 
 class FewClips:
@@ -69,8 +70,7 @@ def small_model(seed: int = 0) -> Trainee:
 
 def small_distiller(**changes: Any) -> Distiller:
     config = DistilConfig(**{"batch": 2, "fake_updates": 2, "fake_first": 1, "refresh_steps": 2, **changes})
-    pool = PoolPlan(batch=2, reels=1, blocks=6, advance=2, window=3, max_true_blocks=2, kept=2)
-    return Distiller(config, small_model(), FewClips(), LAYOUT, CPU, pool)  # type: ignore[arg-type]
+    return Distiller(config, small_model(), FewClips(), LAYOUT, CPU, SMALL_POOL)  # type: ignore[arg-type]
 
 
 def test_gradient_vanishes_where_the_scores_agree() -> None:
