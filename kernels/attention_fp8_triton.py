@@ -197,8 +197,11 @@ def attend_tile(
         start = full_steps * BN
         k_tile = load_rows(k, head, start, num_keys, stride_kh, stride_kx, D, BN, TMA, True)
         v_tile = load_v(v, head, start, num_keys, stride_vh, stride_vd, stride_vx, D, BN, TMA, TURNED, True)
+        used = start + tl.arange(0, BN) < num_keys
+        if TMA and not TURNED:  # tensor maps end with the scratch, and 0 x NaN of an unused row is NaN
+            v_tile = tl.where(used[:, None], v_tile, 0.0)
         score = tl.dot(q_tile, tl.trans(k_tile).to(DOT))
-        score = tl.where((start + tl.arange(0, BN) < num_keys)[None, :], score, float("-inf"))
+        score = tl.where(used[None, :], score, float("-inf"))
         acc, top, total = update(acc, top, total, score, scale, v_tile, P_TYPE, PV_DOT, WIDE)
     if TURNED:
         weight = tl.load(v_scale + head) / total
