@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,8 +27,8 @@ from longtake.kernels.attention import attend
 from longtake.kernels.attention_fp8 import attend_fp8, fp8_scratch
 from longtake.kernels.codec import Codec
 from longtake.kernels.errors import ConfigError
-from longtake.kernels.rotary import Turns, apply_rotary
-from longtake.kernels.scaling import Scaling, calibrate
+from longtake.kernels.rotary import Turns, apply_rotary_pair
+from longtake.kernels.scaling import Scaling, calibrate_all
 
 if TYPE_CHECKING:
     from longtake.kernels.attention_fp8_triton import AttendLaunch
@@ -68,7 +69,8 @@ class AttentionPath(ABC):
             q_THD: [T, H, D]; k_THD, v_THD: likewise; v must not change until the layer's last attend.
             rotary: tables of the block's own position.
         """
-        self._own = (apply_rotary(q_THD, rotary).transpose(0, 1), apply_rotary(k_THD, rotary), v_THD)
+        q_turned_THD, k_turned_THD = apply_rotary_pair(q_THD, k_THD, rotary)
+        self._own = (q_turned_THD.transpose(0, 1), k_turned_THD, v_THD)
 
     @abstractmethod
     def write_history(
@@ -189,8 +191,11 @@ class Fp8Path(AttentionPath):
 
     def begin(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, rotary: Turns) -> None:
         super().begin(q_THD, k_THD, v_THD, rotary)
-        _, k_turned_THD, v_THD = self._begun()
-        self._scaling = (calibrate(k_turned_THD, centred=self.centred), calibrate(v_THD, centred=self.centred))
+        self._calibrate(*self._begun())
+
+    def _calibrate(self, q_HTD: Tensor, k_THD: Tensor, v_THD: Tensor) -> None:
+        k_scaling, v_scaling = calibrate_all((k_THD, v_THD), num_centred=2 if self.centred else 0)
+        self._scaling = (k_scaling, v_scaling)
 
     def write_history(
         self, pages_GHP: Tensor, slots_N: Tensor, rotary: Turns, *, codec: Codec | None = None, row: int = 0
@@ -209,10 +214,9 @@ class Fp8Path(AttentionPath):
     def write_own(self, row: int) -> None:
         _, k_THD, v_THD = self._begun()
         k_scaling, v_scaling = self._scalings()
-        store(k_THD, k_scaling, self.scratch.k_HXD, row)
-        if self.scratch.values_fp8:
-            store(v_THD, v_scaling, self.scratch.v_HXD, row)
-        else:
+        keys, values = (k_THD, k_scaling, self.scratch.k_HXD), (v_THD, v_scaling, self.scratch.v_HXD)
+        store((keys, values) if self.scratch.values_fp8 else (keys,), row)
+        if not self.scratch.values_fp8:
             self.scratch.v_HXD[:, row : row + v_THD.shape[0]] = v_THD.transpose(0, 1)
 
     def attend(self, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -237,10 +241,10 @@ class Flash3Fp8Path(Fp8Path):
         super().__init__(codec, num_heads, num_rows, dtype, device, turned=False)
         self._queries: flash3.Queries | None = None
 
-    def begin(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, rotary: Turns) -> None:
-        super().begin(q_THD, k_THD, v_THD, rotary)
-        q_HTD, k_scaling = self._begun()[0], self._scalings()[0]
-        q_scaling = calibrate(q_HTD.transpose(0, 1), centred=False)
+    def _calibrate(self, q_HTD: Tensor, k_THD: Tensor, v_THD: Tensor) -> None:
+        tensors = (k_THD, v_THD, q_HTD.transpose(0, 1))
+        k_scaling, v_scaling, q_scaling = calibrate_all(tensors, num_centred=2)  # softmax would mind a centre of q
+        self._scaling = (k_scaling, v_scaling)
         self._queries = flash3.quantise(q_HTD, q_scaling, k_scaling)
 
     def attend(self, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -250,21 +254,21 @@ class Flash3Fp8Path(Fp8Path):
         return out_HTD.to(self.dtype), lse_HT
 
 
-def store(x_THD: Tensor, scaling: Scaling, out_HXD: Tensor, row: int) -> None:
-    """Write a block's own rows into an FP8 scratch.
+def store(rows: Sequence[tuple[Tensor, Scaling, Tensor]], first_row: int) -> None:
+    """Write one or two of a block's own tensors into FP8 scratches; on a GPU in one launch.
 
     Args:
-        x_THD: [T, H, D] any float type.
-        scaling: of the scratch's tensor.
-        out_HXD: e4m3 [H, X, D]; channels or tokens contiguous.
-        row: first of the T rows.
+        rows: of each, x_THD ([T, H, D] any float type), the scaling of its scratch, and that: e4m3 [H, X, D], channels
+            or tokens contiguous.
+        first_row: of the T rows.
     """
-    if x_THD.is_cuda and x_THD.shape[-1] in (64, 128) and x_THD.stride(-1) == 1:
+    if all(x_THD.is_cuda and x_THD.shape[-1] in (64, 128) and x_THD.stride(-1) == 1 for x_THD, _, _ in rows):
         from longtake.kernels import scaling_triton
 
-        scaling_triton.store(x_THD, scaling, out_HXD, row)
-    else:
-        out_HXD[:, row : row + x_THD.shape[0]] = scaling.store(x_THD.transpose(0, 1))
+        scaling_triton.store(rows, first_row)
+        return
+    for x_THD, scaling, out_HXD in rows:
+        out_HXD[:, first_row : first_row + x_THD.shape[0]] = scaling.store(x_THD.transpose(0, 1))
 
 
 def path_names() -> list[str]:

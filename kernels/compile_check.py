@@ -105,8 +105,9 @@ def cases() -> Iterator[Case]:
         yield Case(
             name=f"rotate {dim}",
             kernel=rotary_triton.rotate_kernel,
-            types={"x": "*bf16", "temporal": "*fp32", "spatial": "*fp32", "out": "*bf16", "stride_t": "i32",
-                   "stride_h": "i32", "tokens": "i32", "tokens_per_frame": "i32", "num_heads": "i32"},
+            types={"x": "*bf16", "y": "*bf16", "temporal": "*fp32", "spatial": "*fp32", "out": "*bf16",
+                   **sides("xy", "stride_t", "stride_h"), "tokens": "i32", "tokens_per_frame": "i32",
+                   "num_heads": "i32"},
             constants={"D": dim, "PT": pairs, "HEADS": 4, "ROWS": ROWS},
         )  # fmt: skip
         for sums in ("bf16", "fp32"):
@@ -179,6 +180,11 @@ def cases() -> Iterator[Case]:
                            "ROWS": rtn_triton.ENCODE_ROWS},
                 options={"enable_fp_fusion": False},
             )  # fmt: skip
+
+
+def sides(names: str, *strides: str) -> dict[str, str]:
+    """Types of the strides of several tensors, x_stride_t and the like."""
+    return {f"{name}_{stride}": "i32" for name in names for stride in strides}
 
 
 def lt2_fields(tokens: int, dim: int) -> dict[str, int]:
@@ -288,12 +294,12 @@ def fp8_cases() -> Iterator[Case]:
             types=attend,
             constants={"D": dim, "BM": 64, "BN": 128, "ROWS": 32},
         )
-        for centred in (True, False):
+        for centred in (0, 2):
             yield Case(
-                name=f"calibrate {dim}{' centred' * centred}",
+                name=f"calibrate {dim}{' centred' * (centred > 0)}",
                 kernel=scaling_triton.calibrate_kernel,
-                types={"x": "*bf16", "centre": "*fp32", "scale": "*fp32", "stride_t": "i32", "stride_h": "i32",
-                       "tokens": "i32", "sampled": "i32", "stride": "i32"},
+                types={**dict.fromkeys("xyz", "*bf16"), "centre": "*fp32", "scale": "*fp32", "sampled": "i32",
+                       **sides("xyz", "stride_t", "stride_h"), "stride": "i32"},
                 constants={"D": dim, "CENTRED": centred, "ROWS": scaling_triton.CALIBRATE_ROWS, "TARGET": 56.0},
                 options={"num_warps": scaling_triton.CALIBRATE_WARPS},
             )  # fmt: skip
@@ -301,10 +307,12 @@ def fp8_cases() -> Iterator[Case]:
             yield Case(
                 name=f"store {dim}{' turned' * turned}",
                 kernel=scaling_triton.store_kernel,
-                types=ARENA | {"x": "*bf16", "out": "*fp8e4nv", "stride_t": "i32", "stride_h": "i32",
-                               "first_row": "i32"},
-                constants={"D": dim, "TURNED": turned, "ROWS": scaling_triton.STORE_ROWS, "ALIGN": 8,
-                           "stride_ox" if turned else "stride_od": 1},
+                types={"x": "*bf16", "y": "*bf16", "first_row": "i32", "tokens": "i32",
+                       **dict.fromkeys(("out_x", "out_y"), "*fp8e4nv"),
+                       **dict.fromkeys(("centre_x", "scale_x", "centre_y", "scale_y"), "*fp32"),
+                       **sides("xy", "stride_t", "stride_h", "stride_oh", "stride_ox", "stride_od")},
+                constants={"D": dim, "X_TURNED": False, "Y_TURNED": turned, "ROWS": scaling_triton.STORE_ROWS,
+                           "ALIGN": 8, "x_stride_od": 1, "y_stride_ox" if turned else "y_stride_od": 1},
             )  # fmt: skip
     for width in (8960, 13824, 14336):
         main, rest = fp8_rows_triton.tiles(width)

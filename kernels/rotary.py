@@ -207,9 +207,21 @@ def apply_rotary(x_THD: Tensor, rotary: Turns) -> Tensor:
     if x_THD.is_cuda and sequence[2] in (64, 128) and x_THD.stride(-1) == 1 and x_THD.numel() == sequence.numel():
         from longtake.kernels import rotary_triton
 
-        return rotary_triton.rotate(x_THD.reshape(sequence), rotary).reshape(x_THD.shape)
+        return rotary_triton.rotate(x_THD.reshape(sequence), rotary)[0].reshape(x_THD.shape)
     rotated = rotate_pairs(x_THD.transpose(-3, -2).float(), rotary)
     return rotated.transpose(-3, -2).to(x_THD.dtype).contiguous()
+
+
+def apply_rotary_pair(x_THD: Tensor, y_THD: Tensor, rotary: Turns) -> tuple[Tensor, Tensor]:
+    """`apply_rotary` of two tensors [T, H, D] of one shape and dtype; on a GPU in one launch where it can be."""
+    wide = x_THD.shape[-1] in (64, 128) and x_THD.stride(-1) == y_THD.stride(-1) == 1
+    fits = x_THD.shape[0] == rotary.num_tokens and x_THD.shape[-1] == rotary.head_dim
+    if x_THD.is_cuda and wide and fits and isinstance(rotary, Rotary):
+        from longtake.kernels import rotary_triton
+
+        turned = rotary_triton.rotate(x_THD, rotary, y_THD)
+        return turned[0], turned[1]
+    return apply_rotary(x_THD, rotary), apply_rotary(y_THD, rotary)
 
 
 def check_heads(rotary: HeadRotary, num_heads: int) -> None:

@@ -59,14 +59,19 @@ def turns(temporal, spatial, frame_R, place_R, live_R, D: tl.constexpr, PT: tl.c
 
 @triton.jit
 def rotate_kernel(
-    x, temporal, spatial, out, stride_t, stride_h, tokens, tokens_per_frame, num_heads,
+    x, y, temporal, spatial, out, x_stride_t, x_stride_h, y_stride_t, y_stride_h, tokens, tokens_per_frame, num_heads,
     D: tl.constexpr, PT: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Turn x [T, H, D] (any strides but the last) to its positions; out is contiguous."""
+    """Turn x, and on the grid's second layer y, [T, H, D] (any strides but the last) into out [2, T, H, D]."""
+    stride_t, stride_h = x_stride_t, x_stride_h
+    if tl.program_id(2) == 1:
+        x = y
+        stride_t, stride_h = y_stride_t, y_stride_h
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < tokens
     cos, sin = turns(temporal, spatial, row // tokens_per_frame, row % tokens_per_frame, live, D, PT, ROWS)
     column = tl.arange(0, D)[None, :]
+    line = tl.program_id(2).to(tl.int64) * tokens + row
     for i in range(HEADS):
         head = tl.program_id(1) * HEADS + i
         tile = tl.load(
@@ -74,28 +79,31 @@ def rotate_kernel(
         )
         real, imag = tl.split(tl.reshape(tile.to(tl.float32), (ROWS, D // 2, 2)))
         turned = tl.reshape(tl.join(real * cos - imag * sin, real * sin + imag * cos), (ROWS, D))
-        place = out + (row.to(tl.int64)[:, None] * num_heads + head) * D + column
+        place = out + (line[:, None] * num_heads + head) * D + column
         tl.store(place, turned.to(out.dtype.element_ty), mask=live[:, None])
 
 
-def rotate(x_THD: Tensor, rotary: Rotary, launch: Launch = DEFAULT_LAUNCH) -> Tensor:
-    """Triton twin of `apply_rotary` for one sequence.
+def rotate(x_THD: Tensor, rotary: Rotary, y_THD: Tensor | None = None, launch: Launch = DEFAULT_LAUNCH) -> Tensor:
+    """Triton twin of `apply_rotary` for one sequence, or for two of the same positions in one launch.
 
     Args:
         x_THD: [T, H, D], D 64 or 128, last dim contiguous.
         rotary: contiguous tables of exactly those T tokens.
+        y_THD: another of the same shape and dtype.
         launch: tile sizes.
 
     Returns:
-        The same shape and dtype, contiguous.
+        [1 or 2, T, H, D] of the same dtype, contiguous.
     """
     tokens, num_heads, dim = x_THD.shape
-    out_THD = torch.empty((tokens, num_heads, dim), dtype=x_THD.dtype, device=x_THD.device)
+    second = x_THD if y_THD is None else y_THD
+    count = 1 if y_THD is None else 2
+    out = torch.empty((count, tokens, num_heads, dim), dtype=x_THD.dtype, device=x_THD.device)
     tiles, _, groups = launch.grid(tokens, 1, num_heads)
-    rotate_kernel[(tiles, groups)](
-        x_THD, rotary.temporal_YP2, rotary.spatial_SQ2, out_THD, x_THD.stride(0), x_THD.stride(1), tokens,
-        rotary.tokens_per_frame, num_heads,
+    rotate_kernel[(tiles, groups, count)](
+        x_THD, second, rotary.temporal_YP2, rotary.spatial_SQ2, out, x_THD.stride(0), x_THD.stride(1),
+        second.stride(0), second.stride(1), tokens, rotary.tokens_per_frame, num_heads,
         D=dim, PT=rotary.temporal_YP2.shape[1], HEADS=launch.heads_of(num_heads), ROWS=launch.rows,
         num_warps=launch.warps,
     )  # fmt: skip
-    return out_THD
+    return out

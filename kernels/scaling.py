@@ -10,6 +10,7 @@ Shape legend: T tokens, H heads, X rows of a scratch, D head dim.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,11 +69,21 @@ def calibrate(x_THD: Tensor, *, centred: bool = True) -> Scaling:
     Returns:
         Scaling on the same device; CUDA work does not synchronise.
     """
-    if x_THD.is_cuda and x_THD.shape[-1] in (64, 128) and x_THD.stride(-1) == 1:
+    return calibrate_all((x_THD,), num_centred=int(centred))[0]
+
+
+def calibrate_all(tensors: Sequence[Tensor], *, num_centred: int) -> tuple[Scaling, ...]:
+    """As `calibrate`, for up to three tensors of one shape; on a GPU in one launch.
+
+    Args:
+        tensors: [T, H, D] each.
+        num_centred: how many of them, from the first on, lose their mean.
+    """
+    if all(x.is_cuda and x.shape[-1] in (64, 128) and x.stride(-1) == 1 for x in tensors):
         from longtake.kernels import scaling_triton
 
-        return scaling_triton.calibrate(x_THD, centred)
-    return calibrate_reference(x_THD, centred=centred)
+        return scaling_triton.calibrate(tensors, num_centred)
+    return tuple(calibrate_reference(x, centred=index < num_centred) for index, x in enumerate(tensors))
 
 
 def calibrate_reference(x_THD: Tensor, *, centred: bool = True) -> Scaling:

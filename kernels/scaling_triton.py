@@ -8,6 +8,7 @@ Shape legend: T tokens, H heads, D head dim, R rows of a tile.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -47,14 +48,22 @@ def emit(
 
 @triton.jit
 def calibrate_kernel(
-    x, centre, scale, stride_t, stride_h, tokens, sampled, stride,
+    x, y, z, centre, scale, x_stride_t, x_stride_h, y_stride_t, y_stride_h, z_stride_t, z_stride_h, sampled, stride,
     D: tl.constexpr, CENTRED: tl.constexpr, ROWS: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """Mean of each channel, then the power of two that brings the largest distance from it to TARGET or below."""
-    head = tl.program_id(0)
+    """Of one head of x, y or z: mean of each channel (0 but for the first CENTRED tensors), then the power of two that
+    brings the largest distance from it to TARGET or below."""
+    head, which = tl.program_id(0), tl.program_id(1)
+    stride_t, stride_h = x_stride_t, x_stride_h
+    if which == 1:
+        x = y
+        stride_t, stride_h = y_stride_t, y_stride_h
+    if which == 2:
+        x = z
+        stride_t, stride_h = z_stride_t, z_stride_h
     column = tl.arange(0, D)[None, :]
     mean = tl.zeros((D,), tl.float32)
-    if CENTRED:
+    if which < CENTRED:
         total = tl.zeros((ROWS, D), tl.float32)
         for first in range(0, sampled, ROWS):
             row = first + tl.arange(0, ROWS)
@@ -70,12 +79,13 @@ def calibrate_kernel(
         largest = tl.maximum(largest, tl.where(live, far, 0.0))
     top = tl.max(tl.max(largest, 1), 0)
     exponent = tl.ceil(tl.math.log2(tl.where(top > 0, top, TARGET) / TARGET))
-    tl.store(scale + head, tl.math.exp2(tl.minimum(tl.maximum(exponent, -120.0), 120.0)))
-    tl.store(centre + head * D + tl.arange(0, D), mean)
+    line = which * tl.num_programs(0) + head
+    tl.store(scale + line, tl.math.exp2(tl.minimum(tl.maximum(exponent, -120.0), 120.0)))
+    tl.store(centre + line * D + tl.arange(0, D), mean)
 
 
 @triton.jit
-def store_kernel(
+def store_rows(
     x, out, centre, scale, stride_t, stride_h, stride_oh, stride_ox, stride_od, first_row, tokens,
     D: tl.constexpr, TURNED: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
@@ -89,36 +99,60 @@ def store_kernel(
     emit(tile, out, head, target, live, stride_oh, stride_ox, stride_od, centre, scale, D, True, TURNED)
 
 
+@triton.jit
+def store_kernel(
+    x, out_x, centre_x, scale_x, x_stride_t, x_stride_h, x_stride_oh, x_stride_ox, x_stride_od,
+    y, out_y, centre_y, scale_y, y_stride_t, y_stride_h, y_stride_oh, y_stride_ox, y_stride_od, first_row, tokens,
+    D: tl.constexpr, X_TURNED: tl.constexpr, Y_TURNED: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Rows of x, and on the grid's second layer of y."""
+    if tl.program_id(2) == 0:
+        store_rows(x, out_x, centre_x, scale_x, x_stride_t, x_stride_h, x_stride_oh, x_stride_ox, x_stride_od,
+                   first_row, tokens, D, X_TURNED, ROWS, ALIGN)  # fmt: skip
+    else:
+        store_rows(y, out_y, centre_y, scale_y, y_stride_t, y_stride_h, y_stride_oh, y_stride_ox, y_stride_od,
+                   first_row, tokens, D, Y_TURNED, ROWS, ALIGN)  # fmt: skip
+
+
 def token_alignment(*counts: int) -> int:
     """The largest power of two, up to 16, that divides them: FP8 stores along tokens can be that many bytes wide."""
     return math.gcd(16, *counts)
 
 
-def calibrate(x_THD: Tensor, centred: bool) -> Scaling:
-    """Triton twin of scaling.calibrate: D 64 or 128, channels contiguous."""
-    tokens, num_heads, dim = x_THD.shape
-    centre_HD = torch.empty((num_heads, dim), dtype=torch.float32, device=x_THD.device)
-    scale_H = torch.empty(num_heads, dtype=torch.float32, device=x_THD.device)
-    stride = sample_stride(tokens)
-    calibrate_kernel[(num_heads,)](
-        x_THD, centre_HD, scale_H, x_THD.stride(0), x_THD.stride(1), tokens, triton.cdiv(tokens, stride), stride,
-        D=dim, CENTRED=centred, ROWS=CALIBRATE_ROWS, TARGET=FP8_MAX / ROOM, num_warps=CALIBRATE_WARPS,
-    )  # fmt: skip
-    return Scaling(centre_HD=centre_HD, scale_H=scale_H)
-
-
-def store(x_THD: Tensor, scaling: Scaling, out_HXD: Tensor, row: int) -> None:
-    """Write a block's own rows, e4m3.
+def calibrate(tensors: Sequence[Tensor], num_centred: int) -> tuple[Scaling, ...]:
+    """Triton twin of scaling.calibrate, for up to three tensors in one launch.
 
     Args:
-        x_THD: [T, H, D], D 64 or 128, channels contiguous.
-        scaling: of the scratch.
-        out_HXD: e4m3 [H, X, D]; channels or tokens contiguous.
-        row: first of the T rows.
+        tensors: [T, H, D] of one shape, D 64 or 128, channels contiguous.
+        num_centred: how many of them, from the first on, lose their mean.
     """
-    tokens, num_heads, dim = x_THD.shape
-    store_kernel[(triton.cdiv(tokens, STORE_ROWS), num_heads)](
-        x_THD, out_HXD, scaling.centre_HD, scaling.scale_H, x_THD.stride(0), x_THD.stride(1),
-        out_HXD.stride(0), out_HXD.stride(1), out_HXD.stride(2), row, tokens,
-        D=dim, TURNED=out_HXD.stride(2) != 1, ROWS=STORE_ROWS, ALIGN=token_alignment(tokens, row),
+    x, y, z = (tensors[min(index, len(tensors) - 1)] for index in range(3))
+    tokens, num_heads, dim = x.shape
+    centre = torch.empty((len(tensors), num_heads, dim), dtype=torch.float32, device=x.device)
+    scale = torch.empty((len(tensors), num_heads), dtype=torch.float32, device=x.device)
+    stride = sample_stride(tokens)
+    calibrate_kernel[(num_heads, len(tensors))](
+        x, y, z, centre, scale, x.stride(0), x.stride(1), y.stride(0), y.stride(1), z.stride(0), z.stride(1),
+        triton.cdiv(tokens, stride), stride,
+        D=dim, CENTRED=num_centred, ROWS=CALIBRATE_ROWS, TARGET=FP8_MAX / ROOM, num_warps=CALIBRATE_WARPS,
+    )  # fmt: skip
+    return tuple(Scaling(centre_HD=c, scale_H=s) for c, s in zip(centre, scale, strict=True))
+
+
+def store(rows: Sequence[tuple[Tensor, Scaling, Tensor]], first_row: int) -> None:
+    """Write one or two of a block's own tensors into FP8 scratches, in one launch.
+
+    Args:
+        rows: of each, x_THD ([T, H, D] of one shape, D 64 or 128, channels contiguous), the scaling of its scratch,
+            and that, e4m3 [H, X, D]; channels or tokens contiguous.
+        first_row: of the T rows.
+    """
+    tokens, num_heads, dim = rows[0][0].shape
+    sides, turned = [], []
+    for x_THD, scaling, out_HXD in (rows[0], rows[-1]):
+        sides += [x_THD, out_HXD, scaling.centre_HD, scaling.scale_H, *x_THD.stride()[:2], *out_HXD.stride()]
+        turned.append(out_HXD.stride(2) != 1)
+    store_kernel[(triton.cdiv(tokens, STORE_ROWS), num_heads, len(rows))](
+        *sides, first_row, tokens,
+        D=dim, X_TURNED=turned[0], Y_TURNED=turned[1], ROWS=STORE_ROWS, ALIGN=token_alignment(tokens, first_row),
     )  # fmt: skip

@@ -13,7 +13,7 @@ from longtake.kernels.attention_path import AttentionPath, make_path, path_names
 from longtake.kernels.codec import BlockGeometry, make_codec
 from longtake.kernels.errors import ConfigError
 from longtake.kernels.rotary import apply_rotary, rotary_table
-from longtake.kernels.scaling import Scaling, calibrate, unscaled
+from longtake.kernels.scaling import Scaling, calibrate, calibrate_all, unscaled
 
 CPU = torch.device("cpu")
 GRID = synthetic.Grid(frames=3, height=6, width=10)
@@ -70,6 +70,13 @@ def test_scaling_is_a_power_of_two_with_room_and_survives_zeros() -> None:
     assert relative(scaling.load(scaling.store(x.transpose(0, 1))), x.transpose(0, 1)) < 0.03
     assert calibrate(torch.zeros(180, 2, 64)).scale_H.tolist() == [1.0, 1.0]
     assert torch.equal(unscaled(2, 64, CPU).load(stored), stored.float())
+
+
+def test_calibration_of_several_is_that_of_each() -> None:
+    _, k, v = inputs(3.0)
+    alone = [calibrate(k), calibrate(v, centred=False)]
+    for together, one in zip(calibrate_all((k, v), num_centred=1), alone, strict=True):
+        assert torch.equal(together.centre_HD, one.centre_HD) and torch.equal(together.scale_H, one.scale_H)
 
 
 def test_no_keys_and_wrong_shapes() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from longtake.kernels.errors import ConfigError
-from longtake.kernels.rotary import HeadRotary, apply_rotary, axis_pairs, rotary_table
+from longtake.kernels.rotary import HeadRotary, apply_rotary, apply_rotary_pair, axis_pairs, rotary_table
 
 
 def complex_twin(
@@ -89,3 +89,10 @@ def test_tables_reach_a_gpu_without_a_wait() -> None:
     want = rotary_table([7, 3, 100000.5], 3, 5, 64)
     assert torch.equal(rotary.temporal_YP2.cpu(), want.temporal_YP2)
     assert torch.equal(rotary.spatial_SQ2.cpu(), want.spatial_SQ2)
+
+
+def test_a_pair_turns_as_each_alone() -> None:
+    x, y = torch.randn(2, 36, 3, 64, generator=torch.Generator().manual_seed(0))
+    table = rotary_table([5, 6], 3, 6, 64)
+    for turned, alone in zip(apply_rotary_pair(x, y, table), (x, y), strict=True):
+        assert torch.equal(turned, apply_rotary(alone, table))

@@ -247,20 +247,29 @@ def close_fp8(got: torch.Tensor, want: torch.Tensor, equal: float = 0.999) -> No
 
 
 def check_scaling(tokens: int, dim: int, device: str, dtype: torch.dtype) -> None:
+    """One, two and three tensors a launch; stores of one, of two alike, and of one with tokens contiguous."""
     from longtake.kernels import scaling_triton
 
     x = structured(tokens, 3, dim, device, dtype)
-    for centred in (True, False):
-        want, got = calibrate_reference(x, centred=centred), scaling_triton.calibrate(x, centred)
-        torch.testing.assert_close(got.centre_HD, want.centre_HD, rtol=1e-5, atol=1e-6)
-        assert torch.equal(got.scale_H, want.scale_H)
-    for turned in (False, True):
-        shape = (3, dim, tokens + 16) if turned else (3, tokens + 16, dim)
-        out = torch.full(shape, torch.nan, device=device).to(torch.float8_e4m3fn)
-        out = out.mT if turned else out
-        scaling_triton.store(x, want, out, 8)
-        close_fp8(out[:, 8 : 8 + tokens], want.store(x.transpose(0, 1)))
-        assert out[:, :8].float().isnan().all() and out[:, 8 + tokens :].float().isnan().all()
+    tensors = [x, (x * 3 - 1).transpose(0, 1).contiguous().transpose(0, 1), x * 9]
+    for count, num_centred in ((1, 1), (1, 0), (2, 2), (2, 0), (3, 2)):
+        found = scaling_triton.calibrate(tensors[:count], num_centred)
+        assert len(found) == count
+        for index, (got, tensor) in enumerate(zip(found, tensors, strict=False)):
+            want = calibrate_reference(tensor, centred=index < num_centred)
+            torch.testing.assert_close(got.centre_HD, want.centre_HD, rtol=1e-5, atol=1e-5)
+            assert torch.equal(got.scale_H, want.scale_H)
+    scalings = [calibrate_reference(tensor) for tensor in tensors]
+    for layouts in ((False,), (True,), (False, False), (False, True)):
+        rows = []
+        for turned, tensor, scaling in zip(layouts, tensors, scalings, strict=False):
+            shape = (3, dim, tokens + 16) if turned else (3, tokens + 16, dim)
+            out = torch.full(shape, torch.nan, device=device).to(torch.float8_e4m3fn)
+            rows.append((tensor, scaling, out.mT if turned else out))
+        scaling_triton.store(rows, 8)
+        for tensor, scaling, out in rows:
+            close_fp8(out[:, 8 : 8 + tokens], scaling.store(tensor.transpose(0, 1)))
+            assert out[:, :8].float().isnan().all() and out[:, 8 + tokens :].float().isnan().all()
 
 
 def check_attend_fp8(queries: int, keys: int, dim: int, device: str, dtype: torch.dtype, *launches: object) -> None:
@@ -385,10 +394,13 @@ def check_rotate(tokens: int, dim: int, device: str, dtype: torch.dtype) -> None
 
     x = structured(tokens, 3, dim, device, dtype)
     rotary = tables(tokens, 1, dim, device)
-    got = rotary_triton.rotate(x, rotary)
+    got = rotary_triton.rotate(x, rotary)[0]
     want = apply_rotary(x.cpu(), tables(tokens, 1, dim, "cpu")).to(device)
     close(got, want, str(dtype).removeprefix("torch."))
-    assert torch.equal(rotary_triton.rotate(x[:, 1:2], rotary), got[:, 1:2])
+    assert torch.equal(rotary_triton.rotate(x[:, 1:2], rotary)[0], got[:, 1:2])
+    other = (x + 1).transpose(0, 1).contiguous().transpose(0, 1)
+    both = rotary_triton.rotate(x, rotary, other)
+    assert torch.equal(both[0], got) and torch.equal(both[1], rotary_triton.rotate(other, rotary)[0])
 
 
 def check_merge(dim: int, device: str, dtype: torch.dtype) -> None:
