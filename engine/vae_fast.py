@@ -7,6 +7,8 @@ residual is added::
 
     convolution --> x --bias, norm, SiLU--> [ past | frames, with a border ] --> convolution
 
+The convolution after an upsampling is done before it, on a quarter of the pixels, with four ninths of the work.
+
 Knows AutoencoderKLWan's layers (diffusers 0.42). Caches between chunks are diffusers' own, so StreamingDecoder does not
 notice.
 
@@ -33,7 +35,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 from torch import Tensor, nn
 
 from longtake.engine.vae_model import to_channels_last
-from longtake.kernels.vae_layers import PAST_FRAMES, add, normed, upsampled
+from longtake.kernels.vae_layers import PAST_FRAMES, add, bordered, normed, phases, spread
 
 
 def make_fast(vae: AutoencoderKLWan) -> AutoencoderKLWan:
@@ -47,6 +49,7 @@ def make_fast(vae: AutoencoderKLWan) -> AutoencoderKLWan:
             forward = partial(_residual_block, module)
         elif isinstance(module, WanResample) and module.mode in ("upsample2d", "upsample3d"):
             module.resample[1].padding = (0, 0)  # the border is in what it reads
+            module.register_buffer("phases", phases(module.resample[1].weight), persistent=False)
             forward = partial(_upsample, module)
         elif isinstance(module, WanCausalConv3d) and module.kernel_size == (1, 1, 1):
             forward = partial(_pointwise, module)
@@ -104,11 +107,10 @@ def _upsample(module: WanResample, x: Tensor, feat_cache: list[Any], feat_idx: l
     elif module.mode == "upsample3d":
         doubled = _convolve(module.time_conv, _with_past(x_THWKC[:, :, :, 0], feat_cache, feat_idx))
         x_THWKC, bias_KC = doubled.unflatten(-1, (2, -1)), module.time_conv.bias.unflatten(0, (2, -1))
-    buffer = upsampled(x_THWKC, bias_KC)
-    y_TCHW = conv._conv_forward(buffer.permute(0, 3, 1, 2), conv.weight, None)
-    y_THWC = y_TCHW.permute(0, 2, 3, 1).contiguous()
-    add(y_THWC.flatten(0, 2), conv.bias)
-    return _clip(y_THWC)
+    buffer = bordered(x_THWKC, bias_KC)
+    y_TCHW = conv._conv_forward(buffer.permute(0, 3, 1, 2), module.phases, None)
+    y_THWQC = y_TCHW.permute(0, 2, 3, 1).contiguous().unflatten(-1, (4, -1))
+    return _clip(spread(y_THWQC, conv.bias))
 
 
 def _pointwise(conv: WanCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:

@@ -348,16 +348,22 @@ def other_cases() -> Iterator[Case]:
             constants=sizes | {"BIAS": True},
         )  # fmt: skip
         yield Case(
-            name=f"twice the size {channels}",
-            kernel=vae_layers_triton.upsampled_kernel,
+            name=f"border {channels}",
+            kernel=vae_layers_triton.bordered_kernel,
             types={"x_THWKC": "*bf16", "bias_KC": "*bf16", "buffer": "*bf16", "height": "i32", "width": "i32"},
             constants=sizes | {"K": 2, "BIAS": True},
+        )
+        yield Case(
+            name=f"four phases {channels}",
+            kernel=vae_layers_triton.spread_kernel,
+            types={"x_THWQC": "*bf16", "bias_C": "*bf16", "out": "*bf16", "height": "i32", "width": "i32"},
+            constants=sizes,
         )
         yield Case(
             name=f"bias and residual {channels}",
             kernel=vae_layers_triton.add_kernel,
             types={"x_NC": "*bf16", "bias_C": "*bf16", "residual_NC": "*bf16", "num_pixels": "i32"},
-            constants=sizes | {"RESIDUAL": True},
+            constants=sizes,
         )
 
 

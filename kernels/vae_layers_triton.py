@@ -47,34 +47,51 @@ def normed_kernel(
 
 
 @triton.jit(do_not_specialize=["height", "width"])
-def upsampled_kernel(
+def bordered_kernel(
     x_THWKC, bias_KC, buffer, height, width,
     K: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """A line of the buffer, from one of a source half as high and wide."""
+    """A line of the buffer."""
     channels = tl.arange(0, CP)
     line = tl.program_id(1)
-    frame = line // (2 * height + 2)
-    row = line % (2 * height + 2) - 1
+    frame = line // (height + 2)
+    row = line % (height + 2) - 1
     columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS) - 1
     part = frame % K
     real = (channels < C)[None, :]
-    inside = ((columns >= 0) & (columns < 2 * width) & (row >= 0) & (row < 2 * height))[:, None] & real
-    pixels = ((frame // K).to(tl.int64) * height + row // 2) * width + columns // 2
+    inside = ((columns >= 0) & (columns < width) & (row >= 0) & (row < height))[:, None] & real
+    pixels = ((frame // K).to(tl.int64) * height + row) * width + columns
     source = pixels[:, None] * (K * C) + part * C + channels[None, :]
     x = tl.load(x_THWKC + source, mask=inside, other=0.0)
     if BIAS:
         bias = tl.load(bias_KC + part * C + channels, mask=channels < C, other=0.0).to(tl.float32)
         x = tl.where(inside, x.to(tl.float32) + bias[None, :], 0.0).to(buffer.dtype.element_ty)
-    target = (line.to(tl.int64) * (2 * width + 2) + columns + 1)[:, None] * C + channels[None, :]
-    tl.store(buffer + target, x, mask=(columns <= 2 * width)[:, None] & real)
+    target = (line.to(tl.int64) * (width + 2) + columns + 1)[:, None] * C + channels[None, :]
+    tl.store(buffer + target, x, mask=(columns <= width)[:, None] & real)
+
+
+@triton.jit(do_not_specialize=["height", "width"])
+def spread_kernel(
+    x_THWQC, bias_C, out, height, width, C: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """A line of the result, `height` lines a frame of `width` pixels; every other pixel is of the same phase."""
+    channels = tl.arange(0, CP)
+    line = tl.program_id(1)
+    frame = line // height
+    row = line % height
+    columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    mask = (columns < width)[:, None] & (channels < C)[None, :]
+    lines = frame.to(tl.int64) * (height // 2 + 1) + (row + 1) // 2
+    pixels = lines * (width // 2 + 1) + (columns + 1) // 2
+    source = (pixels * 4 + row % 2 * 2 + columns % 2)[:, None] * C + channels[None, :]
+    x = tl.load(x_THWQC + source, mask=mask, other=0.0).to(tl.float32)
+    x += tl.load(bias_C + channels, mask=channels < C, other=0.0).to(tl.float32)[None, :]
+    target = (line.to(tl.int64) * width + columns)[:, None] * C + channels[None, :]
+    tl.store(out + target, x.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_pixels"])
-def add_kernel(
-    x_NC, bias_C, residual_NC, num_pixels,
-    C: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr, RESIDUAL: tl.constexpr,
-):  # fmt: skip
+def add_kernel(x_NC, bias_C, residual_NC, num_pixels, C: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr):
     """ROWS pixels, in place."""
     channels = tl.arange(0, CP)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -82,8 +99,7 @@ def add_kernel(
     at = rows[:, None] * C + channels[None, :]
     total = tl.load(x_NC + at, mask=mask, other=0.0).to(tl.float32)
     total += tl.load(bias_C + channels, mask=channels < C, other=0.0).to(tl.float32)[None, :]
-    if RESIDUAL:
-        total += tl.load(residual_NC + at, mask=mask, other=0.0).to(tl.float32)
+    total += tl.load(residual_NC + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(x_NC + at, total.to(x_NC.dtype.element_ty), mask=mask)
 
 
@@ -105,24 +121,32 @@ def normed(
     )  # fmt: skip
 
 
-def upsampled(x_THWKC: Tensor, bias_KC: Tensor | None, buffer: Tensor) -> None:
-    """vae_layers.upsampled into `buffer`."""
+def bordered(x_THWKC: Tensor, bias_KC: Tensor | None, buffer: Tensor) -> None:
+    """vae_layers.bordered into `buffer`."""
     _, height, width, parts, channels = x_THWKC.shape
     padded, rows = tile(channels)
-    upsampled_kernel[(triton.cdiv(buffer.shape[2], rows), buffer.shape[0] * buffer.shape[1])](
+    bordered_kernel[(triton.cdiv(width + 2, rows), buffer.shape[0] * (height + 2))](
         x_THWKC, x_THWKC if bias_KC is None else bias_KC, buffer, height, width,
         K=parts, C=channels, CP=padded, ROWS=rows, BIAS=bias_KC is not None,
     )  # fmt: skip
 
 
-def add(x_NC: Tensor, bias_C: Tensor, residual_NC: Tensor | None) -> None:
+def spread(x_THWQC: Tensor, bias_C: Tensor, out: Tensor) -> None:
+    """vae_layers.spread into `out`."""
+    frames, height, width, channels = out.shape
+    padded, rows = tile(channels)
+    spread_kernel[(triton.cdiv(width, rows), frames * height)](
+        x_THWQC, bias_C, out, height, width, C=channels, CP=padded, ROWS=rows
+    )
+
+
+def add(x_NC: Tensor, bias_C: Tensor, residual_NC: Tensor) -> None:
     """vae_layers.add."""
     num_pixels, channels = x_NC.shape
     padded, rows = tile(channels)
     add_kernel[(triton.cdiv(num_pixels, rows),)](
-        x_NC, bias_C, x_NC if residual_NC is None else residual_NC, num_pixels,
-        C=channels, CP=padded, ROWS=rows, RESIDUAL=residual_NC is not None,
-    )  # fmt: skip
+        x_NC, bias_C, residual_NC, num_pixels, C=channels, CP=padded, ROWS=rows
+    )
 
 
 def tile(channels: int) -> tuple[int, int]:

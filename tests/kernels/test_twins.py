@@ -368,15 +368,18 @@ def check_vae_layers(channels: int, device: str, dtype: torch.dtype) -> None:
             close_vae(last, want_last)
         for parts, bias in ((1, None), (2, noise(2, channels))):
             x = noise(frames, height, width, parts, channels)
-            buffer = x.new_full((frames * parts, 2 * height + 2, 2 * width + 2, channels), torch.nan)
-            vae_layers_triton.upsampled(x, bias, buffer)
-            close_vae(buffer, vae_layers.upsampled(x.cpu(), on_cpu(bias)))
-        for residual in (None, past.flatten(0, 2)):
-            x = noise(2 * height * width, channels)
-            want = x.cpu().clone()
-            vae_layers_triton.add(x, bias_C, residual)
-            vae_layers.add(want, bias_C.cpu(), on_cpu(residual))
-            close_vae(x, want)
+            buffer = x.new_full((frames * parts, height + 2, width + 2, channels), torch.nan)
+            vae_layers_triton.bordered(x, bias, buffer)
+            close_vae(buffer, vae_layers.bordered(x.cpu(), on_cpu(bias)))
+        x = noise(frames, height + 1, width + 1, 4, channels)
+        out = x.new_full((frames, 2 * height, 2 * width, channels), torch.nan)
+        vae_layers_triton.spread(x, bias_C, out)
+        close_vae(out, vae_layers.spread(x.cpu(), bias_C.cpu()))
+        x, residual = noise(2 * height * width, channels), past.flatten(0, 2)
+        want = x.cpu().clone()
+        vae_layers_triton.add(x, bias_C, residual)
+        vae_layers.add(want, bias_C.cpu(), residual.cpu())
+        close_vae(x, want)
 
 
 def on_cpu(tensor: torch.Tensor | None) -> torch.Tensor | None:
