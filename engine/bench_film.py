@@ -29,7 +29,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from longtake.engine import record
-from longtake.engine.bench_rollout import GEOMETRIES
+from longtake.engine.bench_rollout import GEOMETRIES, ledger
 from longtake.engine.bench_scaling import ScalingCase, default_meshes, fill_history, random_sharded
 from longtake.engine.config import Precision
 from longtake.engine.gang import Gang, join
@@ -165,6 +165,10 @@ def run_film(
         save(result)
         result["seconds_of_decoding_alone"] = _decode_alone(decoder, rollout.shot.latent_shape, gang, device)
         result["decoder_state_bytes"] = decoder.state_bytes if decoder is not None else 0
+        if decoder is not None:
+            weights = sum(p.numel() * p.element_size() for p in decoder.vae.parameters())
+            result["ledger"] = ledger(rollout, {"vae": weights, "decoder_state": decoder.state_bytes})
+        result["memory_bytes"] = rollout.memory()
         if isinstance(decoder, StripedDecoder):
             decoder.close()
         save(result)

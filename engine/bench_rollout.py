@@ -187,6 +187,7 @@ def run_rollout(bench: RolloutBench, failed: dict[str, str]) -> dict[str, Any]:
         "stages_s": _stages(rollout, device),
         "memory_bytes": rollout.memory(),
         "peak_bytes": torch.cuda.max_memory_allocated(device) if cuda else None,
+        "ledger": ledger(rollout),
         "bits_per_element": rollout.codec.bits_per_element,
         "frames_a_block": shot.model.block_frames * shot.model.temporal_stride,
         "height": shot.height,
@@ -196,6 +197,28 @@ def run_rollout(bench: RolloutBench, failed: dict[str, str]) -> dict[str, Any]:
         with survive(failed, "vae"):
             result["vae"] = _vae(clean, device, shot.model.path if bench.model else None)
     return result
+
+
+def ledger(rollout: Rollout, others: dict[str, int] | None = None) -> dict[str, float]:
+    """What is named between two blocks against what PyTorch's allocator has given out; empty without one.
+
+    Args:
+        rollout: whose memory is named.
+        others: bytes on the device besides it, by name.
+    """
+    if rollout.device.type != "cuda":
+        return {}
+    _wait(rollout.device)
+    named = {**rollout.memory(), **(others or {})}
+    named_bytes = sum(size for name, size in named.items() if not name.startswith("host"))
+    held = torch.cuda.memory_allocated(rollout.device) + rollout.passes.pool_bytes
+    return {
+        "named_bytes": named_bytes,
+        "allocated_bytes": held,
+        "unnamed_share": (held - named_bytes) / held,
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated(rollout.device),
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(rollout.device),
+    }
 
 
 def _stages(rollout: Rollout, device: torch.device) -> dict[str, float]:

@@ -114,7 +114,13 @@ class PassGraphs:
         self._model, self._recorder = model, recorder
         self._seen: dict[bool, tuple[Hashable, int]] = {}
         self._recorded: dict[bool, _Recorded] = {}
-        self.num_bytes = 0  # of the device's memory: intermediate results, and pages that commits are encoded into
+        self.pool_bytes = 0  # of intermediate results: the allocator holds them and does not count them as in use
+        self._page_bytes = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory held: intermediate results, and pages that commits are encoded into."""
+        return self.pool_bytes + self._page_bytes
 
     def run(
         self,
@@ -144,7 +150,7 @@ class PassGraphs:
         """Let recordings go: those with collectives before their process groups."""
         self._seen.clear()
         self._recorded.clear()
-        self.num_bytes = 0
+        self.pool_bytes = self._page_bytes = 0
 
     def _repeats(self, commits: bool, key: Hashable, block: int) -> bool:
         """Whether an earlier block had such a pass last; notes this one if not."""
@@ -185,6 +191,6 @@ class PassGraphs:
             recording=recording,
         )
         self._recorded[attention.commits] = recorded
-        pages = sum(one.attention.page_bytes(num_layers) for one in self._recorded.values())
-        self.num_bytes = recording.num_bytes + pages
+        self.pool_bytes = recording.num_bytes
+        self._page_bytes = sum(one.attention.page_bytes(num_layers) for one in self._recorded.values())
         return recorded

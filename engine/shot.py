@@ -281,7 +281,7 @@ class _Run:
         }
         if self._rollout.device.type == "cuda":
             on_device = sum(size for name, size in named.items() if not name.startswith("host"))
-            named["activations"] = max(0, torch.cuda.max_memory_allocated(self._rollout.device) - on_device)
+            named["activations"] = max(0, torch.cuda.max_memory_reserved(self._rollout.device) - on_device)
         return named
 
 
