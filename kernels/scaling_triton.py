@@ -99,7 +99,7 @@ def store_rows(
     emit(tile, out, head, target, live, stride_oh, stride_ox, stride_od, centre, scale, D, True, TURNED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "tokens"])  # a history grows: one build serves all, graphs too
 def store_kernel(
     x, out_x, centre_x, scale_x, x_stride_t, x_stride_h, x_stride_oh, x_stride_ox, x_stride_od,
     y, out_y, centre_y, scale_y, y_stride_t, y_stride_h, y_stride_oh, y_stride_ox, y_stride_od, first_row, tokens,
