@@ -48,7 +48,7 @@ MATERIALISE_LAUNCHES = (
     (128, 1, 8),
     (128, 4, 8),
 )
-TILE_LAUNCHES = ((13, 8), (13, 16), (26, 8), (6, 8), (6, 16), (3, 8), (3, 16), (1, 16))  # of the transform codec
+TILE_LAUNCHES = ((26, 64, 128), (39, 64, 128), (13, 64, 128), (78, 64, 128), (26, 64, None), (26, 128, None))  # tc's
 FINALISTS = 5
 
 
@@ -205,8 +205,8 @@ def variants(
 
     common, tokens = (arena, slots, rotary, out), codec.geometry.num_tokens
     if isinstance(codec, TransformCodec):
-        for tiles, warps in TILE_LAUNCHES:
-            tile_launch = transform_triton.TileLaunch(tiles=tiles, warps=warps)
+        for tiles, channels, registers in TILE_LAUNCHES:
+            tile_launch = transform_triton.TileLaunch(tiles=tiles, channels=channels, registers=registers)
             yield tile_launch, partial(transform_triton.materialise, *common, codec, scaling, tile_launch)
         return
     for rows, heads, warps in MATERIALISE_LAUNCHES:

@@ -233,6 +233,13 @@ class TensorCodec(ABC):
         """Encode [T, H, D] of any float type and strides into a section of a page."""
         out_HB.copy_(self.pack(x_THD.transpose(0, 1).float(), seeds))
 
+    def pack_pair_into(
+        self, other: TensorCodec, x_THD: Tensor, y_THD: Tensor, out_HB: Tensor, *seeds: Sequence[int]
+    ) -> None:
+        """Encode two tensors, the second by another codec, into sections that follow one another; seeds of both."""
+        self.pack_into(x_THD, out_HB[:, : self.num_bytes], seeds[0])
+        other.pack_into(y_THD, out_HB[:, self.num_bytes :], seeds[1])
+
     def unpack_into(
         self,
         sections_GHB: Tensor,
@@ -300,9 +307,8 @@ class PairCodec(Codec):
     ) -> None:
         self._check_encode(k_THD, v_THD, out_HP)
         heads = range(first_head, first_head + k_THD.shape[1])
-        split = self.k.num_bytes
-        self.k.pack_into(k_THD, out_HP[:, :split], [head_seed(block, layer, h, Side.K) for h in heads])
-        self.v.pack_into(v_THD, out_HP[:, split:], [head_seed(block, layer, h, Side.V) for h in heads])
+        seeds = ([head_seed(block, layer, h, side) for h in heads] for side in Side)
+        self.k.pack_pair_into(self.v, k_THD, v_THD, out_HP, *seeds)
 
     def materialise(
         self,

@@ -9,6 +9,7 @@ shared memory than a program can have. Must run without TRITON_INTERPRET.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import subprocess
@@ -19,6 +20,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -34,6 +36,7 @@ from longtake.kernels import (
     rotary_triton,
     rtn_triton,
     scaling_triton,
+    transform_encode_triton,
     transform_triton,
     vae_layers_triton,
 )
@@ -74,6 +77,8 @@ UNALIGNED = (
     "stride",
     "softmax_scale",
     "programs",
+    "k_tile_bytes",
+    "v_tile_bytes",
 )
 
 
@@ -196,35 +201,42 @@ def lt2_fields(tokens: int, dim: int) -> dict[str, int]:
 
 def transform_cases() -> Iterator[Case]:
     """The transform codec at Wan's size and mini's; its plan is read, so one number of bits stands for all."""
-    types = ARENA | {"x": "*bf16", "cosines": "*fp32", "averages": "*fp32", "energies": "*fp32", "table": "*u8",
-                     "steps": "*fp32", "stride_t": "i32", "stride_h": "i32"}  # fmt: skip
+    types = ARENA | {"k": "*bf16", "v": "*bf16", "cosines": "*fp32", "energies": "*fp32", "totals": "*fp32",
+                     "table": "*u8", "order": "*i32", "steps": "*fp32", "quads": "*i32"}  # fmt: skip
+    types |= dict.fromkeys(("k_stride_t", "k_stride_h", "v_stride_t", "v_stride_h", "num_words", "split"), "i32")
+    types |= dict.fromkeys(("k_codes", "v_codes", "k_tile_bytes", "v_tile_bytes"), "i32")
     for dim, pairs, tokens, grid in ((64, 12, 180, (6, 10)), (128, 22, 4680, (30, 52))):
         codec = TransformCodec(BlockGeometry(num_tokens=tokens, head_dim=dim, grid=grid), 3.0)
+        launch = transform_triton.DEFAULT_LAUNCH
         sizes, places = transform_triton.tiling(codec), transform_triton.places(codec)
-        plan = transform_triton.planning(codec)
         for turned in (pairs, 0):
             what = "k" if turned else "v"
             for outs, target, fp8 in outputs(what, dim):
-                constants = {"PT": turned, "K": codec.num_tiles, "TILES": transform_triton.DEFAULT_LAUNCH.tiles,
-                             **sizes, **places, **fp8}  # fmt: skip
+                constants = {"PT": turned, "K": codec.num_tiles, "TILES": launch.tiles, "C": launch.channels,
+                             "tokens_per_frame": math.prod(grid), **sizes, **places, **fp8}  # fmt: skip
                 yield Case(
                     name=f"tc materialise {what} {dim}{target}",
                     kernel=transform_triton.materialise_kernel,
                     types=types | outs,
                     constants=constants,
-                    options={"num_warps": transform_triton.DEFAULT_LAUNCH.warps},
+                    options={"num_warps": launch.warps, "maxnreg": launch.registers},
+                    local=48,  # so that two programs fit on a processor
                 )
-        for name, kernel, constants in (
-            ("measure", transform_triton.measure_kernel, {"K": codec.num_tiles, "TILES": 6, **sizes}),
-            ("plan", transform_triton.plan_kernel, plan),
-            ("quantise", transform_triton.quantise_kernel, {**sizes, **places}),
+        page = torch.empty(1, 2 * codec.num_bytes, dtype=torch.uint8)
+        encode = transform_encode_triton.DEFAULT_LAUNCH
+        x_THD = torch.empty(tokens, 1, dim)
+        known = transform_encode_triton.sizes((x_THD, x_THD), page, (codec, codec), encode)
+        for kernel, tiles, warps in (
+            (transform_encode_triton.measure_kernel, encode.measure_tiles, encode.measure_warps),
+            (transform_encode_triton.plan_kernel, 0, encode.plan_warps),
+            (transform_encode_triton.quantise_kernel, encode.quantise_tiles, encode.quantise_warps),
         ):
             yield Case(
-                name=f"tc {name} {dim}",
+                name=f"tc {kernel.__name__.removesuffix('_kernel')} {dim}",
                 kernel=kernel,
                 types=types | {"out": "*u8"},
-                constants=constants,
-                options={"num_warps": transform_triton.ENCODE_WARPS},
+                constants={name: value for name, value in known.items() if name.isupper()} | {"TILES": tiles},
+                options={"num_warps": warps},
                 local=64,
             )
 

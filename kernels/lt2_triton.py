@@ -209,7 +209,7 @@ def materialise_kernel(
     live = row < tokens // ALIGN * ALIGN  # the same number, seen to be aligned
     if PT:
         frame = block * (tokens // tokens_per_frame) + row // tokens_per_frame
-        cos, sin = turns(temporal, spatial, frame, row % tokens_per_frame, live, D, PT, ROWS)
+        cos, sin = turns(temporal, spatial, frame, row % tokens_per_frame, live, D, PT, ROWS, 0, D)
     slot = pages + tl.load(slots + block).to(tl.int64) * stride_slot
     target = block.to(tl.int64) * (tokens // ALIGN * ALIGN) + row
     pair = tl.arange(0, D // 2)

@@ -44,17 +44,20 @@ DEFAULT_LAUNCH = Launch()
 
 
 @triton.jit
-def turns(temporal, spatial, frame_R, place_R, live_R, D: tl.constexpr, PT: tl.constexpr, ROWS: tl.constexpr):
-    """Cosines and sines of a tile's tokens, each [ROWS, D/2], from the two small tables.
+def turns(
+    temporal, spatial, frame_R, place_R, live_R, D: tl.constexpr, PT: tl.constexpr, ROWS: tl.constexpr,
+    first, C: tl.constexpr,
+):  # fmt: skip
+    """Cosines and sines of a tile's tokens, each [ROWS, C/2], from the two small tables: of C channels from `first`.
 
     A row of the tile is [PT pairs of the temporal row | D/2 - PT pairs of the spatial row], read as interleaved floats:
     both borders are multiples of 16 bytes at D = 64 and 128, so every load is 16 bytes wide.
     """
-    column = tl.arange(0, D)[None, :]
+    column = first + tl.arange(0, C)[None, :]
     time = temporal + frame_R[:, None] * (2 * PT) + column
     space = spatial + place_R[:, None] * (D - 2 * PT) + (column - 2 * PT)
     both = tl.load(tl.where(column < 2 * PT, time, space), mask=live_R[:, None], other=0.0)
-    return tl.split(tl.reshape(both, (ROWS, D // 2, 2)))
+    return tl.split(tl.reshape(both, (ROWS, C // 2, 2)))
 
 
 @triton.jit
@@ -69,7 +72,7 @@ def rotate_kernel(
         stride_t, stride_h = y_stride_t, y_stride_h
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < tokens
-    cos, sin = turns(temporal, spatial, row // tokens_per_frame, row % tokens_per_frame, live, D, PT, ROWS)
+    cos, sin = turns(temporal, spatial, row // tokens_per_frame, row % tokens_per_frame, live, D, PT, ROWS, 0, D)
     column = tl.arange(0, D)[None, :]
     line = tl.program_id(2).to(tl.int64) * tokens + row
     for i in range(HEADS):

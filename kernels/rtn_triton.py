@@ -121,7 +121,7 @@ def materialise_kernel(
     live = row < tokens // ALIGN * ALIGN  # the same number, seen to be aligned
     if PT:
         frame = block * (tokens // tokens_per_frame) + row // tokens_per_frame
-        cos, sin = turns(temporal, spatial, frame, row % tokens_per_frame, live, D, PT, ROWS)
+        cos, sin = turns(temporal, spatial, frame, row % tokens_per_frame, live, D, PT, ROWS, 0, D)
         cos = tl.reshape(cos, (ROWS, GROUPS, PAIRS))
         sin = tl.reshape(sin, (ROWS, GROUPS, PAIRS))
     slot = pages + tl.load(slots + block).to(tl.int64) * stride_slot

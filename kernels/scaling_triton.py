@@ -23,20 +23,13 @@ STORE_ROWS = 64
 
 
 @triton.jit
-def emit(
-    tile, out, head, row_R, live_R, stride_oh, stride_ox, stride_od, centre, scale,
-    D: tl.constexpr, SCALED: tl.constexpr, TURNED: tl.constexpr,
-):  # fmt: skip
-    """Store a float32 tile [R, D] into rows of a head, in out's type; SCALED: as (tile - centre) / scale, clamped.
+def put(tile, out, head, row_R, live_R, stride_oh, stride_ox, stride_od, D: tl.constexpr, TURNED: tl.constexpr):
+    """Store a tile [R, D] into rows of a head, in out's type.
 
     TURNED: out's tokens are contiguous, not its channels; the tile is turned first, so that stores are wide: as wide as
     the first row is known to be aligned (`token_alignment`).
     """
     column = tl.arange(0, D)
-    if SCALED:
-        tile = tile - tl.load(centre + head * D + column)[None, :]
-        tile = tile * (1.0 / tl.load(scale + head))
-        tile = tl.minimum(tl.maximum(tile, -448.0), 448.0)
     base = out + head.to(tl.int64) * stride_oh
     if TURNED:
         place = base + column[:, None] * stride_od + row_R[None, :]
@@ -44,6 +37,23 @@ def emit(
     else:
         place = base + row_R[:, None] * stride_ox + column[None, :]
         tl.store(place, tile.to(out.dtype.element_ty), mask=live_R[:, None])
+
+
+@triton.jit
+def emit(
+    tile, out, head, row_R, live_R, stride_oh, stride_ox, stride_od, centre, scale,
+    D: tl.constexpr, SCALED: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    """Store a float32 tile [R, D] into rows of a head, in out's type; SCALED: as (tile - centre) / scale, clamped.
+
+    TURNED: as `put`.
+    """
+    column = tl.arange(0, D)
+    if SCALED:
+        tile = tile - tl.load(centre + head * D + column)[None, :]
+        tile = tile * (1.0 / tl.load(scale + head))
+        tile = tl.clamp(tile, -448.0, 448.0)
+    put(tile, out, head, row_R, live_R, stride_oh, stride_ox, stride_od, D, TURNED)
 
 
 @triton.jit

@@ -97,12 +97,22 @@ class TransformCodec(HeadwiseCodec):
 
     def pack_into(self, x_THD: Tensor, out_HB: Tensor, seeds: Sequence[int]) -> None:
         if x_THD.is_cuda and self.has_kernels:
-            from longtake.kernels import transform_triton
+            from longtake.kernels import transform_encode_triton
 
-            transform_triton.encode(x_THD, out_HB, self)
-            self.layout.clear_padding(out_HB)
+            transform_encode_triton.encode((x_THD,), out_HB, (self,))
         else:
             super().pack_into(x_THD, out_HB, seeds)
+
+    def pack_pair_into(
+        self, other: TensorCodec, x_THD: Tensor, y_THD: Tensor, out_HB: Tensor, *seeds: Sequence[int]
+    ) -> None:
+        alike = self.has_kernels and x_THD.is_cuda and x_THD.dtype == y_THD.dtype and self.geometry == other.geometry
+        if not alike or not isinstance(other, TransformCodec):
+            super().pack_pair_into(other, x_THD, y_THD, out_HB, *seeds)
+            return
+        from longtake.kernels import transform_encode_triton
+
+        transform_encode_triton.encode((x_THD, y_THD), out_HB, (self, other))
 
     def unpack_into(
         self,
@@ -120,11 +130,14 @@ class TransformCodec(HeadwiseCodec):
             super().unpack_into(sections_GHB, slots_N, rotary, out_HXD, scaling)
 
     def pack_head(self, x_TD: Tensor, payload_B: Tensor) -> None:
+        self.fit_head(x_TD, payload_B)
+        self.quantise_head(x_TD, payload_B)
+
+    def fit_head(self, x_TD: Tensor, payload_B: Tensor) -> None:
+        """Write channels, rows, unit and plan."""
         view = self.layout.view
         mean = short_float(x_TD.mean(0))
-        y_TD = x_TD - mean.view(torch.float16).float()
-        y_KFD = self.cosines(x_TD.device) @ self._tiles(y_TD)
-        energy = y_KFD.square()
+        energy = self._coefficients(x_TD, mean).square()
         spread = energy.mean((0, 1)).sqrt()
         largest = spread.max()
         fall = _exponent(spread / largest.clamp(min=TINY), MOST_FALL)
@@ -134,17 +147,26 @@ class TransformCodec(HeadwiseCodec):
         view(payload_B, "channels").copy_(mean | fall.to(torch.int16))
         view(payload_B, "rows").copy_(row)
         view(payload_B, "unit").copy_(height_F.max())
-        exponent_FD = row.unsqueeze(-1) + fall
-        view(payload_B, "plan").copy_(plan(exponent_FD, 8 * self.tile_bytes))
+        view(payload_B, "plan").copy_(plan(row.unsqueeze(-1) + fall, 8 * self.tile_bytes))
+
+    def quantise_head(self, x_TD: Tensor, payload_B: Tensor) -> None:
+        """Write gains and codes, given what `fit_head` wrote."""
+        view = self.layout.view
+        channels = view(payload_B, "channels")
+        exponent_FD = view(payload_B, "rows").long().unsqueeze(-1) + (channels & 15)
         depth_FD = depths(exponent_FD, view(payload_B, "plan"))
         sigma_FD = view(payload_B, "unit") * torch.exp2(-0.5 * exponent_FD)
-        y_KFD = y_KFD * _inverse(sigma_FD)
+        y_KFD = self._coefficients(x_TD, channels & -16) * _inverse(sigma_FD)
         gain = to_fp8(y_KFD.square().mean((1, 2)).sqrt())
         view(payload_B, "gains").copy_(gain)
         steps_KFD = steps(x_TD.device)[depth_FD] * gain.float().view(-1, 1, 1)
         half = torch.exp2(depth_FD.float() - 1)
         codes_KFD = torch.floor(y_KFD * _inverse(steps_KFD) + half).clamp(min=0).minimum(2 * half - 1)
         view(payload_B, "codes").copy_(pack_stream(codes_KFD, depth_FD, self.tile_bytes))
+
+    def _coefficients(self, x_TD: Tensor, mean: Tensor) -> Tensor:
+        """Of tokens less the mean, whose bits are given: float32 [K, F, D]."""
+        return self.cosines(x_TD.device) @ self._tiles(x_TD - mean.view(torch.float16).float())
 
     def unpack(self, section_B: Tensor) -> Tensor:
         view = self.layout.view
@@ -229,6 +251,12 @@ def _order(device: torch.device) -> tuple[Tensor, Tensor]:
 def depth_table(device: torch.device) -> Tensor:
     """Bits of each exponent, 0 .. 46, once 0 .. 282 pairs have theirs: uint8 [283, 47]."""
     return _order(device)[1]
+
+
+@cache
+def pair_exponents(device: torch.device) -> Tensor:
+    """Exponents of the pairs in their order, int32 [282]."""
+    return _order(device)[0].int()
 
 
 @cache

@@ -182,38 +182,38 @@ def check_lt2_encode(tokens: int, dim: int, rank: int, device: str) -> None:
 
 
 def check_transform_encode(name: str, tokens: int, dim: int, device: str) -> None:
-    """Fit: a plan right for its exponents. All: as good as the reference. Quantise: given its fit, its bytes."""
-    from longtake.kernels import transform_triton
+    """K and V at once, and alone: the same bytes, nearly the reference's given the same fit; a fit as good as its."""
+    from longtake.kernels import transform_encode_triton
     from longtake.kernels.transform import TransformCodec, plan
 
     pair = make_codec(name, geometry(tokens, dim))
-    assert isinstance(pair, PairCodec)
-    codec = pair.v
-    assert isinstance(codec, TransformCodec) and codec.has_kernels
+    assert isinstance(pair, PairCodec) and isinstance(pair.k, TransformCodec) and isinstance(pair.v, TransformCodec)
+    codecs = (pair.k, pair.v)
     x = structured(tokens, 3, dim, device, torch.float32 if device == "cpu" else torch.bfloat16)
-    x = x + 3 * torch.sin(0.1 * torch.arange(tokens, device=device))[:, None, None].to(x.dtype)
-    want = codec.pack(x.transpose(0, 1).float(), [0] * 3)
-    page, again = (
-        torch.full((3, codec.num_bytes + 32), filler, dtype=torch.uint8, device=device) for filler in (0xAB, 0)
-    )
-    got, fitted = page[:, 16:-16], want.clone()
-    for out in (got, again[:, 16:-16]):
-        transform_triton.encode(x, out, codec)
-        codec.layout.clear_padding(out)
-    assert torch.equal(got, again[:, 16:-16]), "the same tensor gave other bytes"
-    assert (page[:, :16] == 0xAB).all() and (page[:, -16:] == 0xAB).all(), "bytes beside the section were written"
-    view = codec.layout.view
-    exponent_HFD = view(got, "rows").long().unsqueeze(-1) + (view(got, "channels") & 15).unsqueeze(-2)
-    assert torch.equal(view(got, "plan"), torch.stack([plan(n_FD, 8 * codec.tile_bytes) for n_FD in exponent_HFD]))
-    exact = x.transpose(0, 1).float()
-    error, reference = ((codec.unpack(s) - exact).norm() / exact.norm() for s in (got, want))
-    assert error <= 1.02 * reference, f"error {error}, the reference's {reference}"
-    for field in ("codes", "gains"):
-        view(fitted, field).view(torch.uint8).fill_(0xAB)
-    transform_triton.quantise(x, fitted, codec)
-    codec.layout.clear_padding(fitted)
-    # a coefficient at the border of two codes, or a gain of two e4m3 numbers, may fall to the other side
-    assert (fitted == want).float().mean() > 0.95
+    wave = torch.sin(0.1 * torch.arange(tokens, device=device))[:, None, None].to(x.dtype)
+    xs = (x + 3 * wave, (x + wave).transpose(0, 1).contiguous().transpose(0, 1))  # of other strides
+    page = torch.full((3, pair.payload_bytes + 32), 0xAB, dtype=torch.uint8, device=device)
+    transform_encode_triton.encode(xs, page[:, 16:-16], codecs)
+    assert (page[:, :16] == 0xAB).all() and (page[:, -16:] == 0xAB).all(), "bytes beside the sections were written"
+    for x, got, codec in zip(xs, page[:, 16:-16].split([codec.num_bytes for codec in codecs], 1), codecs, strict=True):
+        alone = torch.zeros_like(got)
+        transform_encode_triton.encode((x,), alone, (codec,))
+        assert torch.equal(got, alone), "the same tensor gave other bytes"
+        view = codec.layout.view
+        exponent_HFD = view(got, "rows").long().unsqueeze(-1) + (view(got, "channels") & 15).unsqueeze(-2)
+        plans = torch.stack([plan(n_FD, 8 * codec.tile_bytes) for n_FD in exponent_HFD])
+        assert torch.equal(view(got, "plan"), plans)
+        exact = x.transpose(0, 1).float()
+        want = codec.pack(exact, [0] * 3)
+        error, reference = ((codec.unpack(s) - exact).norm() / exact.norm() for s in (got, want))
+        assert error <= 1.02 * reference, f"error {error}, the reference's {reference}"
+        fitted = got.clone()
+        for field in ("codes", "gains"):
+            view(fitted, field).view(torch.uint8).zero_()
+        for x_TD, section_B in zip(exact, fitted, strict=True):
+            codec.quantise_head(x_TD, section_B)
+        # a coefficient at the border of two codes, or a gain of two e4m3 numbers, may fall to the other side
+        assert (got == fitted).float().mean() > 0.95
 
 
 def check_fp8_rows(name: str, tokens: int, dim: int, device: str) -> None:
