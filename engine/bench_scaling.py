@@ -50,7 +50,7 @@ _KINDS = (
     ("encode", r"encode|quantise|fit"),
     ("matrices", r"gemm|cutlass|nvjet|xmma|cublas|wgmma|matmul"),
     ("copies", r"memcpy|memset|copy|CatArray"),
-    ("elementwise", r"triton|elementwise|vectorized|reduce|norm|rotary"),
+    ("elementwise", r"triton|elementwise|vectorized|reduce|norm|rotary|gelu|restore|calibrate"),
 )
 
 

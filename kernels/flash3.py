@@ -6,12 +6,16 @@ returns bfloat16. Keys and values are centred as in attention_fp8.py; queries ha
 et al., FlashAttention-3 (arXiv 2407.08608).
 
 Hopper's FP8 matrix products keep about 14 bits of a running sum and cut the rest off, so P.V over very many keys loses
-what each further key adds. On an H200 (12 heads, 4,680 queries, Gaussian inputs, all keys in one sum) the output's
-relative error was 0.21 over 32,760 keys and 1.29 over 131,040; our own kernel, which adds each step in float32, had
-0.12 and 0.23. FlashAttention-3 can split the keys and merge the splits in float32, so splits bound that sum, to about
-KEYS_PER_SPLIT keys (whole tiles of the package's). What 4 splits cost there, in TFLOP/s: 839 against 741 to 834 in one
-(several runs) at 12 heads, 851 against 805 at 40, but 805 against 840 at 10 and 749 against 835 at 3, where one split
-fills the GPU evenly; at 12 heads and 131,040 keys 897 against 794. More splits than 4 are not timed yet.
+what each further key adds. FlashAttention-3 can split the keys and merge the splits in float32, so splits bound that
+sum, to about KEYS_PER_SPLIT keys (whole tiles of the package's). On an H200, 12 heads, 4,680 queries, relative error of
+the output for Gaussian and for structured inputs (benchmarks/results/splits_h200.json):
+
+    keys      1 split               2                     4                     8                     16
+    32,760    1.10 ms  .212 .060    1.03 ms  .148 .052    1.08 ms  .129 .048    1.14 ms  .125 .047
+    131,040   4.61 ms  1.288 .098   4.22 ms  .713 .080    4.27 ms  .405 .069    4.25 ms  .278 .061    4.45 ms  .239 .056
+
+Our own kernel, which adds each step in float32, had .124 .046 and .227 .051. With 3 heads over 32,760 keys, where one
+split fills the GPU evenly, 2 take 0.30 ms instead of 0.28, 4 take 0.31.
 
 Shape legend: H heads, T query tokens, X key tokens, D head dim, B batch (1).
 """
@@ -32,7 +36,7 @@ from longtake.kernels.scaling import Scaling
 _PACKAGES = ("flash_attn_3", "fa3_fwd")
 _HOPPER = (9, 0)
 _HEAD_DIMS = (64, 128)
-KEYS_PER_SPLIT = 8192  # at most, in FP8
+KEYS_PER_SPLIT = 16384  # at most, in FP8: a quarter of what quantised keys and values cost anyway
 _MOST_SPLITS = 256  # that the package takes
 
 
