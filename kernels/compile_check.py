@@ -219,7 +219,11 @@ def transform_cases() -> Iterator[Case]:
                     kernel=transform_triton.materialise_kernel,
                     types=types | outs,
                     constants=constants,
-                    options={"num_warps": launch.warps, "maxnreg": launch.registers},
+                    options={
+                        "num_warps": launch.warps,
+                        "maxnreg": launch.registers,
+                        "num_stages": transform_triton.STAGES,
+                    },
                     local=48,  # so that two programs fit on a processor
                 )
         page = torch.empty(1, 2 * codec.num_bytes, dtype=torch.uint8)

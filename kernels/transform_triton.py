@@ -40,6 +40,7 @@ MOST_FALL = tl.constexpr(_MOST_FALL)
 MOST_ROW = tl.constexpr(_MOST_ROW)
 EXPONENTS = tl.constexpr(_MOST_FALL + _MOST_ROW + 1)
 PAIRS = tl.constexpr(EXPONENTS.value * MOST_DEPTH)
+STAGES = 1  # words are loaded ahead into registers: on Triton's way, through shared memory, 16 lanes meet in one bank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +128,13 @@ def worth(window, mask, step):
 
 
 @triton.jit
+def load_words(section, place):
+    """The word in which a bit lies, and the next."""
+    words = section.to(tl.pointer_type(tl.uint32)) + (place >> 5)
+    return tl.load(words), tl.load(words + 1)
+
+
+@triton.jit
 def materialise_kernel(
     pages, slots, temporal, spatial, cosines, table, steps, out, centre, scale,
     stride_slot, stride_page, stride_oh, stride_ox, stride_od, tokens, tokens_per_frame: tl.constexpr,
@@ -147,7 +155,6 @@ def materialise_kernel(
     if SCALED:
         inverse_scale = 1.0 / tl.load(scale + head)
         mean, factor = mean * inverse_scale, factor * inverse_scale
-        middle = tl.load(centre + head * D + channel) * inverse_scale
 
     plan = (header + PLAN).to(tl.pointer_type(tl.int32))
     whole, before = tl.load(plan), tl.load(plan + 1)
@@ -156,31 +163,31 @@ def materialise_kernel(
     d2 = quad_depths(header, table, 2, first, whole, before, D, F, FP, ROWS, C // 4)
     d3 = quad_depths(header, table, 3, first, whole, before, D, F, FP, ROWS, C // 4)
     own = d0 + d1 + d2 + d3
-    of_row = tl.sum(own, 0)
+    sums = tl.sum(own, 0)
     start = tl.zeros_like(own)
     if C < D:  # the other half of the channels
         other = tl.zeros_like(own)
         for i in tl.static_range(4):
             other += quad_depths(header, table, i, C - first, whole, before, D, F, FP, ROWS, C // 4)
         start += tl.where(first > 0, tl.sum(other, 0), 0)[None, :]
-        of_row += tl.sum(other, 0)
+        sums += tl.sum(other, 0)
     # whatever the section's bytes are, no code begins beyond the stream's end
-    start = tl.minimum(start + before_each(own, of_row), 8 * TILE_BYTES)
+    start = tl.minimum(start + before_each(own, sums), 8 * TILE_BYTES)
     m0, s0 = part(d0, tl.zeros_like(d0), steps)
     m1, s1 = part(d1, d0, steps)
     m2, s2 = part(d2, d0 + d1, steps)
     m3, s3 = part(d3, d0 + d1 + d2, steps)
 
-    low = tl.load(header + ROWS + token, mask=token < F, other=0).to(tl.float32)
-    inverse = load_cosines(cosines, F, FP) * tl.math.exp2(-0.5 * tl.minimum(low, MOST_ROW * 1.0))[:, None]
+    of_row = tl.minimum(tl.load(header + ROWS + token, mask=token < F, other=0).to(tl.float32), MOST_ROW * 1.0)
+    inverse = load_cosines(cosines, F, FP) * tl.math.exp2(-0.5 * of_row)[:, None]
     inverse = tl.trans(inverse.to(tl.float16))
     live = token < F
     begin = tl.program_id(0) * TILES
+    low, high = load_words(section, begin * (8 * TILE_BYTES) + start)
     for tile in tl.range(begin, min(begin + TILES, K), disable_licm=True):
-        place = tile * (8 * TILE_BYTES) + start
-        words = section.to(tl.pointer_type(tl.uint32)) + (place >> 5)
-        both = tl.load(words).to(tl.uint64) | (tl.load(words + 1).to(tl.uint64) << 32)
-        window = (both >> (place & 31).to(tl.uint64)).to(tl.int32)
+        shift = (tile * (8 * TILE_BYTES) + start) & 31
+        window = ((low.to(tl.uint64) | (high.to(tl.uint64) << 32)) >> shift.to(tl.uint64)).to(tl.int32)
+        low, high = load_words(section, min(tile + 1, K - 1) * (8 * TILE_BYTES) + start)  # the next tile's, ahead
         even = tl.join(worth(window, m0, s0), worth(window, m2, s2))
         odd = tl.join(worth(window, m1, s1), worth(window, m3, s3))
         # rounded last: Triton 3.7 fails where a reshape leads straight into a product
@@ -194,6 +201,7 @@ def materialise_kernel(
             real, imag = tl.split(tl.reshape(rows, (FP, C // 2, 2)))
             rows = tl.reshape(tl.join(real * cos - imag * sin, real * sin + imag * cos), (FP, C))
         if SCALED:
+            middle = tl.load(centre + head * D + channel) * inverse_scale  # again each time: registers are dearer
             rows = tl.clamp(rows - middle[None, :], -448.0, 448.0)
         target = block.to(tl.int64) * (tokens // ALIGN * ALIGN) + row  # the same number, seen to be aligned
         put(rows, out + first * stride_od, head, target, live, stride_oh, stride_ox, stride_od, C, TURNED)
@@ -243,5 +251,5 @@ def materialise(
         out_HXD.stride(2), codec.geometry.num_tokens, per_frame,
         PT=pairs, K=num_tiles, SCALED=scaling is not None, TURNED=out_HXD.stride(2) != 1, TILES=launch.tiles,
         C=channels, ALIGN=token_alignment(codec.geometry.num_tokens), num_warps=launch.warps, maxnreg=launch.registers,
-        **tiling(codec), **places(codec),
+        num_stages=STAGES, **tiling(codec), **places(codec),
     )  # fmt: skip
