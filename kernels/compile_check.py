@@ -241,7 +241,6 @@ def transform_cases() -> Iterator[Case]:
                 types=types | {"out": "*u8"},
                 constants={name: value for name, value in known.items() if name.isupper()} | {"TILES": tiles},
                 options={"num_warps": warps},
-                local=64,
             )
 
 

@@ -7,7 +7,8 @@ bytes, not in quality; what is written is read alike by both. The same input giv
 host.
 
 The transform is exact to 2^-17 of a tile's largest values: bfloat16 tiles go through the tensor cores as they are, with
-cosines as sums of two bfloat16 numbers; others as three products of TF32. With one, what large coefficients lose drowns
+cosines as sums of two bfloat16 numbers (side by side in one matrix: two products in a row would take turns with how
+their results lie); others as three products of TF32. With one, what large coefficients lose drowns
 the small ones of very smooth channels, and with them a tile's gain. A channel's mean is taken away behind the
 transform, from the first frequency, which alone knows of it.
 
@@ -61,11 +62,11 @@ class EncodeLaunch:
         measure_warps, plan_warps, quantise_warps: of a program.
     """
 
-    measure_tiles: int = 8
+    measure_tiles: int = 10
     measure_channels: int = 64
     measure_warps: int = 4
     plan_warps: int = 8
-    quantise_tiles: int = 8
+    quantise_tiles: int = 16
     quantise_warps: int = 8
 
 
@@ -82,25 +83,33 @@ def choose(side, first, second):
 
 
 @triton.jit
-def load_tile(
-    x, tile, first, stride_t, C: tl.constexpr, F: tl.constexpr, FP: tl.constexpr,
-    TT: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """C channels of a tile's tokens of one head, in their own type, [FP, C]."""
-    token = tl.arange(0, FP)
-    row = tile_rows(tile, token, TT, TY, TX, HEIGHT, WIDTH)
-    place = x + row.to(tl.int64)[:, None] * stride_t + (first + tl.arange(0, C))[None, :]
-    return tl.load(place, mask=(token < F)[:, None], other=0.0)
+def load_transform(x, cosines, of_row_F, F: tl.constexpr, FP: tl.constexpr):
+    """Cosines times a factor of each frequency: float32 [FP, FP]; for bfloat16 tokens two parts of them, [FP, 2 FP]."""
+    exact = load_cosines(cosines, F, FP, FP) * of_row_F[:, None]
+    if x.dtype.element_ty == tl.bfloat16:
+        exact = load_cosines(cosines, F, FP, 2 * FP) * of_row_F[:, None]
+        high = exact.to(tl.bfloat16)
+        low = (exact - high.to(tl.float32)).to(tl.bfloat16)
+        parts = tl.where((tl.arange(0, 2 * FP) < FP)[None, :], high, low)
+    else:
+        parts = exact
+    return parts
 
 
 @triton.jit
-def transform(cosine, tile):
-    """Cosines [FP, FP] times a tile [FP, C], float32."""
-    if tile.dtype == tl.bfloat16:
-        high = cosine.to(tl.bfloat16)
-        y = tl.dot(high, tile) + tl.dot((cosine - high.to(tl.float32)).to(tl.bfloat16), tile)
+def coefficients(
+    parts, x, tile, first, stride_t, C: tl.constexpr, F: tl.constexpr, FP: tl.constexpr,
+    TT: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """C channels of a tile's frequencies, float32 [FP, C]; of bfloat16 tokens in one product, each token read twice."""
+    token = tl.arange(0, parts.shape[1]) % FP
+    row = tile_rows(tile, token, TT, TY, TX, HEIGHT, WIDTH)
+    place = x + row.to(tl.int64)[:, None] * stride_t + (first + tl.arange(0, C))[None, :]
+    tokens = tl.load(place, mask=(token < F)[:, None], other=0.0)
+    if x.dtype.element_ty == tl.bfloat16:
+        y = tl.dot(parts, tokens)
     else:
-        y = tl.dot(cosine, tile.to(tl.float32), input_precision="tf32x3")
+        y = tl.dot(parts, tokens.to(tl.float32), input_precision="tf32x3")
     return y
 
 
@@ -128,11 +137,11 @@ def measure_kernel(
 
     frequency, channel = tl.arange(0, FP), first + tl.arange(0, C)
     top = (frequency == 0)[:, None]
-    cosine = load_cosines(cosines, F, FP)
+    parts = load_transform(x, cosines, tl.full((FP,), 1.0, tl.float32), F, FP)
     pivot = tl.where(top, (tl.load(x + channel).to(tl.float32) * tl.sqrt(F * 1.0))[None, :], 0.0)
     energy, total = tl.zeros((FP, C), tl.float32), tl.zeros((FP, C), tl.float32)
     for tile in range(group * TILES, min(group * TILES + TILES, K)):
-        y = transform(cosine, load_tile(x, tile, first, stride_t, C, F, FP, TT, TY, TX, HEIGHT, WIDTH)) - pivot
+        y = coefficients(parts, x, tile, first, stride_t, C, F, FP, TT, TY, TX, HEIGHT, WIDTH) - pivot
         energy += y * y
         total += y
     place = (side * tl.num_programs(1) + head) * tl.num_programs(0) + group
@@ -298,10 +307,10 @@ def quantise_kernel(
     known = tl.load(quads + place)
     start, d0, d1, d2, d3 = known & 0xFFFF, known >> 16 & 7, known >> 19 & 7, known >> 22 & 7, known >> 25 & 7
     i0, i1, i2, i3 = inverse_step(d0), inverse_step(d1), inverse_step(d2), inverse_step(d3)
-    cosine = load_cosines(cosines, F, FP) * of_row[:, None]
+    parts = load_transform(x, cosines, of_row, F, FP)
     begin = tl.program_id(0) * TILES
     for tile in tl.range(begin, min(begin + TILES, K), disable_licm=True):
-        y = transform(cosine, load_tile(x, tile, 0, stride_t, D, F, FP, TT, TY, TX, HEIGHT, WIDTH))
+        y = coefficients(parts, x, tile, 0, stride_t, D, F, FP, TT, TY, TX, HEIGHT, WIDTH)
         y = (y - mean) * of_channel[None, :]
         gain = tl.minimum(tl.sqrt(tl.sum(tl.sum(y * y, 1), 0) / (F * D)), 448.0).to(tl.float8e4nv)
         tl.store((header + GAINS).to(tl.pointer_type(tl.float8e4nv)) + tile, gain)

@@ -76,11 +76,11 @@ def tile_rows(
 
 
 @triton.jit
-def load_cosines(cosines, F: tl.constexpr, FP: tl.constexpr):
-    """The transform, float32 [FP frequencies, FP tokens], 0 beyond F."""
-    one = tl.arange(0, FP)
-    inside = (one < F)[:, None] & (one < F)[None, :]
-    return tl.load(cosines + one[:, None] * F + one[None, :], mask=inside, other=0.0)
+def load_cosines(cosines, F: tl.constexpr, FP: tl.constexpr, COLUMNS: tl.constexpr):
+    """The transform, float32 [FP frequencies, COLUMNS tokens], 0 beyond F; tokens again from FP on."""
+    row, column = tl.arange(0, FP), tl.arange(0, COLUMNS) % FP
+    inside = (row < F)[:, None] & (column < F)[None, :]
+    return tl.load(cosines + row[:, None] * F + column[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
@@ -179,7 +179,7 @@ def materialise_kernel(
     m3, s3 = part(d3, d0 + d1 + d2, steps)
 
     of_row = tl.minimum(tl.load(header + ROWS + token, mask=token < F, other=0).to(tl.float32), MOST_ROW * 1.0)
-    inverse = load_cosines(cosines, F, FP) * tl.math.exp2(-0.5 * of_row)[:, None]
+    inverse = load_cosines(cosines, F, FP, FP) * tl.math.exp2(-0.5 * of_row)[:, None]
     inverse = tl.trans(inverse.to(tl.float16))
     live = token < F
     begin = tl.program_id(0) * TILES
