@@ -48,7 +48,14 @@ MATERIALISE_LAUNCHES = (
     (128, 1, 8),
     (128, 4, 8),
 )
-TILE_LAUNCHES = ((26, 64, 128), (39, 64, 128), (13, 64, 128), (78, 64, 128), (26, 64, None), (26, 128, None))  # tc's
+TILE_LAUNCHES = (  # of the transform codec: tiles, channels, warps, registers
+    (26, 64, 8, 128),
+    (13, 64, 8, 128),
+    (39, 64, 8, 128),
+    (26, 64, 8, None),
+    (26, 128, 16, None),
+    (39, 128, 16, None),
+)
 FINALISTS = 5
 
 
@@ -205,8 +212,8 @@ def variants(
 
     common, tokens = (arena, slots, rotary, out), codec.geometry.num_tokens
     if isinstance(codec, TransformCodec):
-        for tiles, channels, registers in TILE_LAUNCHES:
-            tile_launch = transform_triton.TileLaunch(tiles=tiles, channels=channels, registers=registers)
+        for tiles, channels, warps, registers in TILE_LAUNCHES:
+            tile_launch = transform_triton.TileLaunch(tiles=tiles, channels=channels, warps=warps, registers=registers)
             yield tile_launch, partial(transform_triton.materialise, *common, codec, scaling, tile_launch)
         return
     for rows, heads, warps in MATERIALISE_LAUNCHES:
