@@ -9,6 +9,9 @@ residual is added::
 
 The convolution after an upsampling is done before it, on a quarter of the pixels, with four ninths of the work.
 
+cuDNN has fast kernels for channels in multiples of 64. Wan2.1's 96 at full size are read as 192 of half as many pixels:
+two neighbours of a row make one, and the kernel's three columns become two, a quarter of whose weights are zeros.
+
 Knows AutoencoderKLWan's layers (diffusers 0.42). Caches between chunks are diffusers' own, so StreamingDecoder does not
 notice.
 
@@ -35,7 +38,9 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 from torch import Tensor, nn
 
 from longtake.engine.vae_model import to_channels_last
-from longtake.kernels.vae_layers import PAST_FRAMES, add, bordered, normed, phases, spread
+from longtake.kernels.vae_layers import PAST_FRAMES, add, bordered, normed, pairs, phases, spread
+
+_CHANNELS = 64  # that the fast kernels read at a time
 
 
 def make_fast(vae: AutoencoderKLWan) -> AutoencoderKLWan:
@@ -53,9 +58,15 @@ def make_fast(vae: AutoencoderKLWan) -> AutoencoderKLWan:
             forward = partial(_upsample, module)
         elif isinstance(module, WanCausalConv3d) and module.kernel_size == (1, 1, 1):
             forward = partial(_pointwise, module)
+        elif isinstance(module, WanCausalConv3d) and module.kernel_size[2] == 3 and _gains_by_pairs(module.in_channels):
+            module.register_buffer("pairs", pairs(module.weight), persistent=False)
         if forward is not None:
             module.forward = forward
     return vae
+
+
+def _gains_by_pairs(channels: int) -> bool:
+    return channels % _CHANNELS > 0 and 2 * channels % _CHANNELS == 0
 
 
 def _decode(
@@ -119,7 +130,13 @@ def _pointwise(conv: WanCausalConv3d, x: Tensor, cache_x: Tensor | None = None) 
 
 def _convolve(conv: WanCausalConv3d, frames_THWC: Tensor) -> Tensor:
     """Without bias: PyTorch would add it in a pass of its own, a slow one."""
-    return _frames(conv._conv_forward(_clip(frames_THWC), conv.weight, None))
+    weight: Tensor | None = getattr(conv, "pairs", None)
+    if weight is None or frames_THWC.shape[2] % 2:
+        return _frames(conv._conv_forward(_clip(frames_THWC), conv.weight, None))
+    in_pairs = frames_THWC.unflatten(2, (-1, 2)).flatten(3)
+    made = _frames(conv._conv_forward(_clip(in_pairs), weight, None))
+    columns: Tensor = made.unflatten(3, (2, -1)).flatten(2, 3)
+    return columns
 
 
 def _with_past(x_THWC: Tensor, feat_cache: list[Any], feat_idx: list[int]) -> Tensor:

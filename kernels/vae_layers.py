@@ -90,6 +90,21 @@ def phases(weight_OCyx: Tensor) -> Tensor:
     return weight.flatten(0, 2).to(weight_OCyx.dtype).contiguous(memory_format=torch.channels_last)
 
 
+def pairs(weight_OCtyx: Tensor) -> Tensor:
+    """Weights [2 * O, 2 * C, t, y, 2] that do with pairs of columns what those, with three columns, do with columns.
+
+    A pair's channels are those of one column and the next: column d of three, of output 2 j + r, reads input
+    2 j + r + d, which is half (r + d) % 2 of pair j + (r + d) // 2. A quarter of the weights are zeros.
+    """
+    out_channels, in_channels, taps_t, taps_y, columns = weight_OCtyx.shape
+    weight = weight_OCtyx.new_zeros((2, out_channels, 2, in_channels, taps_t, taps_y, 2))
+    for half_out in range(2):
+        for column in range(columns):
+            pair, half_in = divmod(half_out + column, 2)
+            weight[half_out, :, half_in, :, :, :, pair] = weight_OCtyx[..., column]
+    return weight.flatten(2, 3).flatten(0, 1).contiguous(memory_format=torch.channels_last_3d)
+
+
 def spread(x_THWQC: Tensor, bias_C: Tensor) -> Tensor:
     """Put the four phases of a pixel side by side, and add the bias.
 

@@ -21,7 +21,7 @@ from tests.engine.gangs import run_ranks
 def make_vae() -> AutoencoderKLWan:
     torch.manual_seed(2)
     vae = AutoencoderKLWan(
-        base_dim=8, z_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1, temperal_downsample=[False, True, True],
+        base_dim=16, z_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1, temperal_downsample=[False, True, True],
         latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
     )  # fmt: skip
     return vae.eval().requires_grad_(False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from longtake.kernels.vae_layers import add, bordered, normed, phases, spread
+from longtake.kernels.vae_layers import add, bordered, normed, pairs, phases, spread
 
 
 def test_normed_is_bias_norm_and_silu_behind_the_past() -> None:
@@ -40,3 +40,11 @@ def test_add_rounds_once() -> None:
     x, residual = torch.full((1, 1), 256.0).bfloat16(), torch.full((1, 1), 1.0).bfloat16()
     add(x, torch.ones(1, dtype=torch.bfloat16), residual)
     assert x.item() == 258  # 256 + 1 alone rounds back to 256
+
+
+def test_pairs_of_columns_are_convolved_to_pairs() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 5, 4, 6, 8), torch.randn(7, 5, 3, 3, 3)
+    in_pairs = x.permute(0, 2, 3, 4, 1).unflatten(3, (-1, 2)).flatten(4).permute(0, 4, 1, 2, 3)
+    made = F.conv3d(in_pairs, pairs(weight)).permute(0, 2, 3, 4, 1).unflatten(4, (2, -1)).flatten(3, 4)
+    torch.testing.assert_close(made.permute(0, 4, 1, 2, 3), F.conv3d(x, weight), rtol=1e-5, atol=1e-4)
