@@ -12,7 +12,6 @@ Shape legend: H heads, T query tokens, X rows of the scratch, D head dim.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,9 +20,6 @@ from longtake.kernels.errors import ConfigError
 from longtake.kernels.grid import FP8, FP8_MAX, to_fp8
 from longtake.kernels.layout import align
 from longtake.kernels.scaling import Scaling
-
-if TYPE_CHECKING:
-    from longtake.kernels.attention_fp8_triton import AttendLaunch
 
 P_SHIFT = 8.0
 
@@ -96,14 +92,7 @@ def attend_reference(
 
 
 def attend_fp8(
-    q_HTD: Tensor,
-    scratch: Fp8Scratch,
-    k_scaling: Scaling,
-    v_scaling: Scaling,
-    num_keys: int,
-    *,
-    launch: AttendLaunch | None = None,
-    part: Tensor | None = None,
+    q_HTD: Tensor, scratch: Fp8Scratch, k_scaling: Scaling, v_scaling: Scaling, num_keys: int
 ) -> tuple[Tensor, Tensor]:
     """Non-causal attention of every query to the first num_keys rows of the scratch, scale 1/sqrt(D).
 
@@ -115,8 +104,6 @@ def attend_fp8(
         k_scaling, v_scaling: what its rows were stored with; v_scaling is not used for bfloat16 values, which are
             stored as they are.
         num_keys: rows in use.
-        launch: variant of the kernel; None for the fastest known.
-        part: float32 workspace of a launch that splits tiles.
 
     Returns:
         out_HTD of q's dtype, and lse_HT float32: the natural logarithm of the sum of exp(score), of the scores as they
@@ -144,6 +131,4 @@ def attend_fp8(
         k_scaling,
         v_scaling,
         num_keys,
-        launch or attention_fp8_triton.DEFAULT_ATTEND,
-        part=part,
     )

@@ -17,7 +17,6 @@ from __future__ import annotations
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,9 +28,6 @@ from longtake.kernels.codec import Codec
 from longtake.kernels.errors import ConfigError
 from longtake.kernels.rotary import Turns, apply_rotary_pair
 from longtake.kernels.scaling import Scaling, calibrate_all
-
-if TYPE_CHECKING:
-    from longtake.kernels.attention_fp8_triton import AttendLaunch
 
 
 class AttentionPath(ABC):
@@ -60,7 +56,7 @@ class AttentionPath(ABC):
     @property
     @abstractmethod
     def num_bytes(self) -> int:
-        """Bytes of the scratch and of any workspace."""
+        """Bytes of the scratch."""
 
     def begin(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, rotary: Turns) -> None:
         """Take the block's own q, k and v of one layer, after norm, before RoPE.
@@ -152,7 +148,6 @@ class Fp8Path(AttentionPath):
         device: of the model; on a CPU the plain twins run.
         values_fp8: e4m3 values, or bfloat16.
         centred: take each channel's mean away before rounding.
-        launch: variant of the attention kernel; None for the fastest known.
         turned: whether FP8 values stand with tokens contiguous.
     """
 
@@ -166,28 +161,19 @@ class Fp8Path(AttentionPath):
         *,
         values_fp8: bool = True,
         centred: bool = True,
-        launch: AttendLaunch | None = None,
         turned: bool = True,
     ) -> None:
         super().__init__(codec, num_heads, num_rows)
         self.name = "fp8" if values_fp8 else "fp8-bf16v"
         self.dtype = dtype
         self.centred = centred
-        self.launch = launch
         dim = codec.geometry.head_dim
         self.scratch = fp8_scratch(num_heads, num_rows, dim, device, values_fp8=values_fp8, turned=turned)
-        self._part: Tensor | None = None
-        if device.type == "cuda" and launch is not None and launch.programs_per_sm:
-            from longtake.kernels import attention_fp8_triton
-
-            programs = attention_fp8_triton.split_programs(launch, device)
-            size = attention_fp8_triton.part_elements(programs, launch.rows, codec.geometry.head_dim)
-            self._part = torch.empty(size, dtype=torch.float32, device=device)
         self._scaling: tuple[Scaling, Scaling] | None = None
 
     @property
     def num_bytes(self) -> int:
-        return self.scratch.num_bytes + (0 if self._part is None else self._part.nbytes)
+        return self.scratch.num_bytes
 
     def begin(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, rotary: Turns) -> None:
         super().begin(q_THD, k_THD, v_THD, rotary)
@@ -221,9 +207,7 @@ class Fp8Path(AttentionPath):
 
     def attend(self, num_rows: int) -> tuple[Tensor, Tensor]:
         k_scaling, v_scaling = self._scalings()
-        return attend_fp8(
-            self._begun()[0], self.scratch, k_scaling, v_scaling, num_rows, launch=self.launch, part=self._part
-        )
+        return attend_fp8(self._begun()[0], self.scratch, k_scaling, v_scaling, num_rows)
 
     def _scalings(self) -> tuple[Scaling, Scaling]:
         assert self._scaling is not None, "begin() comes first"

@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,6 @@ UNALIGNED = (
     "sampled",
     "stride",
     "softmax_scale",
-    "programs",
     "k_tile_bytes",
     "v_tile_bytes",
 )
@@ -254,46 +253,24 @@ def outputs(what: str, dim: int) -> Iterator[tuple[dict[str, str], str, dict[str
 
 
 def fp8_cases() -> Iterator[Case]:
-    """Attention over FP8 rows as it is swept, what stores a block's own rows, and GELU before an FP8 matrix."""
+    """Attention over FP8 rows, what stores a block's own rows, and GELU before an FP8 matrix."""
     attend = {
         "q": "*bf16", "q8": "*fp8e4nv", "q_scale": "*fp32", "shift": "*fp32", "k": "*fp8e4nv", "v": "*fp8e4nv",
         "k_scale": "*fp32", "v_scale": "*fp32", "k_centre": "*fp32", "v_centre": "*fp32", "out": "*bf16",
-        "lse": "*fp32", "part": "*fp32", "part_lse": "*fp32", "softmax_scale": "fp32", "programs": "i32",
+        "lse": "*fp32", "softmax_scale": "fp32",
         **dict.fromkeys(("stride_qh", "stride_qt", "stride_kh", "stride_kx", "stride_vh", "stride_oh"), "i32"),
-        **dict.fromkeys(("stride_vd", "stride_vx", "stride_ot", "num_heads", "num_queries", "num_keys"), "i32"),
+        **dict.fromkeys(("stride_vd", "stride_vx", "stride_ot", "num_queries", "num_keys"), "i32"),
     }  # fmt: skip
-    for dim, rows, columns, warps, turned, tma, wide, ahead, split in (
-        (64, 64, 128, 4, True, False, True, False, False),
-        (128, 64, 128, 4, True, False, True, False, False),
-        (128, 64, 128, 4, True, False, False, False, False),
-        (128, 64, 128, 4, True, True, True, False, False),
-        (128, 64, 128, 4, True, True, False, True, False),
-        (128, 128, 64, 4, True, True, False, False, False),
-        (128, 128, 128, 8, True, True, True, False, False),
-        (128, 128, 128, 8, True, True, False, True, False),
-        (64, 64, 128, 4, False, False, True, False, False),
-        (128, 64, 128, 4, False, False, True, False, False),
-        (128, 64, 64, 4, False, False, True, False, False),
-        (128, 128, 128, 8, False, False, True, False, False),
-        (128, 64, 128, 4, True, True, True, False, True),
-    ):
-        types = dict(attend)
-        if not turned:
-            types["v"] = "*bf16"
-        if tma:
-            types |= {"k": f"tensordesc<fp8e4nv[{columns}, {dim}]>", "v": f"tensordesc<fp8e4nv[{dim}, {columns}]>"}
-        variant = f"{'' if turned else ' bf16v'}{' tma' * tma}{' wide' * wide}{' ahead' * ahead}{' split' * split}"
+    for dim, turned in product((64, 128), (True, False)):
         value = tl.float8e4nv if turned else tl.bfloat16
         yield Case(
-            name=f"attend {dim} {rows}x{columns}{variant}",
+            name=f"attend {dim}{'' if turned else ' bf16v'}",
             kernel=attention_fp8_triton.attend_kernel,
-            types=types,
-            constants={"D": dim, "BM": rows, "BN": columns, "TURNED": turned, "DOT": tl.float8e4nv, "P_TYPE": value,
-                       "PV_DOT": value, "TMA": tma, "SPECIALIZE": False, "WIDE": wide, "AHEAD": ahead, "STAGES": 3,
-                       "SPLIT": split,
-                       "stride_vd" if not turned else "stride_vx": 1},
-            options={"num_warps": warps},
-            local=128,
+            types=attend if turned else attend | {"v": "*bf16"},
+            constants={"D": dim, "BM": attention_fp8_triton.ROWS, "BN": attention_fp8_triton.COLUMNS,
+                       "TURNED": turned, "DOT": tl.float8e4nv, "P_TYPE": value, "PV_DOT": value,
+                       "STAGES": attention_fp8_triton.STAGES, "stride_vx" if turned else "stride_vd": 1},
+            options={"num_warps": attention_fp8_triton.WARPS},
         )  # fmt: skip
     for dim in (64, 128):
         for by_head in (False, True):
@@ -303,12 +280,6 @@ def fp8_cases() -> Iterator[Case]:
                 types=attend,
                 constants={"D": dim, "ROWS": attention_fp8_triton.QUERY_ROWS, "BY_HEAD": by_head},
             )
-        yield Case(
-            name=f"join {dim}",
-            kernel=attention_fp8_triton.join_kernel,
-            types=attend,
-            constants={"D": dim, "BM": 64, "BN": 128, "ROWS": 32},
-        )
         for centred in (0, 2):
             yield Case(
                 name=f"calibrate {dim}{' centred' * (centred > 0)}",
