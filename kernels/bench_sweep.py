@@ -52,6 +52,7 @@ TILE_LAUNCHES = (  # of the transform codec: tiles, channels, warps, registers
     (26, 64, 8, None),
     (26, 128, 16, None),
     (39, 128, 16, None),
+    (26, 64, 4, None),
 )
 
 

@@ -1,7 +1,8 @@
 """Compile every Triton kernel for an H100/H200 (sm_90) without a GPU: `python -m longtake.kernels.compile_check`.
 
-Prints registers, shared memory and local memory of each variant; exits 1 if one does not compile, spills, or wants more
-shared memory than a program can have. Must run without TRITON_INTERPRET.
+Prints registers, shared memory and local memory of each variant; exits 1 if one does not compile, spills, wants more
+shared memory than a program can have, or has a matrix product too short for its layout. Must run without
+TRITON_INTERPRET.
 """
 
 # Triton has no type stubs.
@@ -199,20 +200,27 @@ def lt2_fields(tokens: int, dim: int) -> dict[str, int]:
 
 
 def transform_cases() -> Iterator[Case]:
-    """The transform codec at Wan's size and mini's; its plan is read, so one number of bits stands for all."""
+    """The transform codec at Wan's size and mini's, and of a line of tokens in tiles of 11.
+
+    Its plan is read, so one number of bits stands for all.
+    """
     types = ARENA | {"k": "*bf16", "v": "*bf16", "cosines": "*fp32", "energies": "*fp32", "totals": "*fp32",
                      "table": "*u8", "order": "*i32", "steps": "*fp32", "quads": "*i32"}  # fmt: skip
     types |= dict.fromkeys(("k_stride_t", "k_stride_h", "v_stride_t", "v_stride_h", "num_words", "split"), "i32")
     types |= dict.fromkeys(("k_codes", "v_codes", "k_tile_bytes", "v_tile_bytes"), "i32")
-    for dim, pairs, tokens, grid in ((64, 12, 180, (6, 10)), (128, 22, 4680, (30, 52))):
+    for dim, tokens, grid, rotated in (
+        (64, 180, (6, 10), {"k": 12, "v": 0}),
+        (128, 4680, (30, 52), {"k": 22, "v": 0}),
+        (64, 77, None, {"line": 0}),
+    ):
         codec = TransformCodec(BlockGeometry(num_tokens=tokens, head_dim=dim, grid=grid), 3.0)
-        launch = transform_triton.DEFAULT_LAUNCH
         sizes, places = transform_triton.tiling(codec), transform_triton.places(codec)
-        for turned in (pairs, 0):
-            what = "k" if turned else "v"
+        for what, pairs in rotated.items():
             for outs, target, fp8 in outputs(what, dim):
-                constants = {"PT": turned, "K": codec.num_tiles, "TILES": launch.tiles, "C": launch.channels,
-                             "tokens_per_frame": math.prod(grid), **sizes, **places, **fp8}  # fmt: skip
+                launch = transform_triton.default_launch(scaled=fp8["SCALED"], turned=fp8["TURNED"])
+                constants = {"PT": pairs, "K": codec.num_tiles, "TILES": launch.tiles, "C": launch.channels,
+                             "tokens_per_frame": math.prod(grid or (tokens,)), **sizes, **places, **fp8,
+                             "ALIGN": scaling_triton.token_alignment(tokens)}  # fmt: skip
                 yield Case(
                     name=f"tc materialise {what} {dim}{target}",
                     kernel=transform_triton.materialise_kernel,
@@ -235,7 +243,7 @@ def transform_cases() -> Iterator[Case]:
             (transform_encode_triton.quantise_kernel, encode.quantise_tiles, encode.quantise_warps),
         ):
             yield Case(
-                name=f"tc {kernel.__name__.removesuffix('_kernel')} {dim}",
+                name=f"tc {kernel.__name__.removesuffix('_kernel')} {dim}{' line' * (grid is None)}",
                 kernel=kernel,
                 types=types | {"out": "*u8"},
                 constants={name: value for name, value in known.items() if name.isupper()} | {"TILES": tiles},
@@ -378,6 +386,17 @@ def resources(compiled: Any) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
 
 
+def short_products(compiled: Any) -> list[str]:
+    """Products over fewer terms than their operands' layout spans, "16 of 64": Triton to 3.7 may count some twice.
+
+    mma.sync takes 8 kWidth terms of a layout, and Triton chooses kWidth by the narrowest type that an operand was
+    computed from, whatever the product's length (mended by its pull request 11691). Its interpreter is right.
+    """
+    operand = r"tt\.dot .*?tensor<\d+x(\d+)x\w+, #ttg\.dot_op<{opIdx = 0, parent = #\w+, kWidth = (\d+)}>>"
+    found = [(int(terms), 8 * int(width)) for terms, width in re.findall(operand, compiled.asm["ttgir"])]
+    return [f"{terms} of {span}" for terms, span in found if terms < span]
+
+
 def main() -> int:
     """Compile all cases (or those whose name holds --only); print one line each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -395,12 +414,14 @@ def main() -> int:
         compiled = compile_case(case)
         used = resources(compiled)
         local = used["STACK"] + used["LOCAL"]
-        refused += local > case.local or compiled.metadata.shared > SHARED_BYTES
+        short = short_products(compiled)
+        refused += local > case.local or compiled.metadata.shared > SHARED_BYTES or bool(short)
         accesses = re.findall(r"\b(ld|st)\.global\.([\w.:]*)", compiled.asm["ptx"])
         wide = [kind for kind, shape in accesses if "v4.b32" in shape or "v2.b64" in shape]
         print(
             f"{case.name:<28}{used['REG']:>10}{compiled.metadata.shared:>8}{local:>7}"
             f"{wide.count('ld'):>12}{wide.count('st'):>13}{len(accesses) - len(wide):>9}"
+            + "".join(f"  product of {terms} terms" for terms in short)
         )
     return 1 if refused else 0
 

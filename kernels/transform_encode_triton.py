@@ -13,7 +13,7 @@ the small ones of very smooth channels, and with them a tile's gain. A channel's
 transform, from the first frequency, which alone knows of it.
 
 Shape legend: T tokens, H heads, D head dim, S sides (K, V, or one alone), K tiles, F tokens of a tile and as many
-frequencies, FP = F rounded up to a power of two, G groups of tiles, Q = D/4 quads of neighbouring channels.
+frequencies, FP = 64 of a product, 0 beyond F, G groups of tiles, Q = D/4 quads of neighbouring channels.
 """
 
 # Triton has no type stubs and its kernels no types.
