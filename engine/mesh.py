@@ -151,6 +151,7 @@ class Axis:
         """As ``all_to_all``, to be waited for: work between the two overlaps."""
         if self.size == 1:
             return x
+        assert x.is_contiguous(), "NCCL refuses what gloo copies"
         ones = [1] * self.size
         started: Tensor = torch.ops._c10d_functional.all_to_all_single(x, ones, ones, self.group)
         return started

@@ -66,7 +66,7 @@ class Stripes:
         above, below = index > 0, index < size - 1
         splits = [int(abs(rank - index) == 1) for rank in range(size)]
         rows = [x[..., 1, :]] * above + [x[..., -2, :]] * below
-        received = iter(self._exchange(torch.stack(rows), splits, splits))
+        received = iter(self._exchange(torch.stack(rows).contiguous(), splits, splits))
         if above:
             x[..., 0, :] = next(received)
         if below:
@@ -88,6 +88,7 @@ class Stripes:
         return self._exchange(x.contiguous(), [x.shape[0]] + [0] * (size - 1), counts)
 
     def _exchange(self, send: Tensor, to: list[int], of: list[int]) -> Tensor:
+        assert send.is_contiguous(), "NCCL refuses what gloo copies"
         started = torch.ops._c10d_functional.all_to_all_single(send, of, to, self.axis.group)
         return wait(started)
 
