@@ -210,7 +210,7 @@ class HistoryAttention:
 
     @property
     def shape(self) -> Hashable | None:
-        """Equal for passes that issue the same kernels, whose `inputs` differ; None: no two passes do.
+        """Equal for passes that attend by the same kernels, whose `inputs` differ; None: no two passes do.
 
         That is so when pages come through a ring, a codec's work depends on the block, a retriever takes a summary, or
         somebody times the stages.
@@ -228,8 +228,12 @@ class HistoryAttention:
             for chunk in self._chunks
         )
         arenas = tuple(part.pages(0)[0].data_ptr() for part in parts)
-        commit = None if self._commit is None else tuple(part is not None for part in self._commit.parts)
-        return chunks, arenas, commit, tuple(table.shape for table in self._tables())
+        return chunks, arenas, tuple(table.shape for table in self._tables())
+
+    @property
+    def kept_forms(self) -> tuple[bool, ...]:
+        """By form, whether a commit pass keeps the block in it; empty for other passes."""
+        return () if self._commit is None else tuple(part is not None for part in self._commit.parts)
 
     def _tables(self) -> list[Tensor]:
         turns = [self._own_rotary, *(part.rotary for chunk in self._chunks for part in chunk.parts)]

@@ -19,7 +19,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -146,33 +146,32 @@ def run_film(
         save: given the figures so far, part by part.
     """
     device = torch.device(gang.device(case.device))
-    rollout = make_rollout(case, gang, device)
-    result: dict[str, Any] = {"memory_bytes": rollout.memory()}
+    result: dict[str, Any] = {}
     guard = partial(survive, failed) if gang.size == 1 else lambda part: nullcontext()
-    with guard("rollout alone"):
-        run_blocks(rollout, None, gang, 3)
-        without = [run_blocks(rollout, None, gang, num_blocks) for _ in range(rounds)]
-        result["seconds_a_block_without_decoding"] = record.summary([one["seconds_a_block"] for one in without])
-        save(result)
-    with guard("decoding"):
-        made = make_decoder(gang, device, fast_vae, tiny=case.geometry == "tiny")
-        decoder = made if isinstance(made, StreamingDecoder) else None
-        run_blocks(rollout, decoder, gang, 3)
-        whole = [run_blocks(rollout, decoder, gang, num_blocks) for _ in range(rounds)]
-        if gang.leads:
-            result["frames_a_second"] = record.summary([one["frames"] / one["seconds"] for one in whole])
-        result["seconds_a_block"] = record.summary([one["seconds_a_block"] for one in whole])
-        save(result)
-        result["seconds_of_decoding_alone"] = _decode_alone(decoder, rollout.shot.latent_shape, gang, device)
-        result["decoder_state_bytes"] = decoder.state_bytes if decoder is not None else 0
-        if decoder is not None:
-            weights = sum(p.numel() * p.element_size() for p in decoder.vae.parameters())
-            result["ledger"] = ledger(rollout, {"vae": weights, "decoder_state": decoder.state_bytes})
-        result["memory_bytes"] = rollout.memory()
-        if isinstance(decoder, StripedDecoder):
-            decoder.close()
-        save(result)
-    rollout.close()
+    with closing(make_rollout(case, gang, device)) as rollout:
+        with guard("rollout alone"):
+            run_blocks(rollout, None, gang, 3)
+            without = [run_blocks(rollout, None, gang, num_blocks) for _ in range(rounds)]
+            result["seconds_a_block_without_decoding"] = record.summary([one["seconds_a_block"] for one in without])
+            result["memory_bytes"] = rollout.memory()
+            save(result)
+        with guard("decoding"):
+            made = make_decoder(gang, device, fast_vae, tiny=case.geometry == "tiny")
+            decoder = made if isinstance(made, StreamingDecoder) else None
+            run_blocks(rollout, decoder, gang, 3)
+            whole = [run_blocks(rollout, decoder, gang, num_blocks) for _ in range(rounds)]
+            if gang.leads:
+                result["frames_a_second"] = record.summary([one["frames"] / one["seconds"] for one in whole])
+            result["seconds_a_block"] = record.summary([one["seconds_a_block"] for one in whole])
+            save(result)
+            result["seconds_of_decoding_alone"] = _decode_alone(decoder, rollout.shot.latent_shape, gang, device)
+            if decoder is not None:
+                weights = sum(p.numel() * p.element_size() for p in decoder.vae.parameters())
+                result["decoder_state_bytes"] = decoder.state_bytes
+                result["ledger"] = ledger(rollout, {"vae": weights, "decoder_state": decoder.state_bytes})
+            if isinstance(decoder, StripedDecoder):
+                decoder.close()
+            save(result)
     return result
 
 

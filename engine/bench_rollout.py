@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -155,6 +156,7 @@ def run_rollout(bench: RolloutBench, failed: dict[str, str]) -> dict[str, Any]:
     cuda = device.type == "cuda"
     shot = make_shot(bench)
     if cuda:
+        gc.collect()  # a case before this one may be held by cycles
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     dtype = torch.bfloat16 if cuda else torch.float32

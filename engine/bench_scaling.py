@@ -22,6 +22,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,15 @@ def run_case(case: ScalingCase, gang: Gang, model: ShardedWan, device: torch.dev
     text = torch.zeros(1, shot.model.text_len, model.config.text_dim, device=device)
     with torch.inference_mode():
         contexts = [model.text_context(text)]
-    rollout = Rollout(shot, model, contexts, open_cache(shot, device, heads=model.heads))
+    cache = open_cache(shot, device, heads=model.heads)
+    with closing(cache), closing(Rollout(shot, model, contexts, cache)) as rollout:
+        return measure(rollout, case, gang, device)
+
+
+def measure(rollout: Rollout, case: ScalingCase, gang: Gang, device: torch.device) -> dict[str, Any]:
+    """As run_case, of a rollout that has not begun."""
+    shot, model = rollout.shot, rollout.model
+    assert isinstance(model, ShardedWan)
     with torch.inference_mode():
         fill_history(rollout, shot.history.sink_blocks + shot.history.recent_blocks)
     started = time.perf_counter()
@@ -142,7 +151,7 @@ def run_case(case: ScalingCase, gang: Gang, model: ShardedWan, device: torch.dev
     warm_up_s = time.perf_counter() - started
     blocks, issues = zip(*(_block(rollout, gang) for _ in range(case.blocks)), strict=True)
     passes = len(shot.sampler.timesteps) + 1
-    result = {
+    return {
         "seconds_a_block": record.summary(blocks),
         "seconds_until_launched": record.summary(issues),
         "ms_a_layer": 1e3 * record.summary(blocks)["median"] / passes / model.config.num_layers,
@@ -154,9 +163,6 @@ def run_case(case: ScalingCase, gang: Gang, model: ShardedWan, device: torch.dev
         "memory_bytes": rollout.memory(),
         "bits_per_element": rollout.codec.bits_per_element,
     }
-    rollout.close()
-    rollout.cache.close()
-    return result
 
 
 def _block(rollout: Rollout, gang: Gang) -> tuple[float, float]:

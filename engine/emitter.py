@@ -113,7 +113,18 @@ class Emitter:
         Raises:
             BaseException: whatever stopped the worker.
         """
-        while self._num_kept < self._num_put and self._thread.is_alive():
+        self._await(lambda: self._num_kept)
+
+    def rest(self) -> None:
+        """Wait until all that was put is decoded: the device is the producer's alone.
+
+        Raises:
+            BaseException: whatever stopped the worker.
+        """
+        self._await(lambda: self._block)
+
+    def _await(self, num_done: Callable[[], int]) -> None:
+        while num_done() < self._num_put and self._thread.is_alive():
             self._check()
             self._thread.join(_POLL_S)
         self._check()

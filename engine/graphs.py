@@ -39,6 +39,7 @@ class Recording(Protocol):
         """Issue it again on the current stream; the result is overwritten by the next replay."""
 
 
+_Key = tuple[Hashable, ...]
 Recorder = Callable[[Callable[[], Tensor], Recording | None], Recording]
 """Records a function; its memory is shared with another recording that lives and never runs at the same time."""
 
@@ -57,7 +58,7 @@ class CudaRecording:
     def __init__(self, run: Callable[[], Tensor], beside: Recording | None) -> None:
         self._graph = torch.cuda.CUDAGraph()
         pool = beside._graph.pool() if isinstance(beside, CudaRecording) else None
-        # other threads (decoding, copies between tiers) go on using CUDA meanwhile
+        # other threads may use CUDA meanwhile, though the rollout lets them finish before
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._out = run()
 
@@ -85,7 +86,7 @@ class _Recorded:
         recording: of the pass.
     """
 
-    key: Hashable
+    key: _Key
     context: TextContext
     latents_BCFYX: Tensor
     timesteps_BF: Tensor
@@ -112,7 +113,7 @@ class PassGraphs:
 
     def __init__(self, model: CausalWan, recorder: Recorder | None) -> None:
         self._model, self._recorder = model, recorder
-        self._seen: dict[bool, tuple[Hashable, int]] = {}
+        self._seen: dict[bool, tuple[_Key, int]] = {}
         self._recorded: dict[bool, _Recorded] = {}
         self.pool_bytes = 0  # of intermediate results: the allocator holds them and does not count them as in use
         self._page_bytes = 0
@@ -137,7 +138,7 @@ class PassGraphs:
         """
         shape = None if self._recorder is None else attention.shape
         if shape is not None:
-            key = (shape, latents_BCFYX.shape, timesteps_BF.shape, id(context))
+            key = (shape, attention.kept_forms, latents_BCFYX.shape, timesteps_BF.shape, id(context))
             recorded = self._recorded.get(attention.commits)
             if (recorded is None or recorded.key != key) and self._repeats(attention.commits, key, block):
                 recorded = self._record(key, latents_BCFYX, timesteps_BF, context, attention)
@@ -146,13 +147,21 @@ class PassGraphs:
         flow: Tensor = self._model(latents_BCFYX, timesteps_BF, context, attention)
         return flow
 
+    def due(self, block: int, attention: HistoryAttention, context: TextContext) -> bool:
+        """Whether a pass of this block will be recorded: an earlier block's looked the same, and was not."""
+        if self._recorder is None or (shape := attention.shape) is None:
+            return False
+        alike = (shape, id(context))
+        seen = [key for key, earlier in self._seen.values() if earlier != block and (key[0], key[-1]) == alike]
+        return any(key not in (one.key for one in self._recorded.values()) for key in seen)
+
     def clear(self) -> None:
         """Let recordings go: those with collectives before their process groups."""
         self._seen.clear()
         self._recorded.clear()
         self.pool_bytes = self._page_bytes = 0
 
-    def _repeats(self, commits: bool, key: Hashable, block: int) -> bool:
+    def _repeats(self, commits: bool, key: _Key, block: int) -> bool:
         """Whether an earlier block had such a pass last; notes this one if not."""
         seen = self._seen.get(commits)
         if seen is None or seen[0] != key:
@@ -162,7 +171,7 @@ class PassGraphs:
 
     def _record(
         self,
-        key: Hashable,
+        key: _Key,
         latents_BCFYX: Tensor,
         timesteps_BF: Tensor,
         context: TextContext,

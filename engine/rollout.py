@@ -100,6 +100,7 @@ class Rollout:
             raise ConfigError(f"shot {shot.name!r}: its model was loaded with weights of another precision")
         self._timer, self._stages = timer, stages
         self.passes = PassGraphs(model, CudaRecording if graphs and self.device.type == "cuda" else None)
+        self.settle = cache.flush  # waits until no other thread uses the device; called before passes are recorded
         self._read_latents = read_latents
         self._recent: OrderedDict[int, Tensor] = OrderedDict()
         self._fixed = None if prefix.fixed is None else prefix.fixed.to(self.device, torch.float32)
@@ -191,7 +192,7 @@ class Rollout:
             prepared = self.cache.prepare(plan.pages)
         with prepared as reading:
             self.cache.schedule(self.timeline.coming(entry.index + 1, _PLANS_AHEAD, self._retrieval.expected))
-            yield HistoryAttention(
+            attention = HistoryAttention(
                 plan,
                 reading,
                 self.forms,
@@ -202,6 +203,9 @@ class Rollout:
                 self.model.heads.start,
                 self._thetas,
             )
+            if self.passes.due(entry.index, attention, self.prompts.context(entry.step)):
+                self.settle()
+            yield attention
 
     def _commit(self, entry: Entry, clean: Tensor | Callable[[HistoryAttention], Tensor]) -> Tensor:
         """One clean pass whose keys and values are kept; ``clean`` may still be to be denoised under the same plan."""

@@ -20,6 +20,7 @@ from longtake.engine.gang import Gang
 from longtake.engine.gang_shot import RankFolder, ReadWindows, follow
 from longtake.engine.metrics import MetricsLog
 from longtake.engine.model import CausalWan
+from longtake.engine.place import place
 from longtake.engine.prompts import Prompts, make_prompts
 from longtake.engine.retention import Retention
 from longtake.engine.rolling import WindowStore
@@ -139,6 +140,7 @@ class ShotRenderer:
                         read_latents=lambda block: files.latents.read(block, block + 1),
                         windows=(WindowStore if gang.leads else ReadWindows)(folder / WINDOW_NAME),
                         stages=clock if gang.leads else NO_TIMER,
+                        graphs=place().graphs,
                     )
                     with contextlib.closing(rollout), gang.guard():
                         if isinstance(files, RankFolder):
@@ -214,6 +216,11 @@ class _Run:
                 rollout.cache.flush()
                 emitter.settle()
 
+            def rest() -> None:
+                rollout.cache.flush()
+                emitter.rest()
+
+            rollout.settle = rest
             while rollout.next_block < shot.num_blocks and not self._gang.any(stop()):
                 started, block = time.perf_counter(), rollout.next_block
                 clean = rollout.step()

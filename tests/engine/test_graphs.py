@@ -160,6 +160,16 @@ def test_no_room_to_record_leaves_the_rollout_as_it_was(
     assert len(caplog.records) == 1
 
 
+def test_others_rest_before_a_recording_and_only_then(model: CausalWan, contexts: list[TextContext]) -> None:
+    recorder = Recorded()
+    run = make_rollout(make_shot(), model, contexts, recorder)
+    rested: list[tuple[int, int]] = []
+    run.settle = lambda: rested.append((run.next_block, len(recorder)))
+    film(run)
+    # blocks 4 and 8 are the first that look like the one before; both of their recordings come after the rest
+    assert rested == [(4, 0), (8, 2)] and len(recorder) == 4
+
+
 def test_every_byte_is_counted_and_let_go(model: CausalWan, contexts: list[TextContext]) -> None:
     shot = make_shot()
     run = make_rollout(shot, model, contexts, Recorded())
