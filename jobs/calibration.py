@@ -44,13 +44,14 @@ class Calibration:
 
     Args:
         source: where it was measured, for people.
-        codec: of the history that was read.
+        codec, attention: of the history that was read, and how it was attended.
         attention_s, layers_s, history_s, decode_s: seconds a count of `Work`.
         activation_bytes: that the allocator held beside what has a name, a token and unit of width; 0 if not known.
     """
 
     source: str
     codec: str
+    attention: str
     attention_s: float
     layers_s: float
     history_s: float
@@ -93,9 +94,9 @@ def shipped_calibration(device: str) -> Path:
     return SHIPPED / ("rollout_mini_cpu.json" if device == "cpu" else "rollout_h200.json")
 
 
-def choose(calibrations: Sequence[Calibration], codec: str) -> Calibration:
-    """The one that was measured with a codec, else the first."""
-    return next((one for one in calibrations if one.codec == codec), calibrations[0])
+def choose(calibrations: Sequence[Calibration], codec: str, attention: str) -> Calibration:
+    """The one that was measured with a way of attending and a codec: the way counts more; the first of equals."""
+    return max(calibrations, key=lambda one: (one.attention == attention, one.codec == codec))
 
 
 def _hardware(environment: dict[str, Any]) -> str:
@@ -119,6 +120,7 @@ def _calibration(run: dict[str, Any], hardware: str) -> Calibration:
     return Calibration(
         source=f"{hardware}, {config.get('model') or config['geometry']} at {shot.height}x{shot.width}",
         codec=shot.cache.codec,
+        attention=shot.attention,
         attention_s=seconds * stages["attention"] / work.attention,
         layers_s=seconds * (stages["linear and rest"] + stages.get("encode", 0.0)) / work.layers,
         history_s=seconds * (stages.get("materialise", 0.0) + stages.get("rotary", 0.0)) / work.history,

@@ -112,7 +112,7 @@ def plan_shot(
     if retrieve:
         check_room(shot, timeline, shapes[0], budgets[0], disk=True)
     kept_bytes = min(history_bytes, shot.cache.disk_bytes or history_bytes)
-    calibration = choose(calibrations, shot.cache.codec) if calibrations else None
+    calibration = choose(calibrations, shot.cache.codec, shot.attention) if calibrations else None
     decoder_weights, vae_bytes = _vae(shot, dtype)
     sizes = [shape.block_bytes for shape in shapes]
     staging = [budget.num_host_frames(shape, disk=True) for budget, shape in zip(budgets, shapes, strict=True)]

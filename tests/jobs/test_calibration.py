@@ -23,16 +23,24 @@ def test_what_is_shipped_is_what_was_measured() -> None:
 
 
 def test_the_benchmarks_own_shot() -> None:
-    run = json.loads((SHIPPED / "rollout_h200.json").read_text())["results"][0]["result"]
+    runs = json.loads((SHIPPED / "rollout_h200.json").read_text())["results"]
     known = read_calibrations(SHIPPED / "rollout_h200.json")
-    calibration = choose(known, "bf16")
-    assert "H200" in calibration.source
-    shot = make_shot(RolloutBench())
-    block = run["seconds_a_block"]["median"] + run["vae"]["seconds_a_block"]["median"]
-    assert shot_seconds(shot, calibration) == pytest.approx(shot.num_blocks * block, rel=0.02)
-    assert choose(known, "int4").codec == "int4"
-    assert choose(known, "none").codec == known[0].codec
-    assert choose(known, "int4").decode_s == calibration.decode_s > 0
+    decoding = runs[0]["result"]["vae"]["seconds_a_block"]["median"]
+    for run in runs:
+        codec, attention, weights = (run["config"][key] for key in ("codec", "attention", "weights"))
+        calibration = choose(known, codec, attention)
+        assert "H200" in calibration.source
+        shot = make_shot(RolloutBench(codec=codec, attention=attention, weights=weights))
+        block = run["result"]["seconds_a_block"]["median"] + decoding
+        assert shot_seconds(shot, calibration) == pytest.approx(shot.num_blocks * block, rel=0.02)
+
+
+def test_the_way_of_attending_counts_more_than_the_codec() -> None:
+    known = read_calibrations(SHIPPED / "rollout_h200.json")
+    ways = [(one.codec, one.attention) for one in known]
+    assert ways == [("int4", "fp8"), ("tc2", "fp8"), ("bf16", "dense")]
+    chosen = [choose(known, *way) for way in (("tc2", "fp8"), ("int4", "dense"), ("lt2", "fp8"), ("lt2", "none"))]
+    assert [known.index(one) for one in chosen] == [1, 2, 0, 0]
 
 
 def test_more_work_takes_longer() -> None:
