@@ -1,6 +1,7 @@
 """Gangs for tests: a function on every rank of a few processes over gloo.
 
-The processes are forked from one that has imported PyTorch and the engine, so that a gang costs a fraction of a second.
+The processes are forked from one that has imported PyTorch and the engine, so that a gang costs a fraction of a second;
+not so on a machine with a GPU.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
+
+import torch
 
 ROOT = str(Path(__file__).parents[2])
 if ROOT not in sys.path:
@@ -59,7 +62,8 @@ def _run_at(
     environment: dict[str, str],
 ) -> list[Any]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    # where there is a GPU, something that is imported looks for it, and CUDA cannot be used in a fork of what has
+    context.set_forkserver_preload([] if torch.cuda.is_available() else _PRELOAD)
     shared = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
@@ -104,8 +108,6 @@ def _rank(
 ) -> None:
     os.environ.update(variables)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    import torch
-
     torch.set_num_threads(1)
     try:
         result: Any = function(rank, *arguments)
