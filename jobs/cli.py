@@ -5,6 +5,8 @@ Nothing here imports PyTorch before a command needs it: ``longtake --help`` answ
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import importlib
 import importlib.metadata
 import json
@@ -53,6 +55,8 @@ JsonPath = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="W
 
 def main() -> NoReturn:
     """Entry point of the console script; never returns."""
+    with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):  # no stderr, or one that is no file
+        faulthandler.enable()  # a crash in a library says where it was; it would leave an exit code and nothing else
     sys.exit(run(sys.argv[1:]))
 
 

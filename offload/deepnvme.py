@@ -22,6 +22,7 @@ import importlib.util
 import logging
 import os
 import queue
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -38,6 +39,7 @@ _BLOCK_BYTES = 1 << 20
 _QUEUE_DEPTH = 32
 _LIBAIO = "libaio.so.1"
 _PROBE_NAME = ".deepnvme"
+_ARCHITECTURES = "TORCH_CUDA_ARCH_LIST"
 
 _LOG = logging.getLogger(__name__)
 
@@ -227,13 +229,28 @@ def load_op(build: bool) -> Callable[[], Handle] | None:
     if not installed:
         _LOG.info("disk: building DeepSpeed's async_io op unless an earlier run has; this can take minutes")
     ctypes.CDLL(_LIBAIO, mode=ctypes.RTLD_GLOBAL)  # an op that was built for CPUs is not linked with it
-    op = importlib.import_module("deepspeed.ops.op_builder").AsyncIOBuilder().load(verbose=False)
+    with _plain_architectures():
+        op = importlib.import_module("deepspeed.ops.op_builder").AsyncIOBuilder().load(verbose=False)
 
     def new_handle() -> Handle:
         handle: Handle = op.aio_handle(_BLOCK_BYTES, _QUEUE_DEPTH, False, True, 1)
         return handle
 
     return new_handle
+
+
+@contextlib.contextmanager
+def _plain_architectures() -> Iterator[None]:
+    """9.0a is 9.0 meanwhile: DeepSpeed's builder takes the entries for numbers, and the op has no CUDA kernels."""
+    wish = os.environ.get(_ARCHITECTURES)
+    if wish is None:
+        yield
+        return
+    os.environ[_ARCHITECTURES] = re.sub(r"(?<=\d)[a-z]+", "", wish)
+    try:
+        yield
+    finally:
+        os.environ[_ARCHITECTURES] = wish
 
 
 def _try_out(files: DeepNvmeFiles, folder: Path) -> None:

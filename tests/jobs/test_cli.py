@@ -46,6 +46,24 @@ def test_help_answers_without_pytorch() -> None:
         assert command in result.stdout
 
 
+@pytest.mark.parametrize("stderr", ["file", "none", "text"])
+def test_a_crash_says_where_it_was(stderr: str) -> None:
+    script = f"""
+import io, os, signal, sys
+from longtake.jobs import cli
+def crash(arguments):
+    os.kill(os.getpid(), signal.SIGSEGV)
+cli.run = crash
+if {stderr!r} != "file":
+    sys.stderr = None if {stderr!r} == "none" else io.StringIO()
+cli.main()
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert result.returncode == -signal.SIGSEGV
+    assert ("in crash" in result.stderr) == (stderr == "file")
+    assert "Traceback" not in result.stderr
+
+
 def test_the_console_script() -> None:
     result = subprocess.run(["longtake", "--version"], capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stderr) == (0, "")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import importlib
 import importlib.util
 import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,3 +122,35 @@ def test_without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_op(False) is None
     with pytest.raises(ImportError, match="longtake\\[deepnvme\\]"):
         load_op(True)
+
+
+@pytest.mark.parametrize(
+    ("wish", "meanwhile"),
+    [("8.0 9.0a;10.0f+PTX;Hopper", "8.0 9.0;10.0+PTX;Hopper"), ("9.0a", "9.0"), (None, None)],
+)
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_builder_is_given_architectures_that_it_can_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wish: str | None, meanwhile: str | None, fails: bool
+) -> None:
+    seen: list[str | None] = []
+
+    class Builder:
+        def load(self, verbose: bool) -> Any:
+            seen.append(os.environ.get("TORCH_CUDA_ARCH_LIST"))
+            if fails:
+                raise RuntimeError("no compiler")
+            return SimpleNamespace(aio_handle=lambda *_: PlainHandle(FileOps()))
+
+    if wish is None:
+        monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    else:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wish)
+    builders = SimpleNamespace(AsyncIOBuilder=Builder)
+    found = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(importlib, "import_module", lambda name: builders)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name, mode: None)
+    with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+        load_op(True)
+    assert seen == [meanwhile]
+    assert os.environ.get("TORCH_CUDA_ARCH_LIST") == wish
