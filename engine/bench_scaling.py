@@ -45,13 +45,14 @@ _WARM_UP_BLOCKS = 2
 _NUM_NAMES, _NAME_LENGTH = 30, 110
 # Kernels by what they are for: the first pattern that a name matches.
 _KINDS = (
+    ("elementwise", r"^triton_"),  # the compiler's; their names list all that was fused, attention and copies as well
     ("communication", r"nccl|ncclDevKernel|symm_mem|two_shot|one_shot"),
     ("attention", r"attend|fmha|flash|sdpa|cudnn.*(attn|attention|fprop)|softmax"),
     ("materialise", r"materialise|unpack|dequant"),
     ("encode", r"encode|quantise|fit"),
     ("matrices", r"gemm|cutlass|nvjet|xmma|cublas|wgmma|matmul"),
     ("copies", r"memcpy|memset|copy|CatArray"),
-    ("elementwise", r"triton|elementwise|vectorized|reduce|norm|rotary|gelu|restore|calibrate"),
+    ("elementwise", r"elementwise|vectorized|reduce|norm|rotary|gelu|restore|calibrate"),
 )
 
 
