@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from longtake.engine.config import ModelConfig
+from longtake.engine.config import ModelConfig, Precision
+from longtake.engine.fp8_linear import is_fp8
 from longtake.engine.gang import join
-from longtake.engine.mesh import ALONE, MeshShape, open_mesh, parse_mesh
+from longtake.engine.mesh import ALONE, Mesh, MeshShape, open_mesh, parse_mesh
 from longtake.engine.model import Block, CausalWan
+from longtake.engine.random_model import write_random_model
 from longtake.engine.tensor_parallel import ShardedWan
+from longtake.engine.weights import load_transformer, read_spec
 from longtake.kernels.errors import ConfigError
 from tests.engine.gangs import run_ranks
 
@@ -116,6 +120,31 @@ def test_layers_compile_whole_with_their_collectives() -> None:
     whole.load_state_dict(random_weights())
     for found in run_ranks(compiled, 2):
         torch.testing.assert_close(torch.from_numpy(found), flow(whole), rtol=0, atol=TOLERANCE)
+
+
+def fp8_model(folder: Path, mesh: Mesh) -> CausalWan:
+    spec = read_spec(str(folder))
+    spec = replace(spec, weights=replace(spec.weights, precision=Precision.FP8))
+    return load_transformer(spec, torch.device("cpu"), torch.float32, mesh)
+
+
+def in_fp8(rank: int, folder: Path, text: str) -> Any:
+    with join() as gang:
+        model = fp8_model(folder, open_mesh(parse_mesh(text)))
+        result = flow(model)
+        gang.any(False)
+        return is_fp8(model), result.numpy()
+
+
+def test_fp8_weights_where_tokens_are_shared(tmp_path: Path) -> None:
+    folder = write_random_model(tmp_path / "model", transformer=CONFIG)
+    expected = flow(fp8_model(folder, ALONE))
+    for rounded, found in run_ranks(in_fp8, 2, folder, "sp=2"):
+        assert rounded
+        # a sum in another order may round to another number of 8 bits
+        assert float((torch.from_numpy(found) - expected).norm() / expected.norm()) < 1e-3
+    refused = run_ranks(in_fp8, 2, folder, "tp=2")
+    assert all(isinstance(error, ConfigError) and "LONGTAKE_MESH" in str(error) for error in refused)
 
 
 def test_a_mesh_of_one_is_the_whole_model() -> None:
