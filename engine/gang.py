@@ -17,9 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import faulthandler
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +27,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from longtake.engine.gang_failure import Failed, GangError, abort_groups, exit_code, portable
+from longtake.engine.gang_failure import Failed, GangError, abort_groups, end_later, end_now, failed
 from longtake.engine.gang_link import HEARTBEAT_S, LOST_AFTER_S, Door, Link, knock
 from longtake.engine.gang_messages import Agreed, Dismissed, Post, Said, Task
 from longtake.engine.mesh import ALONE, TIMEOUT_S, Axis, Mesh, MeshShape, default_mesh, open_mesh, parse_mesh
@@ -232,7 +229,7 @@ class Gang:
             self._close()
             return
         failure = self._failure_behind(ended)
-        self._close(failed=True)
+        self._close(self._failure)
         if failure is not None and failure.error is not ended:
             raise failure.error from ended
         if late is not None:
@@ -269,16 +266,15 @@ class Gang:
                 self._news.wait_for(lambda: self._failure is not None, _NEWS_S)
             self._noticed |= threading.get_ident() == self._thread
             if self._failure is None:
-                self._end(Failed(rank=self.rank, error=portable(error, self.rank)))
+                self._end(failed(error, self.rank))
             assert self._failure is not None
             return None if self._failure.rank == self.rank else self._failure
 
-    def _close(self, failed: bool = False) -> None:
+    def _close(self, failure: Failed | None = None) -> None:
         if self.size > 1:
-            if failed:
-                # teardown may hang as the collective did; this outlasts even the interpreter's own end
-                faulthandler.dump_traceback_later(2 * GRACE_S, exit=True)
-                abort_groups()
+            if failure is not None:
+                end_later(failure, self.rank, 2 * GRACE_S)
+                abort_groups(GRACE_S)
             elif dist.is_initialized():
                 if not self._dismissed:
                     self.dismiss()
@@ -327,23 +323,18 @@ class Gang:
     def _end_hard(self) -> None:
         time.sleep(_NOTICE_S)
         if not self._closed:
-            abort_groups()
+            abort_groups(GRACE_S)
         time.sleep(GRACE_S)
         ends = time.monotonic() + UNWIND_S
         while self._noticed and not self._closed and time.monotonic() < ends:
             time.sleep(0.1)
-        if self._closed:
-            return
-        assert self._failure is not None
-        if self.speaks:
-            print(f"longtake: {self._failure.error}", file=sys.stderr, flush=True)
-        os._exit(exit_code(self._failure.error))
+        if not self._closed and self._failure is not None:
+            end_now(self._failure, self.rank)
 
     @property
     def speaks(self) -> bool:
-        """Whether it is this rank's part to tell the user of the failure: rank 0's, or rank 1's when that is gone."""
-        lost_leader = self._failure is not None and self._failure.lost and self._failure.rank == 0
-        return self.leads or (lost_leader and self.rank == 1)
+        """Whether it is this rank's part to tell the user of the failure."""
+        return self.leads if self._failure is None else self._failure.speaks(self.rank)
 
     # -- waiting
 

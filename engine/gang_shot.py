@@ -11,6 +11,7 @@ which shot to render and where it stands, and run the same blocks::
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from longtake.engine.rollout import Rollout
 from longtake.engine.shotcache import open_folders
 from longtake.engine.shotfolder import LATENTS_NAME
 from longtake.engine.timeline import Timeline
-from longtake.kernels.errors import StorageError
+from longtake.kernels.errors import LongtakeError, StorageError
 
 if TYPE_CHECKING:
     from longtake.engine.shot import BlockProgress, ShotRenderer, ShotResult
@@ -159,6 +160,8 @@ def serve(gang: Gang, render: ShotRenderer, stop: Callable[[], bool]) -> int:
             while (task := gang.receive()) is not None:
                 render(task.shot, task.folder, task.device, stop=stop, progress=lambda _: None)
     except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, Exception) and not isinstance(error, LongtakeError):
+            traceback.print_exception(error)  # of which rank 0 knows a line
         if gang.speaks:
             print(f"longtake: {error}", file=sys.stderr)
         return exit_code(error)

@@ -5,10 +5,16 @@ No test measures time: whatever would have to wait for one of the limits below h
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
+import io
 import os
 import signal
+import sys
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +22,9 @@ import torch
 import torch.distributed as dist
 
 from longtake.engine import gang as gangs
+from longtake.engine import gang_failure
 from longtake.engine.gang import Gang, join
-from longtake.engine.gang_failure import GangError, exit_code
+from longtake.engine.gang_failure import Failed, GangError, abort_groups, end_later, exit_code
 from longtake.engine.gang_shot import serve
 from longtake.engine.mesh import MeshShape
 from longtake.engine.shot import ShotRenderer
@@ -159,6 +166,93 @@ def test_a_rank_that_nothing_frees_is_ended_hard() -> None:
     assert isinstance(found[1], StorageError)
 
 
+def hang_at_the_end(rank: int, kind: type[Exception], failing: int, hanging: int, said: str, how: str) -> None:
+    """One rank fails, and one cannot put its things away."""
+    patch = pytest.MonkeyPatch()
+    gangs.GRACE_S = gang_failure.LAST_S = NEVER_S
+    if rank == hanging:
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+        sys.stderr = os.fdopen(2, "w")
+        gangs.GRACE_S = 0.1
+    try:
+        with join(NEVER_S) as gang:
+            gang.any(False)
+            if rank == hanging and how == "abort":
+                patch.setattr(gangs, "abort_groups", lambda patience_s: threading.Event().wait())
+            if rank == failing:
+                raise kind("no more")
+            gang.minimum(1)
+    except Exception:
+        if rank == hanging:
+            threading.Event().wait()
+        raise
+
+
+@pytest.mark.parametrize("how", ["abort", "caller"])
+@pytest.mark.parametrize(
+    ("kind", "failing", "hanging", "lines"),
+    [
+        (StorageError, 0, 0, ["longtake: no more (rank 0)"]),
+        (StorageError, 1, 0, ["longtake: no more (rank 1)"]),
+        (StorageError, 1, 1, []),
+        (
+            ZeroDivisionError,
+            0,
+            0,
+            ["Traceback", "ZeroDivisionError: no more", "longtake: rank 0 failed at test_gang.py"],
+        ),
+        (ZeroDivisionError, 1, 0, ["longtake: rank 1 failed at test_gang.py"]),
+        (ZeroDivisionError, 1, 1, ["Traceback", "ZeroDivisionError: no more"]),
+    ],
+)
+def test_the_error_is_told_where_the_end_hangs(
+    tmp_path: Path, kind: type[Exception], failing: int, hanging: int, lines: list[str], how: str
+) -> None:
+    said = tmp_path / "said"
+    found = run_ranks(hang_at_the_end, 2, kind, failing, hanging, str(said), how)
+    assert str(found[hanging]) == f"died with {exit_code(kind())}"
+    assert "no more" in str(found[1 - hanging])
+    words, _, stacks = said.read_text().partition("Thread 0x")
+    told = [line for line in words.splitlines() if line.startswith(("longtake: ", "Traceback", "ZeroDivisionError"))]
+    assert len(told) == len(lines), words
+    assert all(line.startswith(start) for line, start in zip(told, lines, strict=True)), words
+    assert "in hang_at_the_end" in stacks
+
+
+def test_groups_are_aborted_once_however_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    aborted: list[str] = []
+    free = threading.Event()
+
+    def abort() -> None:
+        aborted.append(threading.current_thread().name)
+        free.wait()
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: not free.is_set())
+    monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", abort)
+    abort_groups(0.2)
+    abort_groups(0.2)
+    free.set()
+    for thread in threading.enumerate():
+        if thread.name == "gang-abort":
+            thread.join()
+    assert aborted == ["gang-abort"]
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_who_has_told_the_error_does_not_tell_it_again(monkeypatch: pytest.MonkeyPatch, alive: bool) -> None:
+    told: list[Failed] = []
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *_, **__: None)
+    monkeypatch.setattr(gang_failure, "end_now", lambda failure, rank, stacks: told.append(failure))
+    failure = Failed(rank=0, error=StorageError("the disk is gone"))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading, "main_thread", lambda: SimpleNamespace(is_alive=lambda: alive))
+        end_later(failure, 0, 0.0)
+        for thread in threading.enumerate():
+            if thread.name == "gang-last":
+                thread.join()
+    assert told == [failure] * alive
+
+
 def lose_leader(rank: int, dies: bool) -> tuple[str, bool]:
     """What another rank hears of rank 0's end, and whether it is to tell the user."""
     gangs.GRACE_S = NEVER_S
@@ -209,6 +303,26 @@ def serve_inside(rank: int) -> int:
 def test_an_end_that_was_told_is_not_told_again() -> None:
     found = run_ranks(serve_inside, 2)
     assert isinstance(found[0], ZeroDivisionError) and found[1] == 1
+
+
+def serve_a_bug(rank: int) -> str:
+    """What a rank that follows says of an error that nobody expected."""
+    gangs.GRACE_S = NEVER_S
+    gang = join(NEVER_S)
+    if not gang.leads:
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            serve(gang, lambda *_, **__: 1 / 0, lambda: False)  # type: ignore[arg-type]
+        return said.getvalue()
+    with gang:
+        gang.tell(SimpleNamespace(shot=None, folder=None, device="cpu"))
+        gang.minimum(1)
+    return ""
+
+
+def test_a_rank_that_follows_shows_where_its_bug_is() -> None:
+    leads, follows = run_ranks(serve_a_bug, 2)
+    assert "rank 1 failed at test_gang.py" in str(leads)
+    assert follows.startswith("Traceback") and follows.endswith("ZeroDivisionError: division by zero\n")
 
 
 def stall(rank: int, how: str) -> None:
