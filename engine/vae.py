@@ -19,6 +19,7 @@ wide.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -196,11 +197,21 @@ class _Streaming:
     def _tensors(self) -> Iterator[Tensor]:
         return (slot for slot in self._slots if isinstance(slot, Tensor))
 
-    def _keep(self, slots: list[_Slot]) -> None:
+    @contextlib.contextmanager
+    def _chunk(self) -> Iterator[list[_Slot]]:
+        """The slots, for a chunk to replace each as soon as it was read: old and new state are never held both.
+        What raises on the way loses the clip, as `reset` does."""
+        slots, self._slots = self._slots, []
+        try:
+            yield slots
+        except BaseException:
+            self.reset()
+            raise
         # Only the two layouts that a saved state brings back: in another one a resumed run might take another kernel.
-        self._slots = [
-            slot.contiguous() if isinstance(slot, Tensor) and not _is_dense(slot) else slot for slot in slots
-        ]
+        for index, slot in enumerate(slots):
+            if isinstance(slot, Tensor) and not _is_dense(slot):
+                slots[index] = slot.contiguous()
+        self._slots = slots
 
     def _check_size(self, height: int, width: int) -> None:
         if self._size is None:
@@ -261,13 +272,12 @@ class StreamingDecoder(_Streaming):
 
     def _decode_latent(self, latent_1C1HW: Tensor) -> Tensor:
         vae = self.vae
-        slots = list(self._slots)
         hidden = vae.post_quant_conv(latent_1C1HW.contiguous())
-        video = vae.decoder(hidden, feat_cache=slots, feat_idx=[0], first_chunk=self._count == 0)
+        with self._chunk() as slots:
+            video = vae.decoder(hidden, feat_cache=slots, feat_idx=[0], first_chunk=self._count == 0)
+        self._count += 1
         if vae.config.patch_size is not None:
             video = unpatchify(video, patch_size=vae.config.patch_size)
-        self._keep(slots)
-        self._count += 1
         return torch.clamp(video, min=-1.0, max=1.0)[0]
 
 
@@ -362,13 +372,12 @@ class StreamingEncoder(_Streaming):
 
     def _encode_chunk(self, video_13NYX: Tensor) -> Tensor:
         vae = self.vae
-        slots = list(self._slots)
         video_13NYX = video_13NYX.contiguous()
         if vae.config.patch_size is not None:
             video_13NYX = patchify(video_13NYX, patch_size=vae.config.patch_size)
-        moments = vae.quant_conv(vae.encoder(video_13NYX, feat_cache=slots, feat_idx=[0]))
-        mean_CFHW: Tensor = moments[0].chunk(2, dim=0)[0]
-        self._keep(slots)
+        with self._chunk() as slots:
+            encoded = vae.encoder(video_13NYX, feat_cache=slots, feat_idx=[0])
+        mean_CFHW: Tensor = vae.quant_conv(encoded)[0].chunk(2, dim=0)[0]
         self._started = True
         self._count += mean_CFHW.shape[1]
         return mean_CFHW

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +29,7 @@ from longtake.engine.vae import (
     to_channels_last,
     to_uint8,
 )
+from longtake.engine.vae_fast import make_fast
 from longtake.kernels.errors import ConfigError, StorageError
 
 CHANNELS, HEIGHT, WIDTH, LATENTS = 4, 3, 5, 6
@@ -187,6 +189,34 @@ def test_memory_is_flat_in_clip_length() -> None:
     assert len(set(sizes[2:])) == 1
     assert sizes[-1] == sum(t.nbytes for name, t in decoder.state_dict().items() if name.startswith("slot."))
     assert sizes[-1] == decoder_state_bytes(vae, HEIGHT, WIDTH)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_new_state_takes_the_place_of_the_old_one(fast: bool) -> None:
+    """By the last layer nothing is left of the old state but what that layer has not read yet."""
+    vae = make_vae("wan2.1")
+    decoder = StreamingDecoder(make_fast(vae) if fast else vae)
+    decoder.decode(make_latents(3))
+    old = [weakref.ref(slot) for slot in decoder._slots if isinstance(slot, Tensor)]
+    left: list[int] = []
+    vae.decoder.norm_out.register_forward_pre_hook(lambda *_: left.append(sum(one() is not None for one in old)))
+    if fast:  # whose last norm is one pass with the border
+        last = vae.decoder.up_blocks[-1]
+        last.register_forward_hook(lambda *_: left.append(sum(one() is not None for one in old)))
+    decoder.decode(make_latents(1))
+    assert len(old) > 5 and left and left[-1] <= 1
+
+
+def test_a_decode_that_fails_loses_the_clip() -> None:
+    vae = make_vae("wan2.1")
+    decoder, latents = StreamingDecoder(vae), make_latents(3)
+    first = decoder.decode(latents)
+    hook = vae.decoder.norm_out.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        decoder.decode(latents)
+    hook.remove()
+    assert decoder.num_latents == 0 and decoder.state_bytes == 0
+    assert torch.equal(decoder.decode(latents), first)
 
 
 @pytest.mark.parametrize("name", ["wan2.1", "half-time", "residual"])
