@@ -15,7 +15,7 @@ class Place:
         local_rank, local_size: among those of this machine.
         address: where rank 0 is.
         mesh: axes that the user asked for, like ``tp=2,sp=2``; empty: none.
-        graphs: whether passes may be recorded as CUDA graphs.
+        graphs: whether passes are recorded as CUDA graphs.
     """
 
     rank: int = 0
@@ -24,7 +24,7 @@ class Place:
     local_size: int = 1
     address: str = "127.0.0.1"
     mesh: str = ""
-    graphs: bool = True
+    graphs: bool = False
 
     @property
     def is_one_of_many(self) -> bool:
@@ -35,7 +35,8 @@ class Place:
 def place() -> Place:
     """What torchrun (or Ray Train, or any launcher with the same variables) says; a process alone without one.
 
-    The mesh is ``LONGTAKE_MESH``'s; ``LONGTAKE_GRAPHS=0`` has every kernel launched by itself.
+    The mesh is ``LONGTAKE_MESH``'s. ``LONGTAKE_GRAPHS`` 1 or 0 records passes as CUDA graphs or does not; unless it
+    says so, they are where several processes share a shot: one GPU alone is slower than its host is.
     """
     environment = os.environ
     rank, size = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
@@ -46,5 +47,5 @@ def place() -> Place:
         local_size=int(environment.get("LOCAL_WORLD_SIZE", "0")),
         address=environment.get("MASTER_ADDR", "127.0.0.1"),
         mesh=environment.get("LONGTAKE_MESH", ""),
-        graphs=environment.get("LONGTAKE_GRAPHS", "1") != "0",
+        graphs=environment.get("LONGTAKE_GRAPHS", str(int(size > 1))) != "0",
     )

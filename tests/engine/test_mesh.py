@@ -9,6 +9,7 @@ import torch
 
 from longtake.engine.gang import join
 from longtake.engine.mesh import MeshShape, open_mesh, parse_mesh, share, wait
+from longtake.engine.place import place
 from longtake.kernels.errors import ConfigError
 from tests.engine.gangs import run_ranks
 
@@ -80,3 +81,16 @@ def test_collectives_along_both_axes() -> None:
     assert found[0]["gather sp"] == found[1]["gather sp"] == [0, 1, 10, 11]
     assert [one["scatter tp"] for one in found] == [[20], [40], [22], [42]]
     assert [one["exchange sp"] for one in found] == [[0, 10], [1, 11], [20, 30], [21, 31]]
+
+
+@pytest.mark.parametrize(
+    ("size", "said", "graphs"), [(1, None, False), (4, None, True), (4, "0", False), (1, "1", True)]
+)
+def test_passes_are_recorded_where_processes_share_a_shot(
+    size: int, said: str | None, graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(size))
+    monkeypatch.delenv("LONGTAKE_GRAPHS", raising=False)
+    if said is not None:
+        monkeypatch.setenv("LONGTAKE_GRAPHS", said)
+    assert place().graphs == graphs
