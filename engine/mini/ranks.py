@@ -8,7 +8,6 @@ bit. Whatever decides what all of them do next (the clock, Python's own random n
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -16,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from longtake.engine.place import place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,13 +74,14 @@ def join(device: str) -> tuple[Ranks, torch.device]:
     Args:
         device: cpu or cuda: each rank takes the GPU of its number.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    here = place()
+    if not here.is_one_of_many:
         return ALONE, torch.device(device)
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(here.local_rank)
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    here = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
-    return Ranks(index=dist.get_rank(), size=dist.get_world_size()), here
+    own = torch.device("cuda", here.local_rank) if device == "cuda" else torch.device(device)
+    return Ranks(index=here.rank, size=here.size), own
 
 
 def leave() -> None:
