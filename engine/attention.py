@@ -319,6 +319,7 @@ class HistoryAttention:
                     out_HTD, lse_HT = part_HTD, part_lse_HT
                 else:
                     out_HTD, lse_HT = merge(out_HTD, lse_HT, part_HTD, part_lse_HT)
+        path.finish()
         assert out_HTD is not None
         return out_HTD.transpose(0, 1)[None]
 

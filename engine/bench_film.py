@@ -29,10 +29,11 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from longtake.engine import record
-from longtake.engine.bench_rollout import GEOMETRIES, ledger
+from longtake.engine.bench_rollout import GEOMETRIES
 from longtake.engine.bench_scaling import ScalingCase, default_meshes, fill_history, random_sharded
 from longtake.engine.config import Precision
 from longtake.engine.gang import Gang, join
+from longtake.engine.ledger import read_ledger, reset_peak
 from longtake.engine.mesh import ALONE, open_mesh, parse_mesh
 from longtake.engine.rollout import Rollout
 from longtake.engine.shotcache import open_cache
@@ -159,6 +160,7 @@ def run_film(
             made = make_decoder(gang, device, fast_vae, tiny=case.geometry == "tiny")
             decoder = made if isinstance(made, StreamingDecoder) else None
             run_blocks(rollout, decoder, gang, 3)
+            reset_peak(device)
             whole = [run_blocks(rollout, decoder, gang, num_blocks) for _ in range(rounds)]
             if gang.leads:
                 result["frames_a_second"] = record.summary([one["frames"] / one["seconds"] for one in whole])
@@ -168,7 +170,8 @@ def run_film(
             if decoder is not None:
                 weights = sum(p.numel() * p.element_size() for p in decoder.vae.parameters())
                 result["decoder_state_bytes"] = decoder.state_bytes
-                result["ledger"] = ledger(rollout, {"vae": weights, "decoder_state": decoder.state_bytes})
+                ledger = read_ledger(rollout, {"vae": weights, "decoder_state": decoder.state_bytes})
+                result["ledger"] = ledger.to_json() if ledger else {}
             if isinstance(decoder, StripedDecoder):
                 decoder.close()
             save(result)

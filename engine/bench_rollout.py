@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import gc
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from longtake.engine.config import (
     ShotConfig,
 )
 from longtake.engine.fp8_linear import quantise_linears
+from longtake.engine.ledger import read_ledger, release_workspaces, reset_peak
 from longtake.engine.model import CausalWan
 from longtake.engine.presets import PRESETS, preset_spec
 from longtake.engine.rollout import Rollout
@@ -155,10 +157,7 @@ def run_rollout(bench: RolloutBench, failed: dict[str, str]) -> dict[str, Any]:
     device = torch.device(bench.device)
     cuda = device.type == "cuda"
     shot = make_shot(bench)
-    if cuda:
-        gc.collect()  # a case before this one may be held by cycles
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+    left_bytes = _forget_earlier_cases(device)
     dtype = torch.bfloat16 if cuda else torch.float32
     if bench.model is None:
         model = random_model(shot.model.transformer, device, dtype)
@@ -171,56 +170,56 @@ def run_rollout(bench: RolloutBench, failed: dict[str, str]) -> dict[str, Any]:
     text = torch.randn(1, shot.model.text_len, model.config.text_dim, device=device)
     with torch.inference_mode():
         contexts = [model.text_context(text)]
-    rollout = Rollout(shot, model, contexts, open_cache(shot, device))
-    started = time.perf_counter()
-    for _ in range(min(rollout.timeline.max_attended, _MOST_WARM_UP) + 2):
-        rollout.step()
-    _wait(device)
-    warm_up_s = time.perf_counter() - started
-    seconds = []
-    for _ in range(bench.blocks):
-        started = time.perf_counter()
-        clean = rollout.step()
-        _wait(device)
-        seconds.append(time.perf_counter() - started)
-    result = {
-        "seconds_a_block": record.summary(seconds),
-        "warm_up_s": warm_up_s,
-        "stages_s": _stages(rollout, device),
-        "memory_bytes": rollout.memory(),
-        "peak_bytes": torch.cuda.max_memory_allocated(device) if cuda else None,
-        "ledger": ledger(rollout),
-        "bits_per_element": rollout.codec.bits_per_element,
-        "frames_a_block": shot.model.block_frames * shot.model.temporal_stride,
-        "height": shot.height,
-        "width": shot.width,
-    }
+    del text
+    with closing(Rollout(shot, model, contexts, open_cache(shot, device))) as rollout:
+        result, clean = _run_blocks(rollout, bench.blocks)
+    result["left_by_earlier_cases_bytes"] = left_bytes
     if bench.vae:
         with survive(failed, "vae"):
             result["vae"] = _vae(clean, device, shot.model.path if bench.model else None)
     return result
 
 
-def ledger(rollout: Rollout, others: dict[str, int] | None = None) -> dict[str, float]:
-    """What is named between two blocks against what PyTorch's allocator has given out; empty without one.
+def _forget_earlier_cases(device: torch.device) -> int:
+    """Let what earlier cases left go; bytes that are still there."""
+    if device.type != "cuda":
+        return 0
+    torch.compiler.reset()  # compiled layers may hold the model that they were compiled for
+    gc.collect()
+    release_workspaces(device)
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated(device)
 
-    Args:
-        rollout: whose memory is named.
-        others: bytes on the device besides it, by name.
-    """
-    if rollout.device.type != "cuda":
-        return {}
-    _wait(rollout.device)
-    named = {**rollout.memory(), **(others or {})}
-    named_bytes = sum(size for name, size in named.items() if not name.startswith("host"))
-    held = torch.cuda.memory_allocated(rollout.device) + rollout.passes.pool_bytes
-    return {
-        "named_bytes": named_bytes,
-        "allocated_bytes": held,
-        "unnamed_share": (held - named_bytes) / held,
-        "peak_allocated_bytes": torch.cuda.max_memory_allocated(rollout.device),
-        "peak_reserved_bytes": torch.cuda.max_memory_reserved(rollout.device),
+
+def _run_blocks(rollout: Rollout, num_blocks: int) -> tuple[dict[str, Any], torch.Tensor]:
+    """Time blocks once the history is full; what they took, and the last one's latents."""
+    device, shot = rollout.device, rollout.shot
+    reset_peak(device)
+    started = time.perf_counter()
+    for _ in range(min(rollout.timeline.max_attended, _MOST_WARM_UP) + 2):
+        rollout.step()
+    _wait(device)
+    warm_up_s, warm_up_peak = time.perf_counter() - started, reset_peak(device)
+    seconds = []
+    for _ in range(num_blocks):
+        started = time.perf_counter()
+        clean = rollout.step()
+        _wait(device)
+        seconds.append(time.perf_counter() - started)
+    ledger = read_ledger(rollout)
+    result = {
+        "seconds_a_block": record.summary(seconds),
+        "warm_up_s": warm_up_s,
+        "memory_bytes": rollout.memory(),
+        "peak_bytes": max(warm_up_peak, ledger.peak_bytes) if ledger else None,
+        "ledger": ledger.to_json() if ledger else {},
+        "stages_s": _stages(rollout, device),
+        "bits_per_element": rollout.codec.bits_per_element,
+        "frames_a_block": shot.model.block_frames * shot.model.temporal_stride,
+        "height": shot.height,
+        "width": shot.width,
     }
+    return result, clean
 
 
 def _stages(rollout: Rollout, device: torch.device) -> dict[str, float]:

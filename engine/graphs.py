@@ -15,7 +15,8 @@ Programming Guide, "CUDA Graphs"; torch.cuda.CUDAGraph.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -59,7 +60,7 @@ class CudaRecording:
         self._graph = torch.cuda.CUDAGraph()
         pool = beside._graph.pool() if isinstance(beside, CudaRecording) else None
         # other threads may use CUDA meanwhile, though the rollout lets them finish before
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+        with _own_workspaces(), torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._out = run()
 
     @property
@@ -71,6 +72,20 @@ class CudaRecording:
     def replay(self) -> Tensor:
         self._graph.replay()
         return self._out
+
+
+@contextmanager
+def _own_workspaces() -> Iterator[None]:
+    """What is recorded takes cuBLAS's workspace from its own pool, where its replays find it as long as it lives.
+
+    PyTorch keeps one a thread and stream: one that an earlier recording took would be in that one's pool, which may be
+    gone, and this one's would be held, and counted, beside the pool that it is in. Source: PyTorch's CUDA graph trees.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,7 +46,7 @@ class Calibration:
         source: where it was measured, for people.
         codec, attention: of the history that was read, and how it was attended.
         attention_s, layers_s, history_s, decode_s: seconds a count of `Work`.
-        activation_bytes: that the allocator held beside what has a name, a token and unit of width; 0 if not known.
+        activation_bytes: what a pass computed in between, a token and unit of width; 0 if not known.
     """
 
     source: str
@@ -114,8 +114,8 @@ def _calibration(run: dict[str, Any], hardware: str) -> Calibration:
     attended = (history.sink_blocks or 0) + (history.recent_blocks or 0)
     vae, stages = result.get("vae"), result["stages_s"]
     work = count(shot, attended, (vae or {}).get("decoder_weights", _WAN_DECODER_WEIGHTS))
-    named = sum(size for name, size in result["memory_bytes"].items() if not name.startswith("host"))
-    spare = max(0, (result["peak_bytes"] or named) - named)
+    named = result.get("ledger", {}).get("bytes_by_name", {})
+    spare = named.get("activations", result["memory_bytes"].get("recorded_passes", 0))
     seconds = result["seconds_a_block"]["median"] / stages["block"]
     return Calibration(
         source=f"{hardware}, {config.get('model') or config['geometry']} at {shot.height}x{shot.width}",

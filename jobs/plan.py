@@ -40,7 +40,8 @@ class ShotPlan:
         weights_bytes: the transformer's.
         summary_bytes: what retrieval remembers of every block.
         vae_bytes: the VAE's weights and its decoder's state; 0 where the model's folder is not here.
-        activation_bytes: what else the allocator held in the benchmark, by tokens and width; 0 without one.
+        partials_bytes: results of parts of the keys that FlashAttention-3 keeps meanwhile, where FP8 attention uses it.
+        activation_bytes: what else a pass computed in between in the benchmark, by tokens and width; 0 without one.
         host_bytes: the host tier, or the text encoder while prompts are encoded before, whichever is larger.
         disk_bytes: history and latents; videos come on top.
         seconds: to render it on one device; None without a benchmark.
@@ -67,6 +68,7 @@ class ShotPlan:
     weights_bytes: int
     summary_bytes: int
     vae_bytes: int
+    partials_bytes: int
     activation_bytes: int
     host_bytes: int
     disk_bytes: int
@@ -77,7 +79,7 @@ class ShotPlan:
     def device_bytes(self) -> int:
         """Device memory as far as it is known before rendering."""
         named = self.arena_bytes + self.scratch_bytes + self.weights_bytes + self.summary_bytes
-        return named + self.vae_bytes + self.activation_bytes
+        return named + self.vae_bytes + self.partials_bytes + self.activation_bytes
 
 
 def plan_shot(
@@ -101,6 +103,8 @@ def plan_shot(
     from longtake.engine.rollout import scratch_tokens
     from longtake.engine.shotcache import cache_budgets, check_room, kv_shape, shot_forms
     from longtake.engine.timeline import Timeline
+    from longtake.kernels.attention_path import make_path
+    from longtake.kernels.flash3 import partial_bytes
 
     dtype: torch.dtype = getattr(torch, dtype_name)
     geometry = shot.model.transformer
@@ -118,6 +122,10 @@ def plan_shot(
     staging = [budget.num_host_frames(shape, disk=True) for budget, shape in zip(budgets, shapes, strict=True)]
     arenas = [budget.num_frames(shape) for budget, shape in zip(budgets, shapes, strict=True)]
     dense_block = 2 * 2 * shot.tokens_per_block * geometry.dim * geometry.num_layers
+    codec, scratch = shot_forms(shot)[0].codec, scratch_tokens(shot, shot.after_blocks, dtype)
+    path = make_path(shot.attention, codec, geometry.num_heads, scratch, dtype, torch.device("meta"))
+    split = shot.attention == "fp8" and dtype == torch.bfloat16
+    own_tokens = timeline.max_own_blocks * shot.tokens_per_block
     with torch.device("meta"):
         model = CausalWan(geometry).cast(dtype)
         if shot.model.weights.precision is Precision.FP8:
@@ -134,15 +142,16 @@ def plan_shot(
         num_blocks=shot.num_blocks,
         num_prefix_blocks=shot.after_blocks,
         attended_blocks=timeline.max_attended,
-        bits_per_element=shot_forms(shot)[0].codec.bits_per_element,
+        bits_per_element=codec.bits_per_element,
         block_bytes=sizes[0],
         history_bytes=history_bytes,
         dense_history_bytes=timeline.num_entries * dense_block,
         arena_bytes=sum(map(mul, arenas, sizes)),
-        scratch_bytes=2 * scratch_tokens(shot, shot.after_blocks, dtype) * geometry.dim * dtype.itemsize,
+        scratch_bytes=path.num_bytes,
         weights_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         summary_bytes=summary_bytes(timeline.num_entries, geometry.num_heads, geometry.head_dim) if retrieve else 0,
         vae_bytes=vae_bytes,
+        partials_bytes=partial_bytes(geometry.num_heads, own_tokens, geometry.head_dim, scratch) if split else 0,
         activation_bytes=round(calibration.activation_bytes * shot.tokens_per_block * geometry.dim)
         if calibration
         else 0,

@@ -8,6 +8,7 @@ which blocks to read and where they go:
         path.write_history(pages, slots, rotary)       rows 0 .. n of the scratch; other codecs' blocks at later rows
         path.write_own(n)                              with the last chunk: the block's own K/V behind them
         out, lse = path.attend(n + own)                merge() by lse when there are several chunks
+    path.finish()                                      lets the block's own go
 
 Shape legend: T tokens of a block, H heads, D head dim, P payload bytes, G arena slots, N blocks of a chunk, X rows.
 """
@@ -33,7 +34,8 @@ from longtake.kernels.scaling import Scaling, calibrate_all
 class AttentionPath(ABC):
     """A scratch of dense K/V rows for one layer at a time, and attention over it.
 
-    Allocates only when it is made. Not thread-safe; CUDA work goes to the current stream without synchronising.
+    Its scratch is there from the start, a block's own q, k and v from begin to finish. Not thread-safe; CUDA work goes
+    to the current stream without synchronising.
 
     Args:
         codec: of the history.
@@ -87,6 +89,14 @@ class AttentionPath(ABC):
     @abstractmethod
     def attend(self, num_rows: int) -> tuple[Tensor, Tensor]:
         """The block's queries over rows 0 .. num_rows: out_HTD in the queries' type and lse_HT float32."""
+
+    def finish(self) -> None:
+        """Let the block's own q, k and v go, once a layer's last attend is issued."""
+        self._own = None
+
+    def partial_bytes(self, num_queries: int) -> int:
+        """Bytes that attending takes meanwhile for results of parts of the keys: so many queries, the whole scratch."""
+        return 0
 
     def _begun(self) -> tuple[Tensor, Tensor, Tensor]:
         assert self._own is not None, "begin() comes first"
@@ -209,6 +219,10 @@ class Fp8Path(AttentionPath):
         k_scaling, v_scaling = self._scalings()
         return attend_fp8(self._begun()[0], self.scratch, k_scaling, v_scaling, num_rows)
 
+    def finish(self) -> None:
+        super().finish()
+        self._scaling = None
+
     def _scalings(self) -> tuple[Scaling, Scaling]:
         assert self._scaling is not None, "begin() comes first"
         return self._scaling
@@ -236,6 +250,13 @@ class Flash3Fp8Path(Fp8Path):
         k_HXD, v_HXD = self.scratch.k_HXD[:, :num_rows], self.scratch.v_HXD[:, :num_rows]
         out_HTD, lse_HT = flash3.attend_fp8(self._queries, k_HXD, v_HXD, *self._scalings())
         return out_HTD.to(self.dtype), lse_HT
+
+    def finish(self) -> None:
+        super().finish()
+        self._queries = None
+
+    def partial_bytes(self, num_queries: int) -> int:
+        return flash3.partial_bytes(self.num_heads, num_queries, self.codec.geometry.head_dim, self.num_rows)
 
 
 def store(rows: Sequence[tuple[Tensor, Scaling, Tensor]], first_row: int) -> None:

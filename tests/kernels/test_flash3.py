@@ -105,6 +105,9 @@ def test_a_path_attends_history_and_own_block(plain: None) -> None:
     want, _ = attend_reference(apply_rotary(q, own).transpose(0, 1), turned, v.transpose(0, 1))
     assert out.dtype == torch.float32 and relative(out, want) < 0.08
     assert path.num_bytes == 2 * 2 * 544 * 64
+    path.finish()
+    with pytest.raises(AssertionError, match=r"begin\(\) comes first"):
+        path.attend(540)
 
 
 def test_it_is_refused_where_it_is_not() -> None:
@@ -112,6 +115,16 @@ def test_it_is_refused_where_it_is_not() -> None:
     assert not flash3.available(CPU, 64)
     with pytest.raises(ConfigError, match="Hopper"):
         make_path("fp8", codec, 2, 540, torch.bfloat16, CPU, use_flash3=True)
+
+
+def test_partial_results_are_counted() -> None:
+    # 2 and 8 splits, each with 128 channels and an lse for every query and head, in float32
+    assert flash3.partial_bytes(12, 4680, 128, 32_760) == 2 * 12 * 4680 * 129 * 4
+    assert flash3.partial_bytes(12, 4680, 128, 131_040) == 8 * 12 * 4680 * 129 * 4
+    assert flash3.partial_bytes(12, 4680, 128, flash3.KEYS_PER_SPLIT) == 0
+    codec = make_codec("int4", BlockGeometry(num_tokens=180, head_dim=64))
+    path = Flash3Fp8Path(codec, 2, 20_000, torch.bfloat16, torch.device("meta"))
+    assert path.partial_bytes(180) == flash3.partial_bytes(2, 180, 64, 20_000) > 0
 
 
 def test_splits_bound_what_is_summed_in_the_tensor_core() -> None:
