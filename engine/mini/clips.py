@@ -1,8 +1,11 @@
 """Training clips as latents on the device: rendered, encoded and captioned on the fly, replaced little by little.
 
-A clip is 30 s of a world under a script of one to three prompts. A training sequence takes some of its blocks: a run,
-or a sparse past and a recent run, at their true places in time, closed up, or with a gap, so that full histories,
-windows with sinks and retrieved blocks are all seen.
+A clip is 30 s of a world under a script of one to three prompts, or the first blocks of one. A training sequence takes
+some of its blocks: a run, or a sparse past and a recent run, at their true places in time, closed up, or with a gap, so
+that full histories, windows with sinks and retrieved blocks are all seen.
+
+Most of what a long clip shows it has shown before. What a film must invent is learned from beginnings: clips of a few
+blocks, of which there can be many more.
 
 Shape legend: M clips, B batch, N blocks of a sequence, Q blocks of a clip, C channels, F latent frames, Y, X latent
 rows and columns, K text tokens, P prompts of a clip, T tokens of the doubled sequence.
@@ -10,6 +13,7 @@ rows and columns, K text tokens, P prompts of a clip, T tokens of the doubled se
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,12 +31,18 @@ from longtake.engine.vae import load_vae
 
 CLIP_BLOCKS, BLOCK_FRAMES = 40, 3
 NUM_PROMPTS, TEXT_LEN = 3, 128
-CLIP_FRAMES = 1 + 4 * (CLIP_BLOCKS * BLOCK_FRAMES - 1)
+BEGINNING_BLOCKS = 4
 LATENT_SHAPE = (16, 12, 20)
-_AT_ONCE = 8
-REFRESH_STEPS = 16
+_CLIPS_AT_ONCE, _BEGINNINGS_AT_ONCE = 8, 32
+_REFRESH_STEPS = 16
 _MAX_GAP_LATENTS = 240
 _SEEDS_A_RANK = 1_000_000
+_FIRST_SEED, _FIRST_BEGINNING = 1, 5_000_001
+
+
+def num_frames(blocks: int) -> int:
+    """Frames of a clip of so many blocks: the first latent holds one, any other four."""
+    return 1 + 4 * (blocks * BLOCK_FRAMES - 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,61 +69,114 @@ class Clips:
     prompt_BQ: Tensor
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Made:
+    """Some new clips, and the event after which they are there."""
+
+    latents: Tensor
+    scripts: list[Script]
+    ready: torch.cuda.Event | None
+
+
 class ClipBuffer:
     """A ring buffer of encoded clips on the device.
+
+    New ones are made by a thread on a stream of its own: drawing worlds and launching their many kernels takes as long
+    as a few training steps.
 
     Args:
         vae: folder of the trained VAE.
         capacity: clips kept.
         device: of the buffer; rendering and encoding happen there too.
+        blocks: of a clip.
+        at_once: clips made at a time; divides ``capacity``.
         first_seed: of the first world; each clip has its own.
-        refresh_steps: steps between two makings of a few clips.
+        refresh_steps: steps between two makings.
+
+    Raises:
+        ValueError: ``at_once`` does not divide ``capacity``.
     """
 
     def __init__(
-        self, vae: Path, capacity: int, device: torch.device, first_seed: int = 1, refresh_steps: int = REFRESH_STEPS
+        self,
+        vae: Path,
+        capacity: int,
+        device: torch.device,
+        *,
+        blocks: int = CLIP_BLOCKS,
+        at_once: int = _CLIPS_AT_ONCE,
+        first_seed: int = _FIRST_SEED,
+        refresh_steps: int = _REFRESH_STEPS,
     ) -> None:
+        if capacity % at_once:
+            raise ValueError(f"{at_once} clips at once do not divide a buffer of {capacity}")
         channels, rows, columns = LATENT_SHAPE
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self._device, self._capacity, self._first_seed = device, capacity, first_seed
-        self._vae = load_vae(vae, dtype=dtype, device=device).requires_grad_(False)
-        convolution = "conv3d channels last" if device.type == "cuda" else "conv2d"
-        self.autoencoder = ClipForward(self._vae, convolution=convolution, fuse=device.type == "cuda")
+        on_gpu = device.type == "cuda"
+        self._device, self._capacity, self._blocks, self._at_once = device, capacity, blocks, at_once
+        self._vae = load_vae(vae, dtype=torch.bfloat16 if on_gpu else torch.float32, device=device)
+        self._vae.requires_grad_(False)
+        convolution = "conv3d channels last" if on_gpu else "conv2d"
+        self.autoencoder = ClipForward(self._vae, convolution=convolution, fuse=on_gpu)
         self._latents = torch.empty(
-            capacity, CLIP_BLOCKS, channels, BLOCK_FRAMES, rows, columns, dtype=torch.bfloat16, device=device
+            capacity, blocks, channels, BLOCK_FRAMES, rows, columns, dtype=torch.bfloat16, device=device
         )
         self._tokens = torch.zeros(capacity, NUM_PROMPTS, TEXT_LEN, dtype=torch.int64, device=device)
-        self._prompt_of_block = torch.zeros(capacity, CLIP_BLOCKS, dtype=torch.int64, device=device)
-        self._calls, self._refresh_steps = 0, refresh_steps
+        self._prompt_of_block = torch.zeros(capacity, blocks, dtype=torch.int64, device=device)
+        self._calls, self._refresh_steps, self._next_seed = 0, refresh_steps, first_seed
+        self._stream = torch.cuda.Stream(device) if on_gpu else None
+        self._thread = ThreadPoolExecutor(1, "clips")
+        self._making: Future[_Made] | None = None
         self.num_made = 0
 
     def fill(self, count: int) -> None:
-        """Make ``count`` clips."""
-        for _ in range(0, count, _AT_ONCE):
-            self._make()
+        """Make ``count`` clips now."""
+        for _ in range(0, count, self._at_once):
+            self._begin()
+            self._take()
 
     def refresh(self) -> None:
-        """Make a few clips now and then; called once a step."""
+        """Take the clips that were begun last time, and begin some more; called once a step, does so now and then."""
         self._calls += 1
         if self._calls % self._refresh_steps == 0:
-            self._make()
+            self._take()
+            self._begin()
+
+    def _begin(self) -> None:
+        seeds = list(range(self._next_seed, self._next_seed + self._at_once))
+        self._next_seed += self._at_once
+        self._making = self._thread.submit(self._make, seeds)
 
     @torch.no_grad()
-    def _make(self) -> None:
-        seeds = [self._first_seed + self.num_made + index for index in range(_AT_ONCE)]
-        latents, scripts = make_clips(seeds, self.autoencoder, CLIP_FRAMES, self._device)
-        rows = [(self.num_made + index) % self._capacity for index in range(_AT_ONCE)]
-        blocks = latents.unflatten(2, (CLIP_BLOCKS, BLOCK_FRAMES)).transpose(1, 2)
-        self._latents[rows] = blocks.bfloat16()
-        self._tokens[rows] = script_tokens(scripts).to(self._device)
-        self._prompt_of_block[rows] = torch.tensor([prompt_of_block(s) for s in scripts], device=self._device)
-        self.num_made += _AT_ONCE
+    def _make(self, seeds: list[int]) -> _Made:
+        with torch.cuda.stream(self._stream):
+            latents, scripts = make_clips(seeds, self.autoencoder, num_frames(self._blocks), self._device)
+            blocks = latents.unflatten(2, (self._blocks, BLOCK_FRAMES)).transpose(1, 2).bfloat16()
+            ready = torch.cuda.Event() if self._stream is not None else None
+            if ready is not None:
+                ready.record()
+        return _Made(latents=blocks, scripts=scripts, ready=ready)
+
+    def _take(self) -> None:
+        if self._making is None:
+            return
+        made, self._making = self._making.result(), None
+        if made.ready is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(made.ready)
+            made.latents.record_stream(current)
+        first = self.num_made % self._capacity
+        rows = slice(first, first + self._at_once)
+        self._latents[rows] = made.latents
+        self._tokens[rows] = script_tokens(made.scripts).to(self._device)
+        prompts = [prompt_of_block(script, self._blocks) for script in made.scripts]
+        self._prompt_of_block[rows] = torch.tensor(prompts, device=self._device)
+        self.num_made += self._at_once
 
     def sample(self, batch: int, layout: Layout) -> Batch:
         """Draw ``batch`` sequences of ``layout.num_blocks`` blocks."""
         available = min(self.num_made, self._capacity)
         clip_B = torch.randint(0, available, (batch,), device=self._device)
-        block_BN = choose_blocks(batch, layout.num_blocks, self._device)
+        block_BN = choose_blocks(batch, layout.num_blocks, self._blocks, self._device)
         starts_BN = place_blocks(block_BN)
         latents = self._latents[clip_B[:, None], block_BN].transpose(1, 2).flatten(2, 3)
         prompt_BN = self._prompt_of_block[clip_B].gather(1, block_BN)
@@ -136,8 +199,27 @@ class ClipBuffer:
 
 
 def shared_clips(vae: Path, capacity: int, device: torch.device, ranks: Ranks) -> ClipBuffer:
-    """A rank's part of a buffer, and of the work to renew it; its worlds are its own."""
-    return ClipBuffer(vae, capacity // ranks.size, device, 1 + ranks.index * _SEEDS_A_RANK, REFRESH_STEPS * ranks.size)
+    """A rank's part of a buffer of long clips, and of the work to renew it; its worlds are its own."""
+    return ClipBuffer(
+        vae,
+        capacity // ranks.size,
+        device,
+        first_seed=_FIRST_SEED + ranks.index * _SEEDS_A_RANK,
+        refresh_steps=_REFRESH_STEPS * ranks.size,
+    )
+
+
+def shared_beginnings(vae: Path, capacity: int, device: torch.device, ranks: Ranks) -> ClipBuffer:
+    """The same of beginnings."""
+    return ClipBuffer(
+        vae,
+        capacity // ranks.size,
+        device,
+        blocks=BEGINNING_BLOCKS,
+        at_once=_BEGINNINGS_AT_ONCE,
+        first_seed=_FIRST_BEGINNING + ranks.index * _SEEDS_A_RANK,
+        refresh_steps=_REFRESH_STEPS * ranks.size,
+    )
 
 
 def text_mask(prompt_BN: Tensor, layout: Layout, num_prompts: int, text_len: int) -> Tensor:
@@ -148,16 +230,16 @@ def text_mask(prompt_BN: Tensor, layout: Layout, num_prompts: int, text_len: int
 
 
 def make_clips(
-    seeds: list[int], forward: ClipForward, num_frames: int, device: torch.device
+    seeds: list[int], forward: ClipForward, frames: int, device: torch.device
 ) -> tuple[Tensor, list[Script]]:
-    """Render and encode one clip a seed: normalised latents [M, C, F, Y, X] and the scripts."""
+    """Render and encode the first frames of one clip a seed: normalised latents [M, C, F, Y, X] and the scripts."""
     worlds = build_worlds(seeds)
     start_angle = np.array([(seed * 7919) % RING_PX for seed in seeds], dtype=np.float64)
-    scripts = random_scripts(worlds, start_angle, num_frames / FPS, seeds, max_beats=NUM_PROMPTS)
+    scripts = random_scripts(worlds, start_angle, num_frames(CLIP_BLOCKS) / FPS, seeds, max_beats=NUM_PROMPTS)
     staged = stage(worlds, scripts, start_angle).to(device)
-    paths = [camera_path(s, num_frames, float(a)) for s, a in zip(scripts, start_angle, strict=True)]
+    paths = [camera_path(s, frames, float(a)) for s, a in zip(scripts, start_angle, strict=True)]
     angle = torch.from_numpy(np.stack(paths)).to(device)
-    time_s = (torch.arange(num_frames, dtype=torch.float64, device=device) / FPS).expand(len(seeds), -1)
+    time_s = (torch.arange(frames, dtype=torch.float64, device=device) / FPS).expand(len(seeds), -1)
     video = render(staged, angle, time_s, frames_at_once=2048)
     return encode_clips(forward, video), scripts
 
@@ -171,28 +253,28 @@ def script_tokens(scripts: list[Script]) -> Tensor:
     return out
 
 
-def prompt_of_block(script: Script) -> list[int]:
-    """Index of the prompt in force for each block of a clip; beats fall on blocks."""
+def prompt_of_block(script: Script, blocks: int) -> list[int]:
+    """Index of the prompt in force for each of a clip's ``blocks``; beats fall on blocks."""
     first_block = [round(beat.at_s / BEAT_GRID_S) for beat in script]
-    return [max(p for p, first in enumerate(first_block) if first <= block) for block in range(CLIP_BLOCKS)]
+    return [max(p for p, first in enumerate(first_block) if first <= block) for block in range(blocks)]
 
 
-def choose_blocks(batch: int, count: int, device: torch.device) -> Tensor:
-    """Which blocks of a clip make a sequence: int64 [B, N], ascending.
+def choose_blocks(batch: int, count: int, blocks: int, device: torch.device) -> Tensor:
+    """Which ``count`` of a clip's ``blocks`` make a sequence: int64 [B, N], ascending.
 
     Half are runs, half of those from the clip's start. The others end anywhere, with a recent run of 4 to 12 blocks,
     and are filled up with blocks from before it, with the clip's first one in most.
     """
-    rank_BQ = torch.arange(CLIP_BLOCKS, device=device).expand(batch, -1)
+    rank_BQ = torch.arange(blocks, device=device).expand(batch, -1)
 
     def uniform() -> Tensor:
         return torch.rand(batch, 1, device=device)
 
-    first = (uniform() * (CLIP_BLOCKS - count + 1)).floor().long() * (uniform() < 0.5)
+    first = (uniform() * (blocks - count + 1)).floor().long() * (uniform() < 0.5)
     run_BN = first + torch.arange(count, device=device)
-    last = count - 1 + (uniform() * (CLIP_BLOCKS - count + 1)).floor().long()
+    last = count - 1 + (uniform() * (blocks - count + 1)).floor().long()
     recent = last - 4 - (uniform() * 9).floor().long()
-    score = torch.rand(batch, CLIP_BLOCKS, device=device)
+    score = torch.rand(batch, blocks, device=device)
     score = score + 2.0 * (rank_BQ > recent) + 3.0 * ((rank_BQ == 0) & (uniform() < 0.7))
     score = score.masked_fill(rank_BQ > last, -1.0)
     sparse_BN = score.topk(count, dim=1).indices.sort(dim=1).values

@@ -108,6 +108,21 @@ class Rotations:
         return table[..., 0].contiguous(), table[..., 1].contiguous()
 
 
+class Geometry:
+    """A layout with its mask, and the positions of its blocks; kept on one device.
+
+    Args:
+        layout: of the sequences.
+        head_dim: of the model.
+        device: of the masks and tables.
+    """
+
+    def __init__(self, layout: Layout, head_dim: int, device: torch.device) -> None:
+        self.layout = layout
+        self.rotations = Rotations(layout, head_dim, device)
+        self.mask = block_mask(layout, device)
+
+
 def make_attend(cos_B1TP: Tensor, sin_B1TP: Tensor, mask: BlockMask | Tensor) -> Attend:
     """Self-attention of the doubled sequence, for ``CausalWan.forward``."""
 

@@ -3,10 +3,11 @@
     python -m longtake.engine.mini.train_dit --vae DIR/vae --out DIR --seconds 1200 [--resume DIR]
     torchrun --nproc-per-node 4 -m longtake.engine.mini.train_dit ...    the same on four GPUs
 
-Flow matching (target ``noise - x0``) by teacher forcing over blocks with a noise level each. Two phases in one run:
-the history is the truth, lightly noised so that small errors do no harm; then, for a share of the batches, the history
-is what the model itself makes of it (one denoising step from a random level of noise), so that it learns to go on from
-its own pictures. Stops by the clock, saves its state, and goes on from there with ``--resume``.
+Flow matching (target ``noise - x0``) by teacher forcing over blocks with a noise level each. Steps on long sequences,
+which teach to remember, take turns with steps on many beginnings of films, which teach to invent. Two phases in one
+run: the history is the truth, lightly noised so that small errors do no harm; then, for a share of the long batches,
+the history is what the model itself makes of it (one denoising step from a random level of noise), so that it learns to
+go on from its own pictures. Stops by the clock, saves its state, and goes on from there with ``--resume``.
 
 Shape legend: B batch, N blocks, C latent channels, F latent frames, Y, X latent rows and columns, K text tokens.
 """
@@ -27,11 +28,11 @@ from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from longtake.engine.config import ModelConfig
-from longtake.engine.mini.clips import Batch, ClipBuffer, shared_clips
+from longtake.engine.mini.clips import BEGINNING_BLOCKS, Batch, ClipBuffer, shared_beginnings, shared_clips
 from longtake.engine.mini.muon import Muon
 from longtake.engine.mini.ranks import ALONE, Ranks, join, leave
 from longtake.engine.mini.state import load_state, load_weights, save_state
-from longtake.engine.mini.teacher_forcing import Layout, Rotations, block_mask, make_attend
+from longtake.engine.mini.teacher_forcing import Geometry, Layout, make_attend
 from longtake.engine.model import CausalWan
 
 TRANSFORMER = ModelConfig(num_heads=4, head_dim=64, num_layers=6, ffn_dim=608, text_dim=64)
@@ -51,6 +52,7 @@ TEXT = UMT5Config(
     use_cache=False,
 )
 LAYOUT = Layout(num_blocks=20, block_frames=3, rows=6, columns=10)
+BEGINNING = Layout(num_blocks=BEGINNING_BLOCKS, block_frames=3, rows=6, columns=10)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +62,8 @@ class TrainConfig:
     seconds: float = 1200.0
     horizon_s: float = 1200.0  # of the learning-rate schedule, over all resumed runs
     batch: int = 32
+    beginnings_batch: int = 160
+    beginnings_share: float = 0.5  # of the steps
     learning_rate: float = 1.2e-3
     warmup_steps: int = 200
     final_rate: float = 0.05
@@ -138,23 +142,31 @@ class Trainer:
     """One training run on one device, or one rank's part of it.
 
     Args:
-        config: of the run; its batch is that of all ranks together.
-        clips: of this rank.
+        config: of the run; its batches are those of all ranks together.
+        clips: of this rank, long ones.
+        beginnings: of this rank.
         device: of this rank.
         ranks: that train together.
     """
 
-    def __init__(self, config: TrainConfig, clips: ClipBuffer, device: torch.device, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        clips: ClipBuffer,
+        beginnings: ClipBuffer,
+        device: torch.device,
+        ranks: Ranks = ALONE,
+    ) -> None:
         torch.manual_seed(config.seed)
         self.choices = random.Random(config.seed)  # alike on all ranks: what kind of step comes
-        self.config, self.clips, self.device, self.ranks = config, clips, device, ranks
-        self.batch = ranks.share(config.batch)
+        self.config, self.device, self.ranks = config, device, ranks
+        self.clips, self.beginnings = clips, beginnings
+        self.batch, self.beginnings_batch = ranks.share(config.batch), ranks.share(config.beginnings_batch)
         self.model = Trainee().to(device)
         self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.matrices = {name: p for name, p in self.model.named_parameters() if is_matrix(name, p)}
         self.muon, self.adam = make_optimisers(self.model, config.weight_decay)
-        self.rotations = Rotations(LAYOUT, TRANSFORMER.head_dim, device)
-        self.mask = block_mask(LAYOUT, device)
+        self.long, self.short = (Geometry(layout, TRANSFORMER.head_dim, device) for layout in (LAYOUT, BEGINNING))
         torch.manual_seed(config.seed + ranks.index)
         self.step = 0
         self.elapsed_s = 0.0
@@ -163,15 +175,21 @@ class Trainer:
             self.forward = torch.compile(self._forward, dynamic=False)
 
     def _forward(
-        self, doubled: Tensor, times_BF: Tensor, embeds: Tensor, cos: Tensor, sin: Tensor, mask: Tensor
+        self,
+        geometry: Geometry,
+        doubled: Tensor,
+        times_BF: Tensor,
+        embeds: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        text_mask: Tensor,
     ) -> Tensor:
         """Flow of the noisy half [B, C, F, Y, X]."""
         transformer = self.model.transformer
         context = transformer.text_context(embeds)
-        attend = make_attend(cos, sin, self.mask)
-        half = doubled.shape[2] // 2
-        flow: Tensor = transformer(doubled, times_BF, context, attend, mask)
-        return flow[:, :, half:]
+        attend = make_attend(cos, sin, geometry.mask)
+        flow: Tensor = transformer(doubled, times_BF, context, attend, text_mask)
+        return flow[:, :, doubled.shape[2] // 2 :]
 
     def progress(self) -> float:
         """Share of the horizon that is over, 0 .. 1."""
@@ -184,44 +202,49 @@ class Trainer:
         rate = config.final_rate + (1 - config.final_rate) * cosine
         return config.learning_rate * min(1.0, (self.step + 1) / config.warmup_steps) * rate
 
-    def flow(self, history: Tensor, noisy: Tensor, sigma_BF: Tensor, batch: Batch) -> Tensor:
+    def flow(self, geometry: Geometry, history: Tensor, noisy: Tensor, sigma_BF: Tensor, batch: Batch) -> Tensor:
         """The model's flow for the noisy blocks, given a clean (or nearly clean) history."""
         times = torch.cat((torch.zeros_like(sigma_BF), 1000 * sigma_BF), dim=1)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             doubled = torch.cat((history, noisy), dim=2)
             embeds = self.model.encode_text(batch.tokens_BNK)
-            return self.forward(doubled, times, embeds, *self.rotations(batch.starts_BN), batch.text_mask)
+            return self.forward(geometry, doubled, times, embeds, *geometry.rotations(batch.starts_BN), batch.text_mask)
 
     def own_history(self, clean: Tensor, batch: Batch) -> Tensor:
         """A history of the model's own one-step pictures, from a random level of noise, for most of the blocks."""
-        count = batch.starts_BN.shape
-        sigma_BF = (0.35 + 0.45 * torch.rand(count, device=self.device)).repeat_interleave(LAYOUT.block_frames, dim=1)
+        count, frames = batch.starts_BN.shape, self.long.layout.block_frames
+        sigma_BF = (0.35 + 0.45 * torch.rand(count, device=self.device)).repeat_interleave(frames, dim=1)
         level = sigma_BF[:, None, :, None, None]
         noisy = torch.lerp(clean, torch.randn_like(clean), level)
         with torch.no_grad():
-            guess = noisy - level * self.flow(clean, noisy, sigma_BF, batch).float()
+            guess = noisy - level * self.flow(self.long, clean, noisy, sigma_BF, batch).float()
         use = torch.rand(count, device=self.device) < 0.7
-        return torch.where(use.repeat_interleave(LAYOUT.block_frames, dim=1)[:, None, :, None, None], guess, clean)
+        return torch.where(use.repeat_interleave(frames, dim=1)[:, None, :, None, None], guess, clean)
 
-    def history(self, clean: Tensor, batch: Batch) -> Tensor:
-        """What stands for the past in this batch."""
-        config = self.config
-        if self.progress() > config.own_history_from and self.choices.random() < config.own_history_share:
-            clean = self.own_history(clean, batch)
-        shape = (*batch.starts_BN.shape, 1)
-        level = config.history_noise * torch.rand(shape, device=self.device).square()
-        level = level.expand(-1, -1, LAYOUT.block_frames).flatten(1)[:, None, :, None, None]
+    def lightly_noised(self, clean: Tensor, num_blocks: int) -> Tensor:
+        """A history that is not quite clean: a level of noise for each block, mostly small."""
+        level = self.config.history_noise * torch.rand(clean.shape[0], num_blocks, device=self.device).square()
+        level = level.repeat_interleave(clean.shape[2] // num_blocks, dim=1)[:, None, :, None, None]
         return torch.lerp(clean, torch.randn_like(clean), level)
 
     def train_step(self) -> Tensor:
         """One optimiser step; returns the loss (a device scalar, not read here)."""
-        batch = self.clips.sample(self.batch, LAYOUT)
-        clean = batch.latents_BCFYX.float()
+        config = self.config
+        if self.choices.random() < config.beginnings_share:
+            geometry = self.short
+            batch = self.beginnings.sample(self.beginnings_batch, geometry.layout)
+        else:
+            geometry = self.long
+            batch = self.clips.sample(self.batch, geometry.layout)
+        past = clean = batch.latents_BCFYX.float()
+        own = self.choices.random() < config.own_history_share and self.progress() > config.own_history_from
+        if own and geometry is self.long:
+            past = self.own_history(clean, batch)
         noise = torch.randn_like(clean)
-        sigma_BN = sample_sigmas(tuple(batch.starts_BN.shape), self.config.shift, self.device)  # type: ignore[arg-type]
-        sigma_BF = sigma_BN.repeat_interleave(LAYOUT.block_frames, dim=1)
+        sigma_BN = sample_sigmas(tuple(batch.starts_BN.shape), config.shift, self.device)  # type: ignore[arg-type]
+        sigma_BF = sigma_BN.repeat_interleave(geometry.layout.block_frames, dim=1)
         noisy = torch.lerp(clean, noise, sigma_BF[:, None, :, None, None])
-        flow = self.flow(self.history(clean, batch), noisy, sigma_BF, batch)
+        flow = self.flow(geometry, self.lightly_noised(past, geometry.layout.num_blocks), noisy, sigma_BF, batch)
         error = (flow.float() - (noise - clean)).square()
         loss = mean_over(error, batch.askable_BN)
         loss.backward()
@@ -251,6 +274,7 @@ class Trainer:
         losses: list[Tensor] = []
         while True:
             self.clips.refresh()
+            self.beginnings.refresh()
             losses.append(self.train_step())
             if len(losses) == 50:
                 loss = torch.stack(losses).mean().item()  # waits for the device
@@ -261,7 +285,8 @@ class Trainer:
                 last = now
                 rate = self.learning_rate()
                 self.say(
-                    f"step {self.step} loss {loss:.4f} lr {rate:.2e} clips {self.clips.num_made} "
+                    f"step {self.step} loss {loss:.4f} lr {rate:.2e} "
+                    f"clips {self.clips.num_made} beginnings {self.beginnings.num_made} "
                     f"{(now - started):.0f} s of {seconds:.0f}"
                 )
                 losses.clear()
@@ -301,6 +326,8 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="start from the weights of a model's or a state's folder")
     parser.add_argument("--clips", type=int, default=4096, help="clips kept on the device")
     parser.add_argument("--first-clips", type=int, default=768, help="clips made before training starts")
+    parser.add_argument("--beginnings", type=int, default=8192, help="beginnings of clips kept on the device")
+    parser.add_argument("--first-beginnings", type=int, default=2048, help="of them, made before training starts")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--preview-every", type=float, default=100.0, help="seconds between contact sheets in --out")
     parser.add_argument("--preview-blocks", type=int, default=16, help="blocks of 0.75 s of the films shown there")
@@ -310,12 +337,14 @@ def main() -> None:
     ranks, device = join(options.device)
     config = TrainConfig(seconds=options.seconds, horizon_s=options.horizon, batch=options.batch)
     clips = shared_clips(options.vae, options.clips, device, ranks)
-    trainer = Trainer(config, clips, device, ranks)
+    beginnings = shared_beginnings(options.vae, options.beginnings, device, ranks)
+    trainer = Trainer(config, clips, beginnings, device, ranks)
     if options.weights:
         load_weights(options.weights, trainer)
     if options.resume:
         load_state(options.resume, trainer)
     clips.fill(options.first_clips // ranks.size)
+    beginnings.fill(options.first_beginnings // ranks.size)
     options.out.mkdir(parents=True, exist_ok=True)
 
     def save() -> None:

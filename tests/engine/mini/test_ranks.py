@@ -12,6 +12,7 @@ from longtake.engine.mini import train_dit
 from longtake.engine.mini.clips import ClipBuffer
 from longtake.engine.mini.distiller import DistilConfig, Distiller
 from longtake.engine.mini.ranks import ALONE, Ranks, join, leave
+from longtake.engine.mini.teacher_forcing import Layout
 from longtake.engine.mini.train_dit import TrainConfig, Trainer
 from tests.engine.gangs import run_ranks
 from tests.engine.mini.test_distil import LAYOUT, SMALL, SMALL_POOL, FewClips, small_model
@@ -38,10 +39,12 @@ def train(rank: int) -> tuple[list[float], list[float]]:
     """Losses and last weights of a rank."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_dit, "LAYOUT", LAYOUT)
+        patch.setattr(train_dit, "BEGINNING", Layout(num_blocks=2, block_frames=2, rows=1, columns=2))
         patch.setattr(train_dit, "TRANSFORMER", SMALL)
         ranks, device = join("cpu")
-        config = TrainConfig(batch=4, warmup_steps=1)
-        trainer = Trainer(config, cast(ClipBuffer, FewClips()), device, ranks)
+        config = TrainConfig(batch=4, beginnings_batch=6, warmup_steps=1)
+        clips = cast(ClipBuffer, FewClips())
+        trainer = Trainer(config, clips, clips, device, ranks)
         trainer.elapsed_s = config.horizon_s  # the second phase: the history is the model's own now and then
         losses = [trainer.train_step().item() for _ in range(4)]
         leave()
