@@ -31,7 +31,7 @@ from longtake.kernels.scaling import Scaling, unscaled
 from longtake.kernels.transform import TransformCodec
 
 if TYPE_CHECKING:
-    from longtake.kernels.rotary_triton import Launch
+    from longtake.kernels.arena_triton import Launch
     from longtake.kernels.transform_triton import TileLaunch
 
 NUM_COMPILERS = 8
@@ -77,9 +77,9 @@ def variants(
 ) -> Iterator[tuple[Launch | TileLaunch, Callable[[], None]]]:
     """The codec's kernel in every variant of its launch."""
     from longtake.kernels import dense_triton, lt2_triton, rtn_triton, transform_triton
-    from longtake.kernels.rotary_triton import Launch
+    from longtake.kernels.arena_triton import Launch
 
-    common, tokens = (arena, slots, rotary, out), codec.geometry.num_tokens
+    common = (arena, slots, rotary, out)
     if isinstance(codec, TransformCodec):
         for tiles, channels, warps, registers in TILE_LAUNCHES:
             tile_launch = transform_triton.TileLaunch(tiles=tiles, channels=channels, warps=warps, registers=registers)
@@ -88,13 +88,12 @@ def variants(
     for rows, heads, warps in MATERIALISE_LAUNCHES:
         launch = Launch(rows=rows, heads=heads, warps=warps)
         if isinstance(codec, RoundToNearest):
-            grid = codec.layout.offset("grid")
-            yield launch, partial(rtn_triton.materialise, *common, tokens, codec.bits, grid, scaling, launch)
+            yield launch, partial(rtn_triton.materialise, *common, codec, scaling, launch)
         elif isinstance(codec, LowRankTwoBit):
             yield launch, partial(lt2_triton.materialise, *common, codec, scaling, launch)
         else:
             assert isinstance(codec, DenseCodec)
-            yield launch, partial(dense_triton.materialise, *common, tokens, codec.dtype, scaling, launch)
+            yield launch, partial(dense_triton.materialise, *common, codec, scaling, launch)
 
 
 def materialise_targets(

@@ -197,8 +197,8 @@ def _check_aligned(payload: Tensor, what: str) -> None:
 class TensorCodec(ABC):
     """One tensor, K or V, of one block <-> one section of a payload.
 
-    `pack` and `unpack` are the plain reference, on any device, in float32. A codec with kernels overrides `pack_into`
-    and `unpack_into`, which the pair codec calls, and falls back to these.
+    `pack` and `unpack` are the plain reference, on any device, in float32. On CUDA, a codec that has kernels uses them
+    instead: `pack_into` and `unpack_into`, which the pair codec calls, choose.
 
     Args:
         geometry: the block.
@@ -212,9 +212,14 @@ class TensorCodec(ABC):
         self.geometry = geometry
 
     @property
+    def has_kernels(self) -> bool:
+        """Whether Triton kernels cover this geometry."""
+        return False
+
+    @property
     def recordable(self) -> bool:
         """As Codec's; such a codec uses no seed."""
-        return False
+        return self.has_kernels
 
     @property
     def num_bytes(self) -> int:
@@ -231,7 +236,18 @@ class TensorCodec(ABC):
 
     def pack_into(self, x_THD: Tensor, out_HB: Tensor, seeds: Sequence[int]) -> None:
         """Encode [T, H, D] of any float type and strides into a section of a page."""
+        if x_THD.is_cuda and self.has_kernels:
+            self.pack_by_kernels(x_THD, out_HB)
+        else:
+            self.pack_plainly(x_THD, out_HB, seeds)
+
+    def pack_plainly(self, x_THD: Tensor, out_HB: Tensor, seeds: Sequence[int]) -> None:
+        """As `pack_into`, by the reference."""
         out_HB.copy_(self.pack(x_THD.transpose(0, 1).float(), seeds))
+
+    def pack_by_kernels(self, x_THD: Tensor, out_HB: Tensor) -> None:
+        """As `pack_into`, by the codec's kernels."""
+        raise NotImplementedError
 
     def pack_pair_into(
         self, other: TensorCodec, x_THD: Tensor, y_THD: Tensor, out_HB: Tensor, *seeds: Sequence[int]
@@ -249,6 +265,19 @@ class TensorCodec(ABC):
         scaling: Scaling | None = None,
     ) -> None:
         """Decode the sections of the slots, turn by RoPE and scale if asked, and write their N*T rows head-major."""
+        unpack = self.unpack_by_kernels if sections_GHB.is_cuda and self.has_kernels else self.unpack_plainly
+        unpack(sections_GHB, slots_N, rotary, out_HXD, scaling)
+
+    def unpack_by_kernels(
+        self, sections_GHB: Tensor, slots_N: Tensor, rotary: Rotary | None, out_HXD: Tensor, scaling: Scaling | None
+    ) -> None:
+        """As `unpack_into`, by the codec's kernels."""
+        raise NotImplementedError
+
+    def unpack_plainly(
+        self, sections_GHB: Tensor, slots_N: Tensor, rotary: Rotary | None, out_HXD: Tensor, scaling: Scaling | None
+    ) -> None:
+        """As `unpack_into`, by the reference."""
         tokens, num_heads, dim = self.geometry.num_tokens, out_HXD.shape[0], self.geometry.head_dim
         chunk = max(1, _UNPACK_CHUNK_ELEMENTS // (num_heads * tokens * dim))
         row = 0

@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from longtake.kernels import (
+    arena_triton,
     attention_fp8_triton,
     attention_triton,
     dense_triton,
@@ -61,7 +62,7 @@ ARENA = {
     "tokens": "i32",
     "tokens_per_frame": "i32",
 }
-ROWS = rotary_triton.DEFAULT_LAUNCH.rows
+ROWS = arena_triton.DEFAULT_LAUNCH.rows
 SHARED_BYTES = 227 << 10  # that a program can have on an H100 or H200
 UNALIGNED = (
     "tokens",

@@ -39,6 +39,11 @@ class DenseCodec(TensorCodec):
         return section
 
     @property
+    def has_kernels(self) -> bool:
+        """For reading; to write, PyTorch's own copy does."""
+        return self.geometry.head_dim in (64, 128)
+
+    @property
     def recordable(self) -> bool:
         return True
 
@@ -49,21 +54,12 @@ class DenseCodec(TensorCodec):
     def unpack(self, section_B: Tensor) -> Tensor:
         return self.layout.view(section_B, "x").float()
 
-    def unpack_into(
-        self,
-        sections_GHB: Tensor,
-        slots_N: Tensor,
-        rotary: Rotary | None,
-        out_HXD: Tensor,
-        scaling: Scaling | None = None,
+    def unpack_by_kernels(
+        self, sections_GHB: Tensor, slots_N: Tensor, rotary: Rotary | None, out_HXD: Tensor, scaling: Scaling | None
     ) -> None:
-        if sections_GHB.is_cuda and self.geometry.head_dim in (64, 128):
-            from longtake.kernels import dense_triton
+        from longtake.kernels import dense_triton
 
-            tokens = self.geometry.num_tokens
-            dense_triton.materialise(sections_GHB, slots_N, rotary, out_HXD, tokens, self.dtype, scaling)
-        else:
-            super().unpack_into(sections_GHB, slots_N, rotary, out_HXD, scaling)
+        dense_triton.materialise(sections_GHB, slots_N, rotary, out_HXD, self, scaling)
 
 
 def tensor_codec(name: str, geometry: BlockGeometry, side: Side) -> TensorCodec:

@@ -9,15 +9,21 @@ Shape legend: T tokens of a block, H heads, D head dim, R rows of a tile, N bloc
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator, no-untyped-call"
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from longtake.kernels.arena_triton import DEFAULT_LAUNCH, Launch, reading
 from longtake.kernels.rotary import Rotary
-from longtake.kernels.rotary_triton import DEFAULT_LAUNCH, Launch, turns
+from longtake.kernels.rotary_triton import turns
 from longtake.kernels.scaling import Scaling
-from longtake.kernels.scaling_triton import emit, token_alignment
+from longtake.kernels.scaling_triton import emit
+
+if TYPE_CHECKING:
+    from longtake.kernels.dense import DenseCodec
 
 
 @triton.jit
@@ -52,35 +58,17 @@ def materialise(
     slots_N: Tensor,
     rotary: Rotary | None,
     out_HXD: Tensor,
-    num_tokens: int,
-    stored: torch.dtype,
+    codec: DenseCodec,
     scaling: Scaling | None = None,
     launch: Launch = DEFAULT_LAUNCH,
 ) -> None:
-    """Copy the slots' sections into N*T rows of each head, turned if tables are given.
-
-    Args:
-        sections_GHB: uint8 [G, H, B], rows of T x D elements of `stored`.
-        slots_N: int32 [N].
-        rotary: tables of N*T tokens, or None.
-        out_HXD: [H, X, D], D 64 or 128, last dim contiguous.
-        num_tokens: T.
-        stored: torch.bfloat16 or torch.float32.
-        scaling: for e4m3 rows.
-        launch: tile sizes.
-    """
+    """Copy the slots' sections into N*T rows of each head, turned if tables are given, scaled for e4m3."""
     num_heads, dim = out_HXD.shape[0], out_HXD.shape[2]
-    temporal, spatial, per_frame, pairs = sections_GHB, sections_GHB, 1, 0
-    centre, scale = (slots_N, slots_N) if scaling is None else (scaling.centre_HD, scaling.scale_H)
-    if rotary is not None:
-        temporal, spatial = rotary.temporal_YP2, rotary.spatial_SQ2
-        per_frame, pairs = rotary.tokens_per_frame, temporal.shape[1]
-    materialise_kernel[launch.grid(num_tokens, slots_N.shape[0], num_heads)](
-        sections_GHB, slots_N, temporal, spatial, out_HXD, centre, scale,
-        sections_GHB.stride(0), sections_GHB.stride(1), out_HXD.stride(0), out_HXD.stride(1), out_HXD.stride(2),
-        num_tokens, per_frame,
-        D=dim, PT=pairs, STORED=tl.bfloat16 if stored == torch.bfloat16 else tl.float32,
-        SCALED=scaling is not None, TURNED=out_HXD.stride(2) != 1,
-        HEADS=launch.heads_of(num_heads), ROWS=launch.rows,
-        ALIGN=token_alignment(num_tokens), num_warps=launch.warps,
+    tokens = codec.geometry.num_tokens
+    arguments, constants = reading(sections_GHB, slots_N, rotary, out_HXD, scaling, tokens)
+    stored = tl.bfloat16 if codec.dtype == torch.bfloat16 else tl.float32
+    materialise_kernel[launch.grid(tokens, slots_N.shape[0], num_heads)](
+        *arguments,
+        D=dim, STORED=stored,
+        **constants, **launch.sizes(num_heads),
     )  # fmt: skip

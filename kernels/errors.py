@@ -54,10 +54,6 @@ class CapacityError(LongtakeError, MemoryError):
     """A tier is full: give it more bytes, or keep less."""
 
 
-class TransferError(LongtakeError, OSError):
-    """A copy between tiers failed: the source is intact, try again."""
-
-
 class StorageError(LongtakeError, OSError):
     """What the disk holds is missing, torn or corrupt: verify the folder."""
 

@@ -82,7 +82,6 @@ class LowRankTwoBit(TensorCodec):
 
     @property
     def has_kernels(self) -> bool:
-        """Whether the Triton kernels cover this geometry."""
         return self.geometry.head_dim in (64, 128)
 
     def pack(self, x_HTD: Tensor, seeds: Sequence[int]) -> Tensor:
@@ -148,33 +147,17 @@ class LowRankTwoBit(TensorCodec):
             low = low + coefficient[..., r, None] * direction[..., r, :].unsqueeze(-2)
         return x * spread.unsqueeze(-2) + low
 
-    @property
-    def recordable(self) -> bool:
-        return self.has_kernels
+    def pack_by_kernels(self, x_THD: Tensor, out_HB: Tensor) -> None:
+        from longtake.kernels import lt2_triton
 
-    def pack_into(self, x_THD: Tensor, out_HB: Tensor, seeds: Sequence[int]) -> None:
-        if x_THD.is_cuda and self.has_kernels:
-            from longtake.kernels import lt2_triton
+        lt2_triton.encode(x_THD, out_HB, self)
 
-            lt2_triton.encode(x_THD, out_HB, self)
-            self.layout.clear_padding(out_HB)
-        else:
-            super().pack_into(x_THD, out_HB, seeds)
-
-    def unpack_into(
-        self,
-        sections_GHB: Tensor,
-        slots_N: Tensor,
-        rotary: Rotary | None,
-        out_HXD: Tensor,
-        scaling: Scaling | None = None,
+    def unpack_by_kernels(
+        self, sections_GHB: Tensor, slots_N: Tensor, rotary: Rotary | None, out_HXD: Tensor, scaling: Scaling | None
     ) -> None:
-        if sections_GHB.is_cuda and self.has_kernels:
-            from longtake.kernels import lt2_triton
+        from longtake.kernels import lt2_triton
 
-            lt2_triton.materialise(sections_GHB, slots_N, rotary, out_HXD, self, scaling)
-        else:
-            super().unpack_into(sections_GHB, slots_N, rotary, out_HXD, scaling)
+        lt2_triton.materialise(sections_GHB, slots_N, rotary, out_HXD, self, scaling)
 
 
 def short_float(x: Tensor) -> Tensor:

@@ -17,11 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longtake.kernels.arena_triton import DEFAULT_LAUNCH, Launch, reading
 from longtake.kernels.rotary import Rotary
-from longtake.kernels.rotary_triton import DEFAULT_LAUNCH, Launch, turns
+from longtake.kernels.rotary_triton import turns
 from longtake.kernels.rtn_triton import load_pairs
 from longtake.kernels.scaling import Scaling
-from longtake.kernels.scaling_triton import emit, token_alignment
+from longtake.kernels.scaling_triton import emit
 
 if TYPE_CHECKING:
     from longtake.kernels.lt2 import LowRankTwoBit
@@ -246,6 +247,7 @@ def encode(x_THD: Tensor, out_HB: Tensor, codec: LowRankTwoBit) -> None:
     x_THD = x_THD if x_THD.stride(-1) == 1 else x_THD.contiguous()
     fit(x_THD, out_HB, codec)
     quantise(x_THD, out_HB, codec)
+    codec.layout.clear_padding(out_HB)
 
 
 def fit(x_THD: Tensor, out_HB: Tensor, codec: LowRankTwoBit) -> None:
@@ -284,18 +286,12 @@ def materialise(
 ) -> None:
     """Unpack the slots' sections into N*T rows of each head, turned if tables are given, scaled for e4m3."""
     num_heads, dim = out_HXD.shape[0], out_HXD.shape[2]
-    tokens, offset = codec.geometry.num_tokens, codec.layout.offset
-    temporal, spatial, per_frame, pairs = sections_GHB, sections_GHB, 1, 0
-    centre, scale = (slots_N, slots_N) if scaling is None else (scaling.centre_HD, scaling.scale_H)
-    if rotary is not None:
-        temporal, spatial = rotary.temporal_YP2, rotary.spatial_SQ2
-        per_frame, pairs = rotary.tokens_per_frame, temporal.shape[1]
+    tokens = codec.geometry.num_tokens
+    arguments, constants = reading(sections_GHB, slots_N, rotary, out_HXD, scaling, tokens)
+    offset = codec.layout.offset
     materialise_kernel[launch.grid(tokens, slots_N.shape[0], num_heads)](
-        sections_GHB, slots_N, temporal, spatial, out_HXD, centre, scale,
-        sections_GHB.stride(0), sections_GHB.stride(1), out_HXD.stride(0), out_HXD.stride(1), out_HXD.stride(2),
-        tokens, per_frame,
-        D=dim, PT=pairs, R=codec.rank, COEFFICIENTS=offset("coefficients"), GAINS=offset("gains"),
+        *arguments,
+        D=dim, R=codec.rank, COEFFICIENTS=offset("coefficients"), GAINS=offset("gains"),
         DIRECTIONS=offset("directions"), CHANNELS=offset("channels"), UNITS=offset("units"),
-        SCALED=scaling is not None, TURNED=out_HXD.stride(2) != 1, HEADS=launch.heads_of(num_heads), ROWS=launch.rows,
-        ALIGN=token_alignment(tokens), num_warps=launch.warps,
+        **constants, **launch.sizes(num_heads),
     )  # fmt: skip

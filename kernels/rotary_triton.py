@@ -7,40 +7,13 @@ Shape legend: T tokens of a block, H heads, D head dim, R rows of a tile.
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator, no-untyped-call"
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from longtake.kernels.arena_triton import DEFAULT_LAUNCH, Launch
 from longtake.kernels.rotary import Rotary
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Launch:
-    """How a materialise kernel is cut into programs.
-
-    Args:
-        rows: tokens of a tile, a power of two.
-        heads: most heads a program walks over with the same cosines; the largest divisor of the head count is taken.
-        warps: of a program.
-    """
-
-    rows: int = 32
-    heads: int = 4
-    warps: int = 4
-
-    def grid(self, num_tokens: int, num_blocks: int, num_heads: int) -> tuple[int, int, int]:
-        """Programs along tokens, blocks and heads."""
-        return triton.cdiv(num_tokens, self.rows), num_blocks, num_heads // self.heads_of(num_heads)
-
-    def heads_of(self, num_heads: int) -> int:
-        """Heads of one program."""
-        return max(n for n in range(1, self.heads + 1) if num_heads % n == 0)
-
-
-DEFAULT_LAUNCH = Launch()
 
 
 @triton.jit

@@ -55,7 +55,6 @@ class RoundToNearest(TensorCodec):
 
     @property
     def has_kernels(self) -> bool:
-        """Whether the Triton kernels cover this geometry."""
         return self.group == GROUP and self.geometry.head_dim in (64, 128)
 
     def pack(self, x_HTD: Tensor, seeds: Sequence[int]) -> Tensor:
@@ -75,30 +74,17 @@ class RoundToNearest(TensorCodec):
     def recordable(self) -> bool:
         return True
 
-    def pack_into(self, x_THD: Tensor, out_HB: Tensor, seeds: Sequence[int]) -> None:
-        if x_THD.is_cuda and self.has_kernels:
-            from longtake.kernels import rtn_triton
+    def pack_by_kernels(self, x_THD: Tensor, out_HB: Tensor) -> None:
+        from longtake.kernels import rtn_triton
 
-            rtn_triton.encode(x_THD, out_HB, self.bits, self.layout.offset("grid"))
-            self.layout.clear_padding(out_HB)
-        else:
-            super().pack_into(x_THD, out_HB, seeds)
+        rtn_triton.encode(x_THD, out_HB, self)
 
-    def unpack_into(
-        self,
-        sections_GHB: Tensor,
-        slots_N: Tensor,
-        rotary: Rotary | None,
-        out_HXD: Tensor,
-        scaling: Scaling | None = None,
+    def unpack_by_kernels(
+        self, sections_GHB: Tensor, slots_N: Tensor, rotary: Rotary | None, out_HXD: Tensor, scaling: Scaling | None
     ) -> None:
-        if sections_GHB.is_cuda and self.has_kernels:
-            from longtake.kernels import rtn_triton
+        from longtake.kernels import rtn_triton
 
-            tokens, grid = self.geometry.num_tokens, self.layout.offset("grid")
-            rtn_triton.materialise(sections_GHB, slots_N, rotary, out_HXD, tokens, self.bits, grid, scaling)
-        else:
-            super().unpack_into(sections_GHB, slots_N, rotary, out_HXD, scaling)
+        rtn_triton.materialise(sections_GHB, slots_N, rotary, out_HXD, self, scaling)
 
 
 def encode_groups(x_C: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -15,14 +15,20 @@ Shape legend: T tokens of a block, H heads, D head dim, G groups of a token, R r
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator, no-untyped-call"
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from longtake.kernels.arena_triton import DEFAULT_LAUNCH, Launch, reading
 from longtake.kernels.rotary import Rotary
-from longtake.kernels.rotary_triton import DEFAULT_LAUNCH, Launch, turns
+from longtake.kernels.rotary_triton import turns
 from longtake.kernels.scaling import Scaling
-from longtake.kernels.scaling_triton import emit, token_alignment
+from longtake.kernels.scaling_triton import emit
+
+if TYPE_CHECKING:
+    from longtake.kernels.rtn import RoundToNearest
 
 GROUP = tl.constexpr(64)
 ENCODE_ROWS = 32
@@ -141,14 +147,15 @@ def materialise_kernel(
         emit(tile, out, head, target, live, stride_oh, stride_ox, stride_od, centre, scale, D, SCALED, TURNED)
 
 
-def encode(x_THD: Tensor, out_HB: Tensor, bits: int, grid_offset: int) -> None:
+def encode(x_THD: Tensor, out_HB: Tensor, codec: RoundToNearest) -> None:
     """Encode [T, H, D] (D 64 or 128, last dim contiguous or copied) into sections of a page."""
     x_THD = x_THD if x_THD.stride(-1) == 1 else x_THD.contiguous()
     tokens, num_heads, dim = x_THD.shape
     encode_kernel[(triton.cdiv(tokens, ENCODE_ROWS), num_heads)](
         x_THD, out_HB, x_THD.stride(0), x_THD.stride(1), out_HB.stride(0), tokens,
-        D=dim, BITS=bits, GRID_OFFSET=grid_offset, ROWS=ENCODE_ROWS, enable_fp_fusion=False,
+        D=dim, BITS=codec.bits, GRID_OFFSET=codec.layout.offset("grid"), ROWS=ENCODE_ROWS, enable_fp_fusion=False,
     )  # fmt: skip
+    codec.layout.clear_padding(out_HB)
 
 
 def materialise(
@@ -156,24 +163,16 @@ def materialise(
     slots_N: Tensor,
     rotary: Rotary | None,
     out_HXD: Tensor,
-    num_tokens: int,
-    bits: int,
-    grid_offset: int,
+    codec: RoundToNearest,
     scaling: Scaling | None = None,
     launch: Launch = DEFAULT_LAUNCH,
 ) -> None:
     """Unpack the slots' sections into N*T rows of each head, turned if tables are given, scaled for e4m3."""
     num_heads, dim = out_HXD.shape[0], out_HXD.shape[2]
-    temporal, spatial, per_frame, pairs = sections_GHB, sections_GHB, 1, 0
-    centre, scale = (slots_N, slots_N) if scaling is None else (scaling.centre_HD, scaling.scale_H)
-    if rotary is not None:
-        temporal, spatial = rotary.temporal_YP2, rotary.spatial_SQ2
-        per_frame, pairs = rotary.tokens_per_frame, temporal.shape[1]
-    materialise_kernel[launch.grid(num_tokens, slots_N.shape[0], num_heads)](
-        sections_GHB, slots_N, temporal, spatial, out_HXD, centre, scale,
-        sections_GHB.stride(0), sections_GHB.stride(1), out_HXD.stride(0), out_HXD.stride(1), out_HXD.stride(2),
-        num_tokens, per_frame,
-        D=dim, PT=pairs, BITS=bits, GRID_OFFSET=grid_offset, SCALED=scaling is not None, TURNED=out_HXD.stride(2) != 1,
-        HEADS=launch.heads_of(num_heads), ROWS=launch.rows,
-        ALIGN=token_alignment(num_tokens), num_warps=launch.warps,
+    tokens = codec.geometry.num_tokens
+    arguments, constants = reading(sections_GHB, slots_N, rotary, out_HXD, scaling, tokens)
+    materialise_kernel[launch.grid(tokens, slots_N.shape[0], num_heads)](
+        *arguments,
+        D=dim, BITS=codec.bits, GRID_OFFSET=codec.layout.offset("grid"),
+        **constants, **launch.sizes(num_heads),
     )  # fmt: skip

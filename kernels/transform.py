@@ -88,20 +88,12 @@ class TransformCodec(HeadwiseCodec):
 
     @property
     def has_kernels(self) -> bool:
-        """Whether the Triton kernels cover this geometry."""
         return self.geometry.head_dim in (64, 128) and self.tile_tokens > 1
 
-    @property
-    def recordable(self) -> bool:
-        return self.has_kernels
+    def pack_by_kernels(self, x_THD: Tensor, out_HB: Tensor) -> None:
+        from longtake.kernels import transform_encode_triton
 
-    def pack_into(self, x_THD: Tensor, out_HB: Tensor, seeds: Sequence[int]) -> None:
-        if x_THD.is_cuda and self.has_kernels:
-            from longtake.kernels import transform_encode_triton
-
-            transform_encode_triton.encode((x_THD,), out_HB, (self,))
-        else:
-            super().pack_into(x_THD, out_HB, seeds)
+        transform_encode_triton.encode((x_THD,), out_HB, (self,))
 
     def pack_pair_into(
         self, other: TensorCodec, x_THD: Tensor, y_THD: Tensor, out_HB: Tensor, *seeds: Sequence[int]
@@ -114,20 +106,12 @@ class TransformCodec(HeadwiseCodec):
 
         transform_encode_triton.encode((x_THD, y_THD), out_HB, (self, other))
 
-    def unpack_into(
-        self,
-        sections_GHB: Tensor,
-        slots_N: Tensor,
-        rotary: Rotary | None,
-        out_HXD: Tensor,
-        scaling: Scaling | None = None,
+    def unpack_by_kernels(
+        self, sections_GHB: Tensor, slots_N: Tensor, rotary: Rotary | None, out_HXD: Tensor, scaling: Scaling | None
     ) -> None:
-        if sections_GHB.is_cuda and self.has_kernels:
-            from longtake.kernels import transform_triton
+        from longtake.kernels import transform_triton
 
-            transform_triton.materialise(sections_GHB, slots_N, rotary, out_HXD, self, scaling)
-        else:
-            super().unpack_into(sections_GHB, slots_N, rotary, out_HXD, scaling)
+        transform_triton.materialise(sections_GHB, slots_N, rotary, out_HXD, self, scaling)
 
     def pack_head(self, x_TD: Tensor, payload_B: Tensor) -> None:
         self.fit_head(x_TD, payload_B)

@@ -24,11 +24,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longtake.kernels.arena_triton import reading
 from longtake.kernels.lt2_triton import channel_mean
 from longtake.kernels.rotary import Rotary
 from longtake.kernels.rotary_triton import turns
 from longtake.kernels.scaling import Scaling
-from longtake.kernels.scaling_triton import put, token_alignment
+from longtake.kernels.scaling_triton import put
 from longtake.kernels.transform import MOST_DEPTH, MOST_TILE_TOKENS, depth_table, steps
 from longtake.kernels.transform import MOST_FALL as _MOST_FALL
 from longtake.kernels.transform import MOST_ROW as _MOST_ROW
@@ -144,8 +145,9 @@ def load_words(section, place):
 
 @triton.jit
 def materialise_kernel(
-    pages, slots, temporal, spatial, cosines, table, steps, out, centre, scale,
+    pages, slots, temporal, spatial, out, centre, scale,
     stride_slot, stride_page, stride_oh, stride_ox, stride_od, tokens, tokens_per_frame: tl.constexpr,
+    cosines, table, steps,
     D: tl.constexpr, PT: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, K: tl.constexpr, TILE_BYTES: tl.constexpr,
     CHANNELS: tl.constexpr, ROWS: tl.constexpr, GAINS: tl.constexpr, UNIT: tl.constexpr, PLAN: tl.constexpr,
     TT: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
@@ -248,20 +250,13 @@ def materialise(
     launch: TileLaunch | None = None,
 ) -> None:
     """Unpack the slots' sections into N*T rows of each head, turned if tables are given, scaled for e4m3."""
-    device, num_tiles, turned = out_HXD.device, codec.num_tiles, out_HXD.stride(2) != 1
-    launch = launch or default_launch(scaled=scaling is not None, turned=turned)
-    temporal, spatial, per_frame, pairs = sections_GHB, sections_GHB, 1, 0
-    centre, scale = (slots_N, slots_N) if scaling is None else (scaling.centre_HD, scaling.scale_H)
-    if rotary is not None:
-        temporal, spatial = rotary.temporal_YP2, rotary.spatial_SQ2
-        per_frame, pairs = rotary.tokens_per_frame, temporal.shape[1]
+    num_tokens, num_tiles, device = codec.geometry.num_tokens, codec.num_tiles, out_HXD.device
+    arguments, constants = reading(sections_GHB, slots_N, rotary, out_HXD, scaling, num_tokens)
+    launch = launch or default_launch(scaled=constants["SCALED"], turned=constants["TURNED"])
     channels = min(launch.channels, codec.geometry.head_dim)
     parts = codec.geometry.head_dim // channels * out_HXD.shape[0]
     materialise_kernel[triton.cdiv(num_tiles, launch.tiles), slots_N.shape[0], parts](
-        sections_GHB, slots_N, temporal, spatial, codec.cosines(device), depth_table(device), steps(device), out_HXD,
-        centre, scale, sections_GHB.stride(0), sections_GHB.stride(1), out_HXD.stride(0), out_HXD.stride(1),
-        out_HXD.stride(2), codec.geometry.num_tokens, per_frame,
-        PT=pairs, K=num_tiles, SCALED=scaling is not None, TURNED=turned, TILES=launch.tiles,
-        C=channels, ALIGN=token_alignment(codec.geometry.num_tokens), num_warps=launch.warps, maxnreg=launch.registers,
-        num_stages=STAGES, **tiling(codec), **places(codec),
+        *arguments, codec.cosines(device), depth_table(device), steps(device),
+        K=num_tiles, TILES=launch.tiles, C=channels, num_warps=launch.warps, maxnreg=launch.registers,
+        num_stages=STAGES, **constants, **tiling(codec), **places(codec),
     )  # fmt: skip

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longtake.kernels.codec import BlockGeometry, Codec, Side, codec_names, head_seed, make_codec
+from longtake.kernels.codec import BlockGeometry, Codec, Side, codec_names, head_seed, make_codec, make_tensor_codec
 from longtake.kernels.errors import ConfigError
 from longtake.kernels.layout import pack_codes, unpack_codes
 from longtake.kernels.rotary import HeadRotary, Turns, apply_rotary, rotary_table
@@ -57,6 +57,33 @@ def test_conformance(name: str, geometry: BlockGeometry) -> None:
         relative = ((got - want).norm() / want.norm()).item()
         # Gaussian noise has no structure to use: what b bits keep of it is bounded, and 2 bits keep about 65 %
         assert relative < (0.01 if name in EXACT else 0.75), f"{name}: relative error {relative}"
+
+
+class OnCuda(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("dim", [64, 32])
+@pytest.mark.parametrize("name", ["bf16", "int4", "lt2", "tc2", "kivi2"])
+def test_kernels_take_over_on_cuda_where_there_are_some(name: str, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = make_tensor_codec(name, BlockGeometry(num_tokens=60, head_dim=dim, grid=(6, 10)), Side.K)
+    called: list[str] = []
+    for way in ("by kernels", "plainly"):
+        for verb in ("pack", "unpack"):
+            monkeypatch.setattr(codec, f"{verb}_{way.replace(' ', '_')}", lambda *a, said=way: called.append(said))
+    here = torch.zeros(60, 2, dim)
+    page, slots = torch.zeros(1, 2, codec.num_bytes, dtype=torch.uint8), torch.zeros(1, dtype=torch.int32)
+    expected = "by kernels" if codec.has_kernels else "plainly"
+    assert codec.has_kernels == (dim == 64 and name != "kivi2")
+    for where, said in ((here, "plainly"), (here.as_subclass(OnCuda), expected)):
+        if name != "bf16":  # written by PyTorch's copy
+            codec.pack_into(where, page[0], [0, 0])
+            assert called.pop() == said
+        sections = page.as_subclass(OnCuda) if isinstance(where, OnCuda) else page
+        codec.unpack_into(sections, slots, None, here.transpose(0, 1))
+        assert called.pop() == said and not called
 
 
 @pytest.mark.parametrize("name", list(EXACT))

@@ -9,14 +9,12 @@ from longtake.kernels.errors import (
     ConfigError,
     LongtakeError,
     StorageError,
-    TransferError,
     WorkerError,
 )
 
 GROUPS = [
     (ConfigError, ValueError),
     (CapacityError, MemoryError),
-    (TransferError, OSError),
     (StorageError, OSError),
     (WorkerError, RuntimeError),
 ]

@@ -11,14 +11,15 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 
 import pytest
 import torch
 
 from longtake.kernels.attention import merge_reference
 from longtake.kernels.codec import BlockGeometry, PairCodec, TensorCodec, make_codec
+from longtake.kernels.dense import DenseCodec
 from longtake.kernels.rotary import Rotary, apply_rotary, rotary_table
+from longtake.kernels.rtn import RoundToNearest
 from longtake.kernels.scaling import calibrate_reference
 
 # name of a check -> (absolute tolerance as a share of the largest value, or as ONE_ULP of it, and the reason)
@@ -79,49 +80,14 @@ def tables(tokens: int, blocks: int, dim: int, device: str) -> Rotary:
     return rotary_table(positions, 1, tokens // frames, dim, device)
 
 
-def reference_twin(codec: TensorCodec) -> tuple[Callable[..., None], Callable[..., None]]:
-    """The plain reference's pack_into and unpack_into, whatever the device."""
-    return (
-        lambda *a: TensorCodec.pack_into(codec, *a),
-        lambda *a: TensorCodec.unpack_into(codec, *a),
-    )
-
-
-def kernel_twin(codec: TensorCodec) -> tuple[Callable[..., None], Callable[..., None]]:
-    """The codec's kernels, called directly, so that the interpreter can run them on CPU tensors."""
-    from longtake.kernels import dense_triton, lt2_triton, rtn_triton, transform_triton
-    from longtake.kernels.dense import DenseCodec
-    from longtake.kernels.lt2 import LowRankTwoBit
-    from longtake.kernels.rtn import RoundToNearest
-    from longtake.kernels.transform import TransformCodec
-
-    tokens = codec.geometry.num_tokens
-    if isinstance(codec, DenseCodec):
-        return (
-            lambda *a: codec.pack_into(*a),
-            lambda p, s, r, o, c=None: dense_triton.materialise(p, s, r, o, tokens, codec.dtype, c),
-        )
-    if isinstance(codec, LowRankTwoBit):
-        return (
-            lambda *a: TensorCodec.pack_into(codec, *a),
-            lambda p, s, r, o, c=None: lt2_triton.materialise(p, s, r, o, codec, c),
-        )
-    if isinstance(codec, TransformCodec):
-        return (
-            lambda *a: TensorCodec.pack_into(codec, *a),
-            lambda p, s, r, o, c=None: transform_triton.materialise(p, s, r, o, codec, c),
-        )
-    assert isinstance(codec, RoundToNearest)
-    grid = codec.layout.offset("grid")
-
-    def encode(x: torch.Tensor, out: torch.Tensor, seeds: list[int]) -> None:
-        rtn_triton.encode(x, out, codec.bits, grid)
-        codec.layout.clear_padding(out)
-
-    return (
-        encode,
-        lambda p, s, r, o, c=None: rtn_triton.materialise(p, s, r, o, tokens, codec.bits, grid, c),
-    )
+def pack_fast(codec: TensorCodec, x_THD: torch.Tensor, out_HB: torch.Tensor) -> None:
+    """By kernels where they give the reference's bytes."""
+    if isinstance(codec, RoundToNearest):
+        codec.pack_by_kernels(x_THD, out_HB)
+    elif isinstance(codec, DenseCodec):
+        codec.pack_into(x_THD, out_HB, [])
+    else:
+        codec.pack_plainly(x_THD, out_HB, [0] * x_THD.shape[1])
 
 
 def check_codec(name: str, tokens: int, dim: int, device: str, out_dtype: torch.dtype) -> None:
@@ -131,15 +97,13 @@ def check_codec(name: str, tokens: int, dim: int, device: str, out_dtype: torch.
     assert isinstance(pair, PairCodec)
     codec = pair.k
     size = codec.num_bytes
-    pack, unpack = reference_twin(codec)
-    pack_fast, unpack_fast = kernel_twin(codec)
     arena, arena_fast = (
         torch.full((4, heads, size + 32), 0xAB, dtype=torch.uint8, device=device)[:, :, 16:-16] for _ in range(2)
     )
     for slot in (3, 1):
         x = structured(tokens + slot, heads, dim, device, torch.float32 if device == "cpu" else torch.bfloat16)[slot:]
-        pack(x, arena[slot], [0] * heads)
-        pack_fast(x, arena_fast[slot], [0] * heads)
+        codec.pack_plainly(x, arena[slot], [0] * heads)
+        pack_fast(codec, x, arena_fast[slot])
         assert torch.equal(arena[slot], arena_fast[slot]), f"{name}: payloads differ"
     assert (arena_fast[[0, 2]] == 0xAB).all()
 
@@ -152,15 +116,15 @@ def check_codec(name: str, tokens: int, dim: int, device: str, out_dtype: torch.
             ]
             for _ in range(2)
         )
-        unpack(arena, slots, rotary, want)
-        unpack_fast(arena, slots, rotary, got)
+        codec.unpack_plainly(arena, slots, rotary, want, None)
+        codec.unpack_by_kernels(arena, slots, rotary, got, None)
         assert got[:, rows:].isnan().all(), "rows beyond the last were written"
         exact = name in ("fp32", "bf16") and rotary is None
         check = ("transform " if name in TRANSFORMS else "") + str(out_dtype).removeprefix("torch.")
         close(got[:, :rows], want[:, :rows], "copy" if exact else check)
         alone = torch.full_like(got, torch.nan)
         for head in range(heads):  # as where heads turn at other speeds
-            unpack_fast(arena[:, head : head + 1], slots, rotary, alone[head : head + 1])
+            codec.unpack_by_kernels(arena[:, head : head + 1], slots, rotary, alone[head : head + 1], None)
         assert torch.equal(alone[:, :rows], got[:, :rows])
 
 
@@ -229,8 +193,6 @@ def check_fp8_rows(name: str, tokens: int, dim: int, device: str) -> None:
     heads, blocks = 3, 2
     pair = make_codec(name, geometry(tokens, dim))
     assert isinstance(pair, PairCodec)
-    _, unpack = reference_twin(pair.k)
-    _, unpack_fast = kernel_twin(pair.k)
     x = structured(tokens, heads, dim, device, torch.float32)
     arena = torch.zeros(4, heads, pair.k.num_bytes, dtype=torch.uint8, device=device)
     for slot in (3, 1):
@@ -242,8 +204,8 @@ def check_fp8_rows(name: str, tokens: int, dim: int, device: str) -> None:
         want, got = (torch.full((heads, *shape), torch.nan, device=device).to(torch.float8_e4m3fn) for _ in range(2))
         if rotary is None:
             want, got = want.mT, got.mT
-        unpack(arena, slots, rotary, want, scaling)
-        unpack_fast(arena, slots, rotary, got, scaling)
+        pair.k.unpack_plainly(arena, slots, rotary, want, scaling)
+        pair.k.unpack_by_kernels(arena, slots, rotary, got, scaling)
         assert got[:, rows:].float().isnan().all(), "rows beyond the last were written"
         close_fp8(got[:, :rows], want[:, :rows], 0.97 if name in TRANSFORMS else 0.999)
 
