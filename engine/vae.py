@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ from longtake.engine.vae_model import (
     to_channels_last,
     to_uint8,
 )
-from longtake.kernels.errors import ConfigError, StorageError
+from longtake.kernels.errors import ConfigError
 
 __all__ = [
     "StreamingDecoder",
@@ -59,7 +59,6 @@ __all__ = [
 ]
 
 ENCODER_CHUNK_FRAMES = 4  # fixed in AutoencoderKLWan._encode, whatever the configuration
-_EMPTY, _REPEAT, _TENSOR, _CHANNELS_LAST = 0, 1, 2, 3
 _Slot = Tensor | str | None
 
 
@@ -124,11 +123,6 @@ class _Streaming:
         self._count = 0
 
     @property
-    def num_latents(self) -> int:
-        """Latent frames seen since the last reset, those of `warm_up` included."""
-        return self._count
-
-    @property
     def state_bytes(self) -> int:
         """Bytes of the tensors held now: constant from the third latent on, whatever the clip's length."""
         return sum(tensor.nbytes for tensor in self._tensors())
@@ -138,61 +132,6 @@ class _Streaming:
         self._slots = [None] * self._num_slots
         self._size = None
         self._count = 0
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The state as a flat dict of tensors that safetensors can write.
-
-        `count` int64 []: latents seen. `size` int64 [2]: height and width, -1 before the first. `marks` uint8 [slots]:
-        0 empty, 1 the time upsampler's repeat mark, 2 a tensor, which is under `slot.NNN`, 3 one that was laid out
-        channels-last. The tensors are never written to again: no copy is needed.
-        """
-        marks = torch.tensor([_mark(slot) for slot in self._slots], dtype=torch.uint8)
-        state = {
-            "count": torch.tensor(self._count, dtype=torch.int64),
-            "size": torch.tensor(self._size or (-1, -1), dtype=torch.int64),
-            "marks": marks,
-        }
-        for index, slot in enumerate(self._slots):
-            if isinstance(slot, Tensor):
-                state[f"slot.{index:03d}"] = slot.contiguous()
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a saved state: what follows has the bits of the unbroken run. Nothing changes if it raises.
-
-        Args:
-            state: what `state_dict` gave, on any device.
-
-        Raises:
-            StorageError: the state is incomplete.
-            ConfigError: it belongs to another VAE or another dtype.
-        """
-        missing = {"count", "size", "marks"} - state.keys()
-        if missing:
-            raise StorageError(f"the VAE state lacks {', '.join(sorted(missing))}: it was not written whole")
-        marks = state["marks"].tolist()
-        if len(marks) != self._num_slots:
-            raise ConfigError(f"the state is of another VAE: it has {len(marks)} caches, this one {self._num_slots}")
-        slots: list[_Slot] = [None] * self._num_slots
-        for index, mark in enumerate(marks):
-            if mark == _REPEAT:
-                slots[index] = "Rep"
-            elif mark in (_TENSOR, _CHANNELS_LAST):
-                tensor = self._adopt(state, f"slot.{index:03d}")
-                last = mark == _CHANNELS_LAST
-                slots[index] = tensor.contiguous(memory_format=torch.channels_last_3d) if last else tensor
-        height, width = state["size"].tolist()
-        self._slots = slots
-        self._size = None if height < 0 else (height, width)
-        self._count = int(state["count"])
-
-    def _adopt(self, state: Mapping[str, Tensor], name: str) -> Tensor:
-        if name not in state:
-            raise StorageError(f"the VAE state lacks {name}: it was not written whole")
-        tensor = state[name]
-        if tensor.dtype != self.vae.dtype:
-            raise ConfigError(f"the state's {name} is {tensor.dtype}, the VAE runs in {self.vae.dtype}: load it alike")
-        return tensor.to(self.vae.device).contiguous()
 
     def _tensors(self) -> Iterator[Tensor]:
         return (slot for slot in self._slots if isinstance(slot, Tensor))
@@ -207,7 +146,7 @@ class _Streaming:
         except BaseException:
             self.reset()
             raise
-        # Only the two layouts that a saved state brings back: in another one a resumed run might take another kernel.
+        # a part of a larger tensor would keep all of that
         for index, slot in enumerate(slots):
             if isinstance(slot, Tensor) and not _is_dense(slot):
                 slots[index] = slot.contiguous()
@@ -243,11 +182,7 @@ class StreamingDecoder(_Streaming):
         Raises:
             ConfigError: the shape does not fit the VAE or the clip so far.
         """
-        return torch.cat([to_uint8(video_3NYX) for video_3NYX in self._run(latents_CFHW)])
-
-    def decode_float(self, latents_CFHW: Tensor) -> Tensor:
-        """As `decode`, but gives what `vae.decode` gives: [3, N, Y, X] in [-1, 1], in the VAE's dtype."""
-        return torch.cat(list(self._run(latents_CFHW)), dim=1)
+        return torch.cat([to_uint8(video_3NYX) for video_3NYX in self.pieces(latents_CFHW)])
 
     def warm_up(self, latents_CFHW: Tensor) -> None:
         """Feed latents whose frames exist already and drop the frames: a shot continues another, or a machine was lost.
@@ -255,11 +190,12 @@ class StreamingDecoder(_Streaming):
         With at least `receptive_latents(vae)` latents the state afterwards is that of a decoder which saw the whole
         clip.
         """
-        for _ in self._run(latents_CFHW):
+        for _ in self.pieces(latents_CFHW):
             pass
 
     @torch.no_grad()
-    def _run(self, latents_CFHW: Tensor) -> Iterator[Tensor]:
+    def pieces(self, latents_CFHW: Tensor) -> Iterator[Tensor]:
+        """As `decode`, but of each latent what `vae.decode` gives: [3, N, Y, X] in [-1, 1], in the VAE's dtype."""
         vae = self.vae
         if latents_CFHW.dim() != 4 or latents_CFHW.shape[0] != vae.config.z_dim or latents_CFHW.shape[1] < 1:
             raise ConfigError(
@@ -285,18 +221,12 @@ class StreamingEncoder(_Streaming):
     """Encodes a clip as its frames come; the bits of `vae.encode(video).latent_dist.mode()`, then normalised.
 
     The first frame gives a latent by itself; after it frames are taken four at a time, and up to three wait for the
-    next call (`num_pending_frames`; `vae.encode` drops such a rest).
+    next call (`vae.encode` drops such a rest).
     """
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
         super().__init__(vae, "encoder")
         self._pending_3NYX: Tensor | None = None
-        self._started = False
-
-    @property
-    def num_pending_frames(self) -> int:
-        """Frames received that do not make a latent yet."""
-        return 0 if self._pending_3NYX is None else self._pending_3NYX.shape[1]
 
     def encode(self, frames_NYX3: Tensor) -> Tensor:
         """Encode the clip's next frames.
@@ -323,7 +253,7 @@ class StreamingEncoder(_Streaming):
         if self._pending_3NYX is not None:
             video_3NYX = torch.cat([self._pending_3NYX, video_3NYX], dim=1)
         latents: list[Tensor] = []
-        while video_3NYX.shape[1] >= (needed := ENCODER_CHUNK_FRAMES if self._started else 1):
+        while video_3NYX.shape[1] >= (needed := ENCODER_CHUNK_FRAMES if self._count else 1):
             latents.append(self._encode_chunk(video_3NYX[None, :, :needed]))
             video_3NYX = video_3NYX[:, needed:]
         pending_3NYX = video_3NYX.clone(memory_format=torch.contiguous_format)
@@ -337,20 +267,6 @@ class StreamingEncoder(_Streaming):
     def reset(self) -> None:
         super().reset()
         self._pending_3NYX = None
-        self._started = False
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """As the decoder's, and `pending` [3, n, Y, X]: the frames that wait, if any."""
-        state = super().state_dict()
-        if self._pending_3NYX is not None:
-            state["pending"] = self._pending_3NYX
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        pending = self._adopt(state, "pending") if "pending" in state else None
-        super().load_state_dict(state)
-        self._pending_3NYX = pending
-        self._started = self._count > 0
 
     def _tensors(self) -> Iterator[Tensor]:
         yield from super()._tensors()
@@ -378,17 +294,8 @@ class StreamingEncoder(_Streaming):
         with self._chunk() as slots:
             encoded = vae.encoder(video_13NYX, feat_cache=slots, feat_idx=[0])
         mean_CFHW: Tensor = vae.quant_conv(encoded)[0].chunk(2, dim=0)[0]
-        self._started = True
         self._count += mean_CFHW.shape[1]
         return mean_CFHW
-
-
-def _mark(slot: _Slot) -> int:
-    if slot is None:
-        return _EMPTY
-    if not isinstance(slot, Tensor):
-        return _REPEAT
-    return _TENSOR if slot.is_contiguous() else _CHANNELS_LAST
 
 
 def _is_dense(slot: Tensor) -> bool:
