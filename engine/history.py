@@ -76,22 +76,6 @@ def retrievable(config: HistoryConfig, block: int, first: int = 0) -> range:
     return range(first, max(first, block - config.recent_blocks))
 
 
-def plan(config: HistoryConfig, block: int, block_frames: int) -> Plan:
-    """Plan one block.
-
-    Args:
-        config: the policy.
-        block: index of the block to be rendered, from 0.
-        block_frames: latent frames of a block.
-
-    Returns:
-        Its plan; history in ascending order, own block last.
-    """
-    blocks = attended(config, block)
-    start, starts = place(config, block, blocks, block_frames)
-    return Plan(block=block, start=start, blocks=blocks, starts=starts)
-
-
 def place(
     config: HistoryConfig,
     time: int,

@@ -70,10 +70,11 @@ def make_shot(
     )
 
 
-def random_model() -> CausalWan:
-    """Weights under which activations keep their size."""
+def random_model(config: ModelConfig = GEOMETRY, device: str = "cpu") -> CausalWan:
+    """Weights under which activations keep their size; in bfloat16 on a GPU."""
     torch.manual_seed(3)
-    model = CausalWan(GEOMETRY).eval().requires_grad_(False)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model = CausalWan(config).eval().requires_grad_(False).to(device, dtype)
     for parameter in model.parameters():
         parameter.normal_().mul_(0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5)
     return model
@@ -82,4 +83,7 @@ def random_model() -> CausalWan:
 def random_contexts(model: CausalWan, num_beats: int) -> list[TextContext]:
     """A prompt for each beat."""
     torch.manual_seed(4)
-    return [model.text_context(torch.randn(1, 5, GEOMETRY.text_dim)) for _ in range(num_beats)]
+    device = model.proj_out.weight.device
+    with torch.inference_mode():
+        texts = [torch.randn(1, 5, model.config.text_dim).to(device) for _ in range(num_beats)]
+        return [model.text_context(text) for text in texts]

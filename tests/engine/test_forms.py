@@ -32,9 +32,7 @@ from longtake.kernels.errors import ConfigError
 from longtake.offload.forms import FormCache
 from longtake.offload.pages import form_and_block
 from tests.engine.small_rollout import GEOMETRY
-from tests.engine.test_rollout import FULL, TOLERANCE, WINDOW, contexts, make_shot, model
-
-__all__ = ["contexts", "model"]
+from tests.engine.test_rollout import FULL, TOLERANCE, WINDOW, make_shot
 
 YOUNG = (TierConfig(age=2, codec="bf16"),)
 MEAN = PruneConfig(recent_blocks=2, important=0.2, keep=0.0, merge=(3, 2))

@@ -58,16 +58,6 @@ def make_shot(history: HistoryConfig = WINDOW, codec: str = "int4", num_blocks: 
     return small_rollout.make_shot(history, codec, num_blocks, beats=TWO_BEATS, size=(32, 96))
 
 
-@pytest.fixture(scope="module")
-def model() -> CausalWan:
-    return random_model()
-
-
-@pytest.fixture(scope="module")
-def contexts(model: CausalWan) -> list[TextContext]:
-    return random_contexts(model, 2)
-
-
 def make_rollout(
     shot: ShotConfig, model: CausalWan, contexts: list[TextContext], recorder: Recorder | None = None
 ) -> Rollout:
@@ -186,16 +176,11 @@ def test_every_byte_is_counted_and_let_go(model: CausalWan, contexts: list[TextC
 @pytest.mark.parametrize("attention", ["dense", "fp8"])
 def test_cuda_graphs_make_the_same_film(codec: str, attention: str) -> None:
     config = replace(GEOMETRY, head_dim=64)
-    torch.manual_seed(3)
-    model = CausalWan(config).eval().requires_grad_(False).to("cuda", torch.bfloat16)
-    for parameter in model.parameters():
-        parameter.normal_().mul_(0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5)
+    model = random_model(config, "cuda")
     model.compile_layers()
     shot = make_shot(codec=codec)
     shot = replace(shot, attention=attention, model=replace(shot.model, transformer=config))
-    text = torch.randn(2, 1, 5, config.text_dim, device="cuda")
-    with torch.inference_mode():
-        contexts = [model.text_context(one) for one in text]
+    contexts = random_contexts(model, 2)
     films = []
     for graphs in (False, True):
         run = Rollout(shot, model, contexts, open_cache(shot, torch.device("cuda")), graphs=graphs)

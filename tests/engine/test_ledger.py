@@ -14,10 +14,9 @@ from torch import Tensor
 from longtake.engine import ledger as module
 from longtake.engine.config import HistoryConfig
 from longtake.engine.ledger import read_ledger, release_workspaces, reset_peak, rounding_bytes
-from longtake.engine.model import CausalWan
 from longtake.engine.rollout import Rollout
 from longtake.engine.shotcache import open_cache
-from tests.engine.small_rollout import GEOMETRY, make_shot
+from tests.engine.small_rollout import GEOMETRY, make_shot, random_contexts, random_model
 
 CUDA = torch.device("cuda")
 
@@ -61,15 +60,10 @@ def test_without_cuda_there_is_none() -> None:
 
 def rollout_on_cuda(attention: str, graphs: bool) -> Rollout:
     config = replace(GEOMETRY, head_dim=64)
-    torch.manual_seed(3)
-    model = CausalWan(config).eval().requires_grad_(False).to("cuda", torch.bfloat16)
-    for parameter in model.parameters():
-        parameter.normal_().mul_(0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5)
+    model = random_model(config, "cuda")
     shot = make_shot(HistoryConfig(sink_blocks=1, recent_blocks=2), "int4", 12, size=(32, 96))
     shot = replace(shot, attention=attention, model=replace(shot.model, transformer=config))
-    with torch.inference_mode():
-        contexts = [model.text_context(torch.randn(1, 5, config.text_dim, device=CUDA))]
-    return Rollout(shot, model, contexts, open_cache(shot, CUDA), graphs=graphs)
+    return Rollout(shot, model, random_contexts(model, 1), open_cache(shot, CUDA), graphs=graphs)
 
 
 @pytest.mark.gpu

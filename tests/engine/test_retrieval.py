@@ -21,7 +21,7 @@ from longtake.kernels.errors import CapacityError, StorageError
 from longtake.offload.cache import KVCache
 from longtake.offload.run import RunDirectory
 from tests.engine import small_rollout
-from tests.engine.small_rollout import GEOMETRY, random_contexts, random_model
+from tests.engine.small_rollout import GEOMETRY, random_contexts
 
 CPU = torch.device("cpu")
 NOTHING = Prefix()
@@ -30,11 +30,6 @@ RETRIEVE = HistoryConfig(policy=HistoryPolicy.RETRIEVE, sink_blocks=1, recent_bl
 
 def make_shot(num_blocks: int, codec: str = "bf16", history: HistoryConfig = RETRIEVE, after: int = 0) -> ShotConfig:
     return small_rollout.make_shot(history, codec, num_blocks, size=(32, 96), after_blocks=after)
-
-
-@pytest.fixture(scope="module")
-def model() -> CausalWan:
-    return random_model()
 
 
 def make_rollout(

@@ -16,10 +16,11 @@ from longtake.engine.model import CausalWan, TextContext
 from longtake.engine.noise import block_noise
 from longtake.engine.rollout import Prefix, Rollout
 from longtake.engine.shotcache import open_cache
+from longtake.engine.timeline import Timeline
 from longtake.kernels.rotary import apply_rotary, rotary_table
 from longtake.offload.cache import KVCache, Reading
 from tests.engine import small_rollout
-from tests.engine.small_rollout import GEOMETRY, ONE_BEAT, random_contexts, random_model
+from tests.engine.small_rollout import GEOMETRY, ONE_BEAT
 
 # float32 rounding, carried through a few blocks of feedback.
 TOLERANCE = 5e-4
@@ -33,16 +34,6 @@ def make_shot(history_config: HistoryConfig = FULL, codec: str = "fp32", num_blo
     return small_rollout.make_shot(history_config, codec, num_blocks, beats=TWO_BEATS)
 
 
-@pytest.fixture(scope="module")
-def model() -> CausalWan:
-    return random_model()
-
-
-@pytest.fixture(scope="module")
-def contexts(model: CausalWan) -> list[TextContext]:
-    return random_contexts(model, 2)
-
-
 def render(shot: ShotConfig, model: CausalWan, contexts: list[TextContext], prefix: Prefix | None = None) -> Tensor:
     """All clean blocks [N, C, F, Y, X], the prefix included."""
     prefix = prefix or Prefix()
@@ -53,7 +44,7 @@ def render(shot: ShotConfig, model: CausalWan, contexts: list[TextContext], pref
 def uncached(shot: ShotConfig, model: CausalWan, contexts: list[TextContext]) -> Tensor:
     """The same film, all history computed anew for every pass: plain tensors, plain softmax, block after block."""
     clean: list[Tensor] = []
-    frames = shot.model.block_frames
+    frames, timeline = shot.model.block_frames, Timeline(shot, 0)
     sigmas = [5 * s / (1 + 4 * s) for s in (1.0, 0.5)]
 
     thetas = history.head_thetas(shot.history, range(GEOMETRY.num_heads))
@@ -68,7 +59,7 @@ def uncached(shot: ShotConfig, model: CausalWan, contexts: list[TextContext]) ->
         stored: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         out = latents
         for index in range(block + 1):
-            plan = history.plan(shot.history, index, frames)
+            plan = timeline.write_plan(timeline.entry(timeline.index_of(index)))
 
             def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, plan: history.Plan = plan) -> Tensor:
                 stored[plan.block, layer] = (k[0], v[0])

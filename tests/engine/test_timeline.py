@@ -24,7 +24,7 @@ from longtake.engine.config import (
     Switch,
     WriteBack,
 )
-from longtake.engine.history import place, plan
+from longtake.engine.history import Plan, attended, place
 from longtake.engine.timeline import Entry, Kind, Timeline
 from longtake.kernels.errors import ConfigError
 
@@ -87,7 +87,9 @@ def test_without_switches_entries_are_blocks() -> None:
     for index in range(14):
         entry = timeline.entry(index)
         assert (entry.time, entry.step) == (index, index - 2)
-        assert timeline.write_plan(entry) == plan(shot.history, index, F)
+        blocks = attended(shot.history, index)
+        start, starts = place(shot.history, index, blocks, F)
+        assert timeline.write_plan(entry) == Plan(block=index, start=start, blocks=blocks, starts=starts)
     assert timeline.entry(1).kind is Kind.PREFIX
     assert timeline.entry(2).kind is Kind.RENDER
 
