@@ -1,139 +1,28 @@
-"""Shots that stop, fail, fill the disk, and go on: the same bytes, no thread left, the first error told."""
+"""Shots that stop, fail and go on: the same bytes, no thread left, the first error told."""
 
 from __future__ import annotations
 
-import dataclasses
-import errno
-import hashlib
 import json
-import os
-import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from torch import Tensor
 
 from longtake.engine import emitter as emitting
-from longtake.engine.config import ShotConfig, Switch
+from longtake.engine.config import ShotConfig
 from longtake.engine.latents import LatentLog
-from longtake.engine.random_model import write_random_model
 from longtake.engine.segments import Segments, segment_blocks
-from longtake.engine.shot import BlockProgress, ShotRenderer, ShotResult
+from longtake.engine.shot import BlockProgress, ShotRenderer
 from longtake.engine.shotfolder import ShotFolder
-from longtake.engine.timeline import Timeline
 from longtake.engine.vae import StreamingDecoder
 from longtake.engine.video import SegmentWriter
-from longtake.engine.weights import read_spec
-from longtake.jobs.film import parse_film
-from longtake.jobs.recipe import Recipe
-from longtake.jobs.resolve import resolve
 from longtake.jobs.verify import verify
-from longtake.kernels.errors import ConfigError, StorageError
-from longtake.offload.errors import DiskFullError, LockedError, is_disk_full
-from longtake.offload.run import committed_blocks
+from longtake.kernels.errors import StorageError
 from longtake.offload.store import BlockStore
+from tests.engine.small_film import Film, contents, ignore, nobody
 
-FILM = """\
-[film]
-model = "{model}"
-[[shot]]
-name = "a"
-duration = "13s"
-prompt = "p"
-[[shot.beat]]
-at = "5s"
-prompt = "q"
-[[shot]]
-name = "b"
-duration = "11s"
-after = "a"
-prompt = "r"
-"""
-
-
-def nobody() -> bool:
-    return False
-
-
-def ignore(progress: BlockProgress) -> None:
-    pass
-
-
-class Film:
-    """Two shots of two segments each; `b` starts from `a`, whose second beat commits history anew."""
-
-    def __init__(self, model: Path) -> None:
-        film = parse_film(FILM.format(model=model))
-        self.shots = dict(resolve(film, lambda name: read_spec(str(model))))
-        first, second = self.shots["a"].beats
-        beats = (first, dataclasses.replace(second, switch=Switch.RECACHE))  # some history is committed twice
-        self.shots["a"] = dataclasses.replace(self.shots["a"], beats=beats)
-        self.renderer = ShotRenderer()
-
-    def render(
-        self,
-        name: str,
-        out: Path,
-        *,
-        stop: Callable[[], bool] = nobody,
-        progress: Callable[[BlockProgress], None] = ignore,
-    ) -> ShotResult:
-        (out / name).mkdir(exist_ok=True)
-        Recipe(config=self.shots[name]).keep_in(out / name)
-        return self.renderer(self.shots[name], out / name, "cpu", stop=stop, progress=progress)
-
-    def stop_after(self, name: str, out: Path, num_blocks: int) -> ShotResult:
-        """Render until the shot has so many blocks."""
-        done = [0]
-
-        def progress(report: BlockProgress) -> None:
-            done[0] = report.block
-
-        return self.render(name, out, stop=lambda: done[0] >= num_blocks, progress=progress)
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """Hashes of what must be the same whatever happened in between."""
-    paths = [path for part in ("segments", "kv.zarr", "latents.zarr") for path in (folder / part).rglob("*")]
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(paths)
-        if path.is_file()
-    }
-
-
-@pytest.fixture(scope="module")
-def film(tmp_path_factory: pytest.TempPathFactory) -> Film:
-    return Film(write_random_model(tmp_path_factory.mktemp("model") / "tiny"))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(film: Film, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("undisturbed")
-    for name in ("a", "b"):
-        result = film.render(name, out)
-        assert result.finished
-        assert [path.name for path in result.segments] == ["00000.mp4", "00001.mp4"]
-        assert set(result.segments) == set((out / name / "segments").iterdir())
-    return out
-
-
-@pytest.fixture
-def out(undisturbed: Path, tmp_path: Path) -> Path:
-    """A directory with shot `a` finished and `b` not begun."""
-    subprocess.run(["cp", "-r", str(undisturbed / "a"), str(tmp_path / "a")], check=True)
-    return tmp_path
-
-
-@pytest.fixture(autouse=True)
-def no_thread_left() -> Iterator[None]:
-    before = set(threading.enumerate())
-    yield
-    left = [thread for thread in set(threading.enumerate()) - before if "zarr" not in thread.name]
-    assert not [thread for thread in left if not thread.name.startswith(("asyncio", "ThreadPool"))], left
+pytestmark = pytest.mark.usefixtures("no_thread_left")
 
 
 def test_geometry(film: Film) -> None:
@@ -271,82 +160,6 @@ def test_errors(film: Film, undisturbed: Path, out: Path, where: str, monkeypatc
     assert contents(out / "b") == contents(undisturbed / "b")
 
 
-def test_a_second_process_is_refused(film: Film, out: Path) -> None:
-    with (
-        ShotFolder(film.shots["b"], out / "b"),
-        pytest.raises(LockedError, match=rf"in use by process {os.getpid()} on "),
-    ):
-        film.render("b", out)
-
-
-def test_another_configuration_is_refused(film: Film, out: Path) -> None:
-    changed = dataclasses.replace(film.shots["a"], seed=99)
-    before = contents(out / "a")
-    with pytest.raises(ConfigError, match="another configuration"):
-        film.renderer(changed, out / "a", "cpu", stop=nobody, progress=ignore)
-    assert contents(out / "a") == before
-
-
-def test_latents_of_a_shot_that_was_not_rendered(film: Film, tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="starts from 'a', which is not rendered"):
-        film.render("b", tmp_path)
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-@pytest.mark.parametrize("missing", [False, True])
-def test_damaged_history_is_refused_with_the_mend(film: Film, undisturbed: Path, out: Path, missing: bool) -> None:
-    film.stop_after("b", out, 6)
-    chunk = next((out / "b" / "kv.zarr").glob("*/c.7.0.0.0"))  # entry 7 is block 5, which block 6 attends
-    if missing:
-        chunk.unlink()
-    else:
-        flip(chunk)
-    with pytest.raises(StorageError) as caught:
-        film.render("b", out)
-    message = str(caught.value)
-    latents = out / "b" / "latents.zarr" / "c.5.0.0.0.0"
-    assert f"delete {latents} and run again to go on from that block" in message
-    assert "block 7" in message and str(chunk) in message and "layer" in message and "head" in message
-    (damage,) = verify(out).damages
-    assert (damage.shot, damage.block, damage.file) == ("b", 7, str(chunk.relative_to(out)))
-    assert damage.layers is not None and damage.heads is not None
-    latents.unlink()
-    assert film.render("b", out).finished
-    assert contents(out / "b") == contents(undisturbed / "b")
-
-
-def test_a_prefix_in_the_history_is_mended_anew_only(film: Film, out: Path) -> None:
-    film.stop_after("b", out, 1)
-    flip(next((out / "b" / "kv.zarr").glob("*/c.0.0.0.0")))
-    with pytest.raises(StorageError, match=r"block 0, layer \d.*; render the shot anew with --fresh --shot b"):
-        film.render("b", out)
-
-
-def test_damaged_latents_are_refused_with_the_mend(film: Film, undisturbed: Path, out: Path) -> None:
-    film.stop_after("b", out, 6)
-    latents = out / "b" / "latents.zarr" / "c.3.0.0.0.0"
-    flip(latents)
-    with pytest.raises(StorageError, match=r"latents of a block are damaged.*delete that file.*block 3"):
-        film.render("b", out)
-    (damage,) = verify(out).damages
-    assert (damage.shot, damage.block) == ("b", 3)
-    latents.unlink()
-    assert film.render("b", out).finished
-    assert contents(out / "b") == contents(undisturbed / "b")
-
-
-def test_damaged_latents_of_the_shot_before(film: Film, out: Path) -> None:
-    last = LatentLog.existing(out / "a" / "latents.zarr")
-    flip(last.chunk(len(last) - 1))
-    with pytest.raises(StorageError, match="delete that file and the video of shot 'a' and run again"):
-        film.render("b", out)
-
-
 def test_metrics_after_a_kill(film: Film, out: Path) -> None:
     """A torn line, and a line of a block that was not durable, are gone; other lines stay as they are."""
     film.stop_after("b", out, 3)
@@ -369,67 +182,6 @@ def test_latents_without_history_are_forgotten(film: Film, undisturbed: Path, ou
     with ShotFolder(film.shots["b"], out / "b") as files:
         assert files.num_done == 4
         assert files.latents.num_blocks_there == 4
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """A folder with so many bytes of room."""
-    mounted: list[Path] = []
-
-    def mount(num_bytes: int) -> Path:
-        folder = tmp_path / "disk"
-        folder.mkdir()
-        options = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(folder)]
-        if os.geteuid() != 0 or subprocess.run(options, capture_output=True).returncode:
-            pytest.skip("a small disk can be mounted by root only")
-        mounted.append(folder)
-        return folder
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def num_committed(shot: ShotConfig, folder: Path) -> int:
-    """Entries of the history that are journaled and whose latents are there: those with which a shot goes on."""
-    latents = folder / "latents.zarr"
-    if not (latents / "zarr.json").exists():
-        return 0
-    journaled = committed_blocks(folder, shot.model.transformer.num_heads)
-    return min(journaled, Timeline(shot, 0).num_known(LatentLog.existing(latents).num_written()))
-
-
-@pytest.mark.parametrize("num_kib", [40, 90, 130, 170, 230])
-def test_a_full_disk(film: Film, undisturbed: Path, small_disk: Callable[[int], Path], num_kib: int) -> None:
-    """Whatever hits the end of the disk first: nothing committed is lost, and it goes on when there is room."""
-    disk = small_disk(num_kib << 10)
-    with pytest.raises((DiskFullError, StorageError)) as caught:
-        film.render("a", disk)
-    assert is_disk_full(caught.value), repr(caught.value)
-    committed = num_committed(film.shots["a"], disk / "a")
-    for _ in range(2):  # again without room: the same, and still nothing is lost
-        with pytest.raises((DiskFullError, StorageError)) as caught:
-            film.render("a", disk)
-        assert is_disk_full(caught.value), repr(caught.value)
-        assert num_committed(film.shots["a"], disk / "a") >= committed
-    subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True)
-    assert film.render("a", disk).finished
-    assert contents(disk / "a") == contents(undisturbed / "a")
-    assert not [path for path in disk.rglob("*.partial") if ".prompts" not in path.parts]
-
-
-def test_a_disk_that_fills_up_in_the_decoder_only(
-    film: Film, undisturbed: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(self: SegmentWriter) -> Path:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patched:
-        patched.setattr(SegmentWriter, "close", full)
-        with pytest.raises(OSError, match="No space left"):
-            film.render("b", out)
-    assert film.render("b", out).finished
-    assert contents(out / "b") == contents(undisturbed / "b")
 
 
 def test_a_slow_decoder_holds_the_rollout_back(film: Film, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,32 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from longtake.engine.footage import Frames, VideoInfo, contact_sheet, inspect_video, probe, read_frames
+from longtake.engine.footage import Frames, VideoInfo, inspect_video, probe
 from longtake.engine.video import SegmentWriter, join
 from longtake.engine.video_codec import CODECS, parse_fps
 from longtake.kernels.errors import ConfigError, StorageError
-
-HEIGHT, WIDTH = 48, 64
-
-
-def moving(num: int, height: int = HEIGHT, width: int = WIDTH, seed: int = 0) -> Frames:
-    """Soft shapes that drift, and grain: something for motion search and B frames to work on. uint8 [num, Y, X, 3]."""
-    rng = np.random.default_rng(seed)
-    coarse = rng.integers(0, 256, (height // 8 + 2 * num, width // 8 + 2 * num, 3)).astype(np.float32)
-    coarse += 0.7 * (coarse.mean(-1, keepdims=True) - coarse)  # colours that survive at half resolution
-    wide = np.kron(coarse, np.ones((8, 8, 1), np.float32))
-    frames = [wide[i : i + height, 2 * i : 2 * i + width] + rng.normal(0, 2, (height, width, 3)) for i in range(num)]
-    return np.clip(np.stack(frames), 0, 255).astype(np.uint8)
-
-
-def write(path: Path, frames: Frames, codec: str = "h264", fps: Fraction | int | str = 16) -> Path:
-    with SegmentWriter(path, fps=fps, size=(frames.shape[1], frames.shape[2]), codec=codec) as writer:
-        writer.write(frames)
-    return path
-
-
-def decode(path: Path) -> Frames:
-    return np.stack(list(read_frames(path)))
+from tests.engine.small_videos import HEIGHT, WIDTH, decode, moving, write
 
 
 def psnr(a: Frames, b: Frames) -> float:
@@ -318,49 +297,6 @@ def test_a_full_disk_is_noticed(codec: str, num: int, tmp_path: Path) -> None:
     assert not path.exists()
 
 
-@pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize("joined", [False, True])
-def test_a_cut_file_is_never_taken_for_whole(codec: str, joined: bool, tmp_path: Path) -> None:
-    path = write(tmp_path / f"a{CODECS[codec].suffix}", moving(20), codec)
-    if joined:
-        path = tmp_path / f"film{path.suffix}"
-        join([tmp_path / f"a{path.suffix}"], path)
-    data = path.read_bytes()
-    last = max(start + size for start, size in payloads(path))
-    for size in (0, 10, 100, len(data) // 2, last - 1000, last - 1):
-        path.write_bytes(data[:size])
-        with pytest.raises(StorageError):
-            probe(path)
-        with pytest.raises(StorageError):
-            join([path], tmp_path / f"again{path.suffix}")
-
-
-def payloads(path: Path) -> list[tuple[int, int]]:
-    """Where each packet of a file starts and how long it is, in bytes."""
-    with av.open(str(path)) as container:
-        return [(p.pos, p.size) for p in container.demux(video=0) if p.size and p.pos is not None]
-
-
-@pytest.mark.parametrize("codec", ["h264", "h265"])
-def test_a_wiped_frame_is_found_when_decoding(codec: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "a.mp4", moving(12), codec)
-    data = bytearray(path.read_bytes())
-    start, size = payloads(path)[3]
-    data[start + 8 : start + size] = bytes(size - 8)
-    path.write_bytes(data)
-    with pytest.raises(StorageError, match="damaged"):
-        decode(path)
-
-
-def test_not_a_video(tmp_path: Path) -> None:
-    path = tmp_path / "a.mp4"
-    path.write_text("hello")
-    with pytest.raises(StorageError, match="no video"):
-        probe(path)
-    with pytest.raises(StorageError, match="no such video"):
-        list(read_frames(tmp_path / "absent.mp4"))
-
-
 @pytest.mark.parametrize(
     ("given", "exact"),
     [
@@ -374,27 +310,6 @@ def test_not_a_video(tmp_path: Path) -> None:
 )
 def test_fps(given: float | str, exact: Fraction) -> None:
     assert parse_fps(given) == exact
-
-
-def read_png(path: Path) -> Frames:
-    with av.open(str(path)) as container:
-        return np.asarray(next(container.decode(video=0)).to_ndarray(format="rgb24"), dtype=np.uint8)
-
-
-def test_contact_sheet(tmp_path: Path) -> None:
-    frames = moving(11)
-    path = write(tmp_path / "a.mkv", frames, "ffv1")
-    assert contact_sheet(path, tmp_path / "sheet.png", columns=2, every=4) == (2, 2)
-    sheet = read_png(tmp_path / "sheet.png")
-    assert sheet.shape == (2 * HEIGHT + 2, 2 * WIDTH + 2, 3)
-    assert np.array_equal(sheet[:HEIGHT, :WIDTH], frames[0])
-    assert np.array_equal(sheet[:HEIGHT, WIDTH + 2 :], frames[4])
-    assert np.array_equal(sheet[HEIGHT + 2 :, :WIDTH], frames[8])
-    assert contact_sheet(path, tmp_path / "small.png", columns=6, every=5, tile_width=32) == (1, 3)
-    assert read_png(tmp_path / "small.png").shape == (24, 3 * 32 + 2 * 2, 3)
-    with pytest.raises(ConfigError, match="at least 1"):
-        contact_sheet(path, tmp_path / "none.png", every=0)
-    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_b_frames_are_used(tmp_path: Path) -> None:

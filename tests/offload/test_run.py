@@ -13,19 +13,16 @@ import numpy as np
 import pytest
 
 from longtake.kernels.errors import ConfigError, LongtakeError, StorageError
-from longtake.offload.cache import CacheBudget, KVCache
+from longtake.offload.cache import KVCache
 from longtake.offload.errors import FencedError, LockedError
 from longtake.offload.files import Bytes, as_bytes, crc32c
 from longtake.offload.journal import replay
 from longtake.offload.records import history
-from longtake.offload.run import RunDirectory, committed_blocks, kept_blocks
-from longtake.offload.shape import ModelKVShape
-from longtake.offload.store import Checksums
+from longtake.offload.run import RunDirectory
 from longtake.offload.verify import verify
 from tests.offload.faults import FaultyOps, Unsynced, flip_bit
-from tests.offload.payloads import SHAPE, Opaque, check_passes, commit, open_run, payload_LHP
-
-BUDGET = CacheBudget(device_bytes=6 * SHAPE.block_bytes)
+from tests.offload.payloads import SHAPE, check_passes, open_run, payload_LHP
+from tests.offload.runs import BUDGET, checksums, gang, rollout, write
 
 
 class Counting(FaultyOps):
@@ -69,30 +66,6 @@ class Counting(FaultyOps):
     def unlink(self, path: Path) -> None:
         self._called()
         super().unlink(path)
-
-
-def rollout(path: Path, num_blocks: int) -> None:
-    """Go on to `num_blocks` blocks and end in order."""
-    run = open_run(path)
-    cache = KVCache(shape=SHAPE, device="cpu", budget=BUDGET, run=run)
-    for block in range(cache.num_committed, num_blocks):
-        commit(cache, block)
-    cache.flush()
-    cache.close()
-    run.close()
-
-
-def write(run: RunDirectory, block: int) -> None:
-    """Make a block durable without a cache."""
-    payloads_LHP = np.ascontiguousarray(payload_LHP(block, run.shape).numpy())
-    for chunk in run.store.chunks:
-        run.store.write_chunk(block, chunk, payloads_LHP)
-    run.commit(block, checksums(run.shape, block))
-
-
-def checksums(shape: ModelKVShape, block: int) -> Checksums:
-    payloads_LHP = np.ascontiguousarray(payload_LHP(block, shape).numpy())
-    return np.array([[crc32c(head_P) for head_P in layer_HP] for layer_HP in payloads_LHP], dtype=np.uint32)
 
 
 def test_goes_on_where_it_ended(tmp_path: Path) -> None:
@@ -232,104 +205,6 @@ def test_checkpoints_and_segments_follow_the_blocks(tmp_path: Path) -> None:
     assert all("missing" in str(error) for error in verify(tmp_path))
 
 
-# -- blocks that are deleted
-
-
-def chunk_blocks(run: RunDirectory) -> set[int]:
-    """Blocks of which some file is there."""
-    return {int(path.name.split(".")[1]) for path in (run.path / "kv.zarr" / "opaque").glob("c.*")}
-
-
-def test_dropped_blocks_are_gone_and_all_know_it(tmp_path: Path) -> None:
-    rollout(tmp_path, 8)
-    run = open_run(tmp_path)
-    with pytest.raises(StorageError, match="block 8 is to be dropped but not durable"):
-        run.drop([1, 8])
-    run.drop([1, 2, 3, 6])
-    before = (tmp_path / "journal").stat().st_size
-    run.drop([2, 3])
-    assert (tmp_path / "journal").stat().st_size == before, "nothing new to be journaled"
-    assert chunk_blocks(run) == {0, 4, 5, 7} and (run.num_blocks, run.num_kept) == (8, 4)
-    assert [block for block in range(9) if run.keeps(block)] == [0, 4, 5, 7]
-    run.close()
-    assert verify(tmp_path) == [] and (committed_blocks(tmp_path, 2), kept_blocks(tmp_path, 2)) == (8, 4)
-    run = open_run(tmp_path)
-    cache = KVCache(shape=SHAPE, device="cpu", budget=BUDGET, run=run)
-    check_passes(cache, (0, 4, 7))
-    with pytest.raises(StorageError, match=r"deleted from the disk.*block 3"):
-        cache.prepare((0, 3))
-    commit(cache, 8)
-    check_passes(cache, (8, 5))
-    cache.close()
-    run.close()
-    assert verify(tmp_path) == []
-
-
-@pytest.mark.parametrize("num_removed", [0, 1, 3])
-def test_crash_while_dropping(tmp_path: Path, num_removed: int) -> None:
-    rollout(tmp_path, 6)
-    run = open_run(tmp_path)
-    run.note_dropped([1, 2, 3, 4])
-    for block in range(1, 1 + num_removed):
-        run.store.remove(block)
-    run.store.path(4, run.store.chunks[0]).unlink()
-    run.close(orderly=False)
-    assert verify(tmp_path) == [] and kept_blocks(tmp_path, 2) == 2
-    run = open_run(tmp_path)
-    assert chunk_blocks(run) == {0, 5} and run.num_kept == 2
-    run.close()
-
-
-def test_a_folder_that_dropped_what_is_needed_is_refused_unchanged(tmp_path: Path) -> None:
-    rollout(tmp_path, 6)
-    run = open_run(tmp_path)
-    run.drop([1, 2])
-    run.close()
-    journal, files = (tmp_path / "journal").read_bytes(), sorted(path.name for path in tmp_path.rglob("*"))
-
-    def reads(num_blocks: int) -> range:
-        return range(max(0, num_blocks - 2), num_blocks)
-
-    for committed in (3, 4):
-        with pytest.raises(StorageError, match=f"block {committed} is the next.*block {committed - 2},.*--fresh"):
-            RunDirectory(tmp_path, shape=SHAPE, config_hash="c", agree=lambda own, at=committed: at, reads=reads)  # type: ignore[misc]
-    assert (tmp_path / "journal").read_bytes() == journal
-    assert sorted(path.name for path in tmp_path.rglob("*")) == files
-    run = RunDirectory(tmp_path, shape=SHAPE, config_hash="c", agree=lambda own: 5, reads=reads)
-    assert (run.num_blocks, run.num_kept) == (5, 3)
-    run.close()
-
-
-def test_a_dropped_block_that_is_committed_again_is_there(tmp_path: Path) -> None:
-    rollout(tmp_path, 6)
-    run = open_run(tmp_path)
-    run.drop([4, 5])
-    run.close()
-    RunDirectory(tmp_path, shape=SHAPE, config_hash="c", agree=lambda own: 4).close()
-    rollout(tmp_path, 6)
-    assert kept_blocks(tmp_path, 2) == 6 and verify(tmp_path) == []
-
-
-# -- gangs
-
-HEADS = 4
-CODEC = Opaque(payload_bytes=20)
-
-
-def gang(path: Path, num_ranks: int) -> list[RunDirectory]:
-    """Every rank of a gang, opened as real ranks do: all replay and agree before any writes."""
-    heads = HEADS // num_ranks
-    shapes = [
-        ModelKVShape(num_layers=3, num_heads=heads, codec=CODEC, first_head=rank * heads, total_heads=HEADS)
-        for rank in range(num_ranks)
-    ]
-    least = committed_blocks(path, HEADS)
-    return [
-        RunDirectory(path, shape=shape, config_hash="c", rank=rank, num_ranks=num_ranks, agree=lambda own: least)
-        for rank, shape in enumerate(shapes)
-    ]
-
-
 def test_gangs_of_other_sizes_go_on_from_the_same_bytes(tmp_path: Path) -> None:
     done = 0
     for num_ranks in (4, 2, 1, 4, 2):
@@ -366,24 +241,6 @@ def test_ranks_that_saw_different_journals_agree_on_the_minimum(tmp_path: Path) 
         run.close()
     assert verify(tmp_path) == []
     assert [run.num_blocks for run in gang(tmp_path, 2)] == [2, 2]
-
-
-def test_another_gang_knows_what_one_rank_dropped(tmp_path: Path) -> None:
-    ranks = gang(tmp_path, 2)
-    for run in ranks:
-        for block in range(4):
-            write(run, block)
-    ranks[0].drop([0, 1])  # the gang died before the other rank did the same
-    for run in ranks:
-        run.close(orderly=False)
-    assert verify(tmp_path) == []
-    (run,) = gang(tmp_path, 1)
-    assert (run.num_blocks, run.num_kept) == (4, 2) and chunk_blocks(run) == {2, 3}
-    run.close()
-    assert verify(tmp_path) == []
-
-
-# -- damage
 
 
 def test_verify_finds_every_one_of_many_damages(tmp_path: Path) -> None:
