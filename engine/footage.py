@@ -5,7 +5,6 @@ Shapes: N frames, Y and X pixels high and wide.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,12 +16,11 @@ import numpy as np
 import numpy.typing as npt
 from av.container import InputContainer
 from av.packet import Packet
-from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange, VideoReformatter
 from av.video.stream import VideoStream
 
 from longtake.engine.video_codec import EXACT_SCALING, parse_fps
 from longtake.kernels.errors import ConfigError, StorageError
-from longtake.offload.files import PARTIAL_SUFFIX
 
 Frames = npt.NDArray[np.uint8]
 
@@ -76,38 +74,6 @@ def read_frames(path: str | Path) -> Iterator[Frames]:
         raise StorageError(f"damaged: only {num_frames} of {expected} frames can be decoded", path=path)
 
 
-def contact_sheet(
-    path: str | Path, out_png: str | Path, *, columns: int = 6, every: int = 16, tile_width: int | None = None
-) -> tuple[int, int]:
-    """Lay every so-manieth frame of a video out in rows, from left to right and top to bottom, as one PNG.
-
-    Args:
-        path: the video.
-        out_png: the picture.
-        columns: frames a row.
-        every: frames from one shown to the next.
-        tile_width: pixels a shown frame is wide; None: as the video.
-
-    Returns: rows and columns.
-
-    Raises:
-        ConfigError: columns or every below 1.
-        StorageError: the video cannot be read or the picture not written.
-    """
-    if columns < 1 or every < 1:
-        raise ConfigError("a contact sheet needs columns and every of at least 1", path=path)
-    tiles = [_scaled(frame, tile_width) for index, frame in enumerate(read_frames(path)) if index % every == 0]
-    columns = min(columns, len(tiles))
-    rows, (height, width, _) = -(-len(tiles) // columns), tiles[0].shape
-    gap = 2
-    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=np.uint8)
-    for index, tile in enumerate(tiles):
-        top, left = index // columns * (height + gap), index % columns * (width + gap)
-        sheet[top : top + height, left : left + width] = tile
-    _write_png(sheet, Path(out_png))
-    return rows, columns
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
     """A whole file, and what must agree for its packets to go into one stream with another's.
@@ -141,8 +107,8 @@ class Inspection:
                 )
         if self.parameters != other.parameters:
             raise ConfigError(
-                f"encoder settings differ from those of {self.path.name}: render both with the same codec, quality and "
-                "version of longtake",
+                f"encoder settings differ from those of {self.path.name}: render both with the same codec and version "
+                "of longtake",
                 path=other.path,
             )
 
@@ -208,24 +174,3 @@ def storage_errors(path: Path, what: str) -> Iterator[None]:
 def _codec_name(decoder: str) -> str:
     """Our name of what FFmpeg calls by its decoder: hevc is h265."""
     return {"hevc": "h265"}.get(decoder, decoder)
-
-
-def _scaled(frame_YX3: Frames, width: int | None) -> Frames:
-    if width is None or width == frame_YX3.shape[1]:
-        return frame_YX3
-    height = max(1, round(frame_YX3.shape[0] * width / frame_YX3.shape[1]))
-    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_YX3), format="rgb24")
-    scaled = frame.reformat(width=width, height=height, format="rgb24", interpolation=Interpolation.AREA)
-    return np.asarray(scaled.to_ndarray(), dtype=np.uint8)
-
-
-def _write_png(image_YX3: Frames, path: Path) -> None:
-    encoder = av.CodecContext.create("png", "w")
-    encoder.height, encoder.width = image_YX3.shape[:2]
-    encoder.pix_fmt, encoder.time_base = "rgb24", Fraction(1)
-    frame = av.VideoFrame.from_ndarray(image_YX3, format="rgb24")
-    packets = [*encoder.encode(frame), *encoder.encode(None)]
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    with storage_errors(path, "cannot be written"):
-        partial.write_bytes(b"".join(bytes(packet) for packet in packets))
-        os.replace(partial, path)

@@ -53,7 +53,6 @@ class TextEncoder:
         text_len: rows of an embedding; longer prompts are refused.
         dtype: float32 or bfloat16, of the weights and of the embeddings; None: float32, but bfloat16 for files of 2 GiB
             and more that are (umT5-xxl then takes 11 GB of memory, not 23).
-        device: where the encoder runs and where embeddings are given.
         cache_dir: where embeddings are kept; None: nowhere. A run that keeps its own has the same bits wherever it
             resumes, as encoders round differently from one kind of device to another.
 
@@ -67,7 +66,6 @@ class TextEncoder:
         *,
         text_len: int,
         dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
         cache_dir: str | Path | None = None,
     ) -> None:
         if text_len < 1:
@@ -77,7 +75,6 @@ class TextEncoder:
         self.folder = Path(folder)
         self.text_len = text_len
         self.dtype = dtype or _fitting_dtype(self.folder / "text_encoder")
-        self.device = torch.device(device)
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.dim = _read_width(self.folder / "text_encoder")
         self._identity: str | None = None
@@ -96,10 +93,6 @@ class TextEncoder:
                         digest.update(_hash_contents(path))
             self._identity = digest.hexdigest()
         return self._identity
-
-    def num_tokens(self, prompt: str) -> int:
-        """Tokens of a prompt, the end token included; loads the tokenizer only."""
-        return len(self._tokenise(clean_prompt(prompt)))
 
     def check(self, prompt: str) -> None:
         """Refuse a prompt that does not fit, before anything is rendered.
@@ -121,7 +114,7 @@ class TextEncoder:
         Args:
             prompt: any text; an empty one is encoded as such.
 
-        Returns: [text_len, E], zero after the prompt's tokens, in the encoder's dtype and on its device.
+        Returns: [text_len, E], zero after the prompt's tokens, in the encoder's dtype, on the CPU.
 
         Raises:
             ConfigError: the prompt is too long.
@@ -135,7 +128,7 @@ class TextEncoder:
             embeds_SE = self._run(text)
             if path is not None:
                 self._write(path, embeds_SE, text)
-        padded = torch.zeros(self.text_len, self.dim, dtype=self.dtype, device=self.device)
+        padded = torch.zeros(self.text_len, self.dim, dtype=self.dtype)
         padded[: len(embeds_SE)] = embeds_SE
         return padded
 
@@ -151,8 +144,6 @@ class TextEncoder:
         if self._model is not None:
             self._model = None
             gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
 
     def _key(self, text: str) -> str:
         parts = [_FORMAT, text, self.identity, str(self.dtype), self.text_len]
@@ -167,8 +158,8 @@ class TextEncoder:
     @torch.no_grad()
     def _run(self, text: str) -> Tensor:
         if self._model is None:
-            self._model = _load_encoder(self.folder / "text_encoder", self.dtype).to(self.device)
-        tokens_1S = torch.tensor([self._tokenise(text)], device=self.device)
+            self._model = _load_encoder(self.folder / "text_encoder", self.dtype)
+        tokens_1S = torch.tensor([self._tokenise(text)])
         embeds_SE: Tensor = self._model(tokens_1S).last_hidden_state[0].to(self.dtype)
         if not bool(embeds_SE.isfinite().all()):
             raise StorageError("the text encoder gives infinities: its weights are damaged", path=self.folder)
@@ -188,7 +179,7 @@ class TextEncoder:
         if not intact or len(embeds_SE) > self.text_len or checksum != _checksum(embeds_SE):
             _LOG.warning("encoding a prompt again, as %s is damaged", path)
             return None
-        kept: Tensor = embeds_SE.to(self.device)
+        kept: Tensor = embeds_SE
         return kept
 
     def _write(self, path: Path, embeds_SE: Tensor, text: str) -> None:

@@ -34,7 +34,6 @@ from longtake.engine.vae_model import (
     from_uint8,
     load_vae,
     normalise,
-    num_video_frames,
     spatial_stride,
     temporal_stride,
     to_channels_last,
@@ -50,7 +49,6 @@ __all__ = [
     "from_uint8",
     "load_vae",
     "normalise",
-    "num_video_frames",
     "receptive_latents",
     "spatial_stride",
     "temporal_stride",
@@ -177,7 +175,8 @@ class StreamingDecoder(_Streaming):
         Args:
             latents_CFHW: normalised latents, any float dtype and device; F >= 1.
 
-        Returns: uint8 RGB frames [N, Y, X, 3] on the VAE's device (see `to_uint8`); N is `num_video_frames` of F.
+        Returns: uint8 RGB frames [N, Y, X, 3] on the VAE's device (see `to_uint8`); the first latent of a clip gives
+        one, every other `temporal_stride`.
 
         Raises:
             ConfigError: the shape does not fit the VAE or the clip so far.

@@ -65,19 +65,6 @@ def spatial_stride(vae: AutoencoderKLWan) -> int:
     return int(2 ** (len(vae.config.dim_mult) - 1) * (vae.config.patch_size or 1))
 
 
-def num_video_frames(num_latents: int, *, stride: int = 4, warmed_up: bool = False) -> int:
-    """Video frames that `num_latents` latent frames decode to: the first of a clip gives one, every other `stride`.
-
-    Args:
-        num_latents: latent frames.
-        stride: see `temporal_stride`.
-        warmed_up: the decoder had latents before these, so none of them is the first.
-    """
-    if num_latents <= 0:
-        return 0
-    return stride * num_latents if warmed_up else 1 + stride * (num_latents - 1)
-
-
 def normalise(latents_CFHW: Tensor, vae: AutoencoderKLWan) -> Tensor:
     """The VAE's latents to the transformer's: (x - latents_mean) / latents_std a channel, in float32."""
     mean_C111, std_C111 = _statistics(vae, latents_CFHW.device)

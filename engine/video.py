@@ -33,7 +33,6 @@ from longtake.engine.footage import (
     Frames,
     Inspection,
     VideoInfo,
-    contact_sheet,
     frame_index,
     inspect_video,
     open_video,
@@ -45,7 +44,7 @@ from longtake.engine.video_codec import CODECS, EXACT_SCALING, check_geometry, p
 from longtake.kernels.errors import ConfigError, StorageError
 from longtake.offload.files import PARTIAL_SUFFIX, FileOps, fsync_dir
 
-__all__ = ["CODECS", "SegmentWriter", "VideoInfo", "contact_sheet", "join", "parse_fps", "probe", "read_frames"]
+__all__ = ["CODECS", "SegmentWriter", "VideoInfo", "join", "parse_fps", "probe", "read_frames"]
 
 _BT709 = 1
 _KEYFRAME_S = 2
@@ -62,11 +61,9 @@ class SegmentWriter:
         fps: see `parse_fps`.
         size: height and width in pixels.
         codec: a name of `CODECS`.
-        quality: constant rate factor of h264 and h265, lower is better; None: the codec's own.
-        threads: of the encoder. Other numbers give other bytes, so a film keeps one.
 
     Raises:
-        ConfigError: the codec cannot store this size, or does not go with the suffix or the options.
+        ConfigError: the codec cannot store this size, or does not go with the suffix.
         StorageError: the file cannot be made.
     """
 
@@ -77,8 +74,6 @@ class SegmentWriter:
         fps: Fraction | int | float | str,
         size: tuple[int, int],
         codec: str = "h264",
-        quality: int | None = None,
-        threads: int = 1,
     ) -> None:
         self.path = Path(path)
         self.fps = parse_fps(fps)
@@ -89,16 +84,11 @@ class SegmentWriter:
         self._num_packets = 0
         self._reformatter = VideoReformatter()
         check_geometry(codec, self.path, size)
-        options = dict(self._codec.options)
-        if quality is not None:
-            if self._codec.quality_option is None:
-                raise ConfigError(f"video codec {codec} takes no quality: leave it out")
-            options[self._codec.quality_option] = str(quality)
         with storage_errors(self._partial, "cannot be made"):
             self._container: OutputContainer | None = av.open(
                 str(self._partial), "w", format=self._codec.container, container_options=_BITEXACT
             )
-            self._stream = self._add_stream(self._container, options, threads)
+            self._stream = self._add_stream(self._container)
             self._container.start_encoding()
 
     @property
@@ -178,14 +168,14 @@ class SegmentWriter:
             raise ConfigError("the segment is closed: open another writer", path=self.path)
         return self._container
 
-    def _add_stream(self, container: OutputContainer, options: dict[str, str], threads: int) -> VideoStream:
-        stream = container.add_stream(self._codec.encoder, rate=self.fps, options=options)
+    def _add_stream(self, container: OutputContainer) -> VideoStream:
+        stream = container.add_stream(self._codec.encoder, rate=self.fps, options=dict(self._codec.options))
         assert isinstance(stream, VideoStream)
         stream.height, stream.width = self.size
         stream.pix_fmt = self._codec.pixels
         context = stream.codec_context
         context.time_base = 1 / self.fps
-        context.thread_count = threads
+        context.thread_count = 1  # other numbers give other bytes
         context.gop_size = max(1, round(_KEYFRAME_S * self.fps))
         context.flags |= Flags.bitexact | Flags.closed_gop
         if self._codec.pixels.startswith("yuv"):

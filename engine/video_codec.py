@@ -29,7 +29,6 @@ class VideoCodec:
         container: FFmpeg's name of the file format.
         pixels: stored pixel format.
         options: of the encoder.
-        quality_option: the option that sets constant quality, if it has one.
         reorder_frames: how far decoding order runs ahead of display order (B frames).
         multiples: what height and width must divide by.
         tag: code of the codec in the file, where FFmpeg's choice plays on fewer machines.
@@ -40,7 +39,6 @@ class VideoCodec:
     container: str
     pixels: str
     options: dict[str, str] = field(default_factory=dict)
-    quality_option: str | None = None
     reorder_frames: int = 0
     multiples: tuple[int, int] = (1, 1)
     tag: str | None = None
@@ -54,7 +52,6 @@ CODECS: dict[str, VideoCodec] = {
         container="mp4",
         pixels="yuv420p",
         options={"preset": "medium", "crf": "17", "x264-params": "mbtree=0:open-gop=0:bframes=3:b-pyramid=normal"},
-        quality_option="crf",
         reorder_frames=2,
         multiples=(2, 2),
     ),
@@ -68,7 +65,6 @@ CODECS: dict[str, VideoCodec] = {
             "crf": "19",
             "x265-params": "pools=none:frame-threads=1:open-gop=0:bframes=3:b-pyramid=1:info=0:log-level=error",
         },
-        quality_option="crf",
         reorder_frames=2,
         multiples=(2, 2),
         tag="hvc1",

@@ -42,7 +42,7 @@ class DeviceArena:
                 self.pages_GHP = torch.empty(
                     (num_slots, shape.num_heads, shape.payload_bytes), dtype=torch.uint8, device=device
                 )
-        except (torch.cuda.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError) as error:
             raise CapacityError(
                 f"no room on {device} for an arena of {num_frames} blocks "
                 f"({num_frames * shape.block_bytes:,} bytes): {error}; lower the cache's device budget"
@@ -52,10 +52,6 @@ class DeviceArena:
         """The slots of one frame, a view [L, H, P] uint8."""
         first = frame * self.shape.num_layers
         return self.pages_GHP[first : first + self.shape.num_layers]
-
-    def page_HP(self, frame: int, layer: int) -> Tensor:
-        """The slot of one layer of a frame, a view [H, P] uint8."""
-        return self.pages_GHP[frame * self.shape.num_layers + layer]
 
     @property
     def nbytes(self) -> int:

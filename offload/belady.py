@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from longtake.kernels.errors import CapacityError
 
+MIN_DEPTH, MAX_DEPTH = 2, 4  # layers that a ring holds at once
+
 
 class Uses:
     """When each block is read next: in which announced plan, or at some later time, or never."""
@@ -101,8 +103,6 @@ def split(
     num_layers: int,
     on_device: Collection[int],
     uses: Uses,
-    min_depth: int = 2,
-    max_depth: int = 4,
 ) -> Split:
     """Choose what of a plan stays on the device.
 
@@ -116,7 +116,6 @@ def split(
         num_layers: pages a frame.
         on_device: blocks that are on the device now.
         uses: to tell what later plans read.
-        min_depth, max_depth: bounds of the ring's depth in layers.
 
     Raises:
         CapacityError: not even a ring fits.
@@ -126,10 +125,10 @@ def split(
     best = sorted(blocks, key=lambda block: (uses.distance(block), block not in on_device, -block))
     for num_resident in reversed(range(num_frames + 1)):
         num_streamed = len(blocks) - num_resident
-        ring_frames = -(-min_depth * num_streamed // num_layers)
+        ring_frames = -(-MIN_DEPTH * num_streamed // num_layers)
         if num_resident + ring_frames <= num_frames:
             ring_frames = num_frames - num_resident
-            depth = min(max_depth, ring_frames * num_layers // num_streamed)
+            depth = min(MAX_DEPTH, ring_frames * num_layers // num_streamed)
             ring_frames = -(-depth * num_streamed // num_layers)
             return Split(
                 resident=tuple(best[:num_resident]),
@@ -138,6 +137,6 @@ def split(
                 depth=depth,
             )
     raise CapacityError(
-        f"a plan of {len(blocks)} blocks cannot be streamed through {num_frames} device frames: a ring of {min_depth} "
-        f"layers needs {-(-min_depth * len(blocks) // num_layers)}"
+        f"a plan of {len(blocks)} blocks cannot be streamed through {num_frames} device frames: a ring of {MIN_DEPTH} "
+        f"layers needs {-(-MIN_DEPTH * len(blocks) // num_layers)}"
     )

@@ -128,7 +128,10 @@ class FormCache:
         self.caches, self._names, self._kept, self._total = tuple(caches), tuple(names), tuple(kept), total
         for form, (cache, blocks) in enumerate(zip(caches, kept, strict=True)):
             if cache.num_committed != bisect_left(blocks, self.num_committed):
-                raise StorageError(f"form {names[form]} of the history has {cache.num_committed} blocks, others differ")
+                raise StorageError(
+                    f"form {names[form]} of the history has {cache.num_committed} blocks, not as many "
+                    "as the first; render the shot anew with --fresh"
+                )
 
     @property
     def num_committed(self) -> int:

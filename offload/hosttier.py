@@ -43,10 +43,10 @@ class HostTier:
         run: RunDirectory | None,
         uses: Uses,
         lock: threading.Condition,
-        num_writers: int = 2,
-        num_readers: int = 2,
-        on_arrival: Callable[[], None] = lambda: None,
-        on_step: Step | None = None,
+        num_writers: int,
+        num_readers: int,
+        on_arrival: Callable[[], None],
+        on_step: Step | None,
     ) -> None:
         """Start the workers.
 
@@ -59,12 +59,6 @@ class HostTier:
             on_arrival: called, lock held, when a disk read has ended.
             on_step: see Spiller.
         """
-        if run is not None and pool.num_frames < 2:
-            raise CapacityError(
-                f"a host budget of {pool.nbytes:,} bytes holds {pool.num_frames} blocks of {pool.shape.block_bytes:,} "
-                f"bytes; writing and reading the disk need one each: give the cache at least "
-                f"{2 * pool.shape.block_bytes:,} bytes of host memory"
-            )
         self.pool, self.run, self.table = pool, run, Tier(pool.num_frames, tier="host")
         self.counters = HostCounters()
         reserve = 2 if run is not None and pool.num_frames >= 6 else 1

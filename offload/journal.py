@@ -178,11 +178,8 @@ class Journal:
         write_all(self._ops, self._fd, [as_bytes(MAGIC)])
         return len(MAGIC)
 
-    def append(self, record: Record) -> int:
+    def append(self, record: Record) -> None:
         """Add a record and wait until it is on the disk.
-
-        Returns:
-            The journal's length, a position to which a checkpoint may refer.
 
         Raises:
             FencedError: a newer writer has opened the journal.
@@ -208,7 +205,6 @@ class Journal:
                 raise from_os_error(error, "forcing the journal to the disk", path=self.path) from error
             self._end += data.size
             self._sequence += 1
-            return self._end
 
     def _take_back(self, reason: str) -> None:
         """Cut what a failed append left, or refuse all further ones."""

@@ -5,16 +5,14 @@
 
 The rule:
 1. A chunk is of one block: it is written once, when the block is committed.
-2. It has the most heads that every allowed gang size can own whole: the greatest number that divides heads / gang for
-   each of them. With every gang size allowed that is one head.
+2. It is of one head, so that a gang of any size can own whole chunks.
 3. It has the most layers that divide the layers evenly and keep the file within 8 MiB. So a small model's chunk spans
    all layers, and files are of 0.5 to 8 MiB wherever a head's share of a block reaches 0.5 MiB.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from longtake.kernels.errors import ConfigError
@@ -74,33 +72,21 @@ class ChunkLayout:
                 )
 
 
-def chunk_layout(shape: ModelKVShape, gang_sizes: Sequence[int] | None = None) -> ChunkLayout:
+def chunk_layout(shape: ModelKVShape) -> ChunkLayout:
     """Choose the chunks for a model.
 
     Args:
         shape: of any rank; only what all ranks share is used.
-        gang_sizes: numbers of ranks that may ever share the heads; None: every divisor of the heads.
-
-    Raises:
-        ConfigError: a gang size does not divide the heads.
     """
-    heads = shape.model_heads
-    if gang_sizes is None:
-        gang_sizes = [size for size in range(1, heads + 1) if heads % size == 0]
-    for size in gang_sizes:
-        if size < 1 or heads % size:
-            raise ConfigError(f"a gang of {size} cannot share {heads} heads evenly")
-    chunk_heads = math.gcd(*(heads // size for size in gang_sizes)) or 1
-    layer_bytes = chunk_heads * shape.payload_bytes
     fitting = [
         layers
         for layers in range(1, shape.num_layers + 1)
-        if shape.num_layers % layers == 0 and layers * layer_bytes <= MAX_CHUNK_BYTES
+        if shape.num_layers % layers == 0 and layers * shape.payload_bytes <= MAX_CHUNK_BYTES
     ]
     return ChunkLayout(
         num_layers=shape.num_layers,
-        model_heads=heads,
+        model_heads=shape.model_heads,
         payload_bytes=shape.payload_bytes,
         chunk_layers=max(fitting, default=1),
-        chunk_heads=chunk_heads,
+        chunk_heads=1,
     )

@@ -6,7 +6,7 @@ import base64
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -59,24 +59,6 @@ class BlockCommitted:
 def pack_checksums(checksums_LH: np.ndarray[tuple[int, ...], np.dtype[np.uint32]]) -> str:
     """The inverse of `BlockCommitted.checksums_LH`."""
     return base64.b64encode(checksums_LH.astype("<u4").tobytes()).decode()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpointed:
-    """Everything that cannot be re-read was saved after `num_blocks` blocks.
-
-    Args:
-        num_blocks: blocks finished; the next one to render has this number.
-        path: file of the saved state, relative to the journal's folder.
-        checksum: CRC-32C of that file.
-        details: JSON of whoever saves: beat, segments, positions.
-    """
-
-    kind: ClassVar[str] = "checkpoint"
-    num_blocks: int
-    path: str
-    checksum: int
-    details: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,11 +119,11 @@ class Closed:
     num_blocks: int
 
 
-Record = Opened | BlockCommitted | Checkpointed | SegmentWritten | RolledBack | Dropped | Closed
+Record = Opened | BlockCommitted | SegmentWritten | RolledBack | Dropped | Closed
 
 VERSION = 1
 _KINDS: dict[str, type[Record]] = {
-    cls.kind: cls for cls in (Opened, BlockCommitted, Checkpointed, SegmentWritten, RolledBack, Dropped, Closed)
+    cls.kind: cls for cls in (Opened, BlockCommitted, SegmentWritten, RolledBack, Dropped, Closed)
 }
 
 
@@ -182,7 +164,6 @@ class History:
         config_hash: of the last writer; empty when there was none.
         blocks: blocks that this journal's rank committed, number -> record; a rank that joined late lacks the first.
         num_blocks: blocks of the history as this rank knows it; the next one has this number.
-        checkpoints: those that still count, oldest first.
         segments: those that still count, in order.
         dropped: blocks whose files may be gone.
         closed: whether the last writer ended in order.
@@ -191,7 +172,6 @@ class History:
     config_hash: str = ""
     blocks: dict[int, BlockCommitted]
     num_blocks: int = 0
-    checkpoints: tuple[Checkpointed, ...] = ()
     segments: tuple[SegmentWritten, ...] = ()
     dropped: frozenset[int] = frozenset()
     closed: bool = False
@@ -205,7 +185,6 @@ def history(records: Iterable[Record]) -> History:
     """
     config_hash, closed, num_blocks = "", False, 0
     blocks: dict[int, BlockCommitted] = {}
-    checkpoints: list[Checkpointed] = []
     segments: list[SegmentWritten] = []
     dropped: set[int] = set()
     for record in records:
@@ -218,15 +197,12 @@ def history(records: Iterable[Record]) -> History:
                     raise StorageError(f"the journal commits block {record.block} after {num_blocks} blocks")
                 blocks[record.block] = record
                 num_blocks += 1
-            case Checkpointed():
-                checkpoints.append(record)
             case SegmentWritten():
                 segments = [kept for kept in segments if kept.index < record.index]
                 segments.append(record)
             case RolledBack():
                 num_blocks = record.num_blocks
                 blocks = {block: kept for block, kept in blocks.items() if block < record.num_blocks}
-                checkpoints = [kept for kept in checkpoints if kept.num_blocks <= record.num_blocks]
                 segments = [kept for kept in segments if kept.num_blocks <= record.num_blocks]
                 dropped = {block for block in dropped if block < record.num_blocks}
             case Dropped():
@@ -237,7 +213,6 @@ def history(records: Iterable[Record]) -> History:
         config_hash=config_hash,
         blocks=blocks,
         num_blocks=num_blocks,
-        checkpoints=tuple(checkpoints),
         segments=tuple(segments),
         dropped=frozenset(dropped),
         closed=closed,

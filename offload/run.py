@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import base64
 import re
-import shutil
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -32,7 +30,6 @@ from longtake.offload.layout import chunk_layout
 from longtake.offload.lock import FolderLock
 from longtake.offload.records import (
     BlockCommitted,
-    Checkpointed,
     Closed,
     Dropped,
     History,
@@ -131,8 +128,6 @@ class RunDirectory:
         agree: Callable[[int], int] = lambda num_blocks: num_blocks,
         num_blocks: int | None = None,
         reads: Callable[[int], Iterable[int]] = lambda num_blocks: (),
-        gang_sizes: Sequence[int] | None = None,
-        fresh: bool = False,
         disk_io: DiskIO = DiskIO.SYSTEM,
         ops: FileOps | None = None,
     ) -> None:
@@ -146,8 +141,6 @@ class RunDirectory:
             agree: the gang's minimum of the committed blocks; called once, by every rank.
             num_blocks: blocks of the whole shot, if known, for the array's shape.
             reads: which of so many blocks those after them may read; a folder that has dropped one is refused.
-            gang_sizes: numbers of ranks that may ever render this shot; None: every divisor of the heads.
-            fresh: delete what is there.
             disk_io: how payloads are to reach the disk.
             ops: the system calls to use.
 
@@ -170,9 +163,7 @@ class RunDirectory:
             raise from_os_error(error, "making the shot's folder", path=path) from error
         try:
             self._locks.append(FolderLock(path / _name("lock", rank)))
-            if fresh:
-                self._erase(num_ranks)
-            histories = {} if fresh else {r: history(replay(file).records) for r, file in journals(path).items()}
+            histories = {r: history(replay(file).records) for r, file in journals(path).items()}
             committed = agree(covered_blocks(list(histories.values()), shape.model_heads))
             if gone := dropped_blocks(histories.values()).intersection(reads(committed)):
                 raise StorageError(
@@ -181,7 +172,7 @@ class RunDirectory:
                     path=path,
                 )
             self._open(histories, committed, config_hash, num_ranks)
-            layout = chunk_layout(shape, gang_sizes)
+            layout = chunk_layout(shape)
             self._files = open_files(disk_io, path, file_bytes=layout.file_bytes, ops=self._ops)
             self.store = BlockStore.create(
                 path / "kv.zarr",
@@ -195,14 +186,6 @@ class RunDirectory:
         except BaseException:
             self.close(orderly=False)
             raise
-
-    def _erase(self, num_ranks: int) -> None:
-        """Before the agreement: delete this rank's journal and, on rank 0, all that no other rank deletes."""
-        for rank, journal in journals(self.path).items():
-            if rank == self.rank or (self.rank == 0 and rank >= num_ranks):
-                journal.unlink(missing_ok=True)
-        if self.rank == 0:
-            shutil.rmtree(self.path / "kv.zarr", ignore_errors=True)
 
     def _open(self, histories: dict[int, History], committed: int, config_hash: str, num_ranks: int) -> None:
         """Check the configuration, load what is committed, begin the epoch. Nothing is written before the agreement."""
@@ -224,10 +207,8 @@ class RunDirectory:
             np.ascontiguousarray(whole_summary(known, block, shape.model_heads)[heads]) for block in range(committed)
         ]
         own = histories.get(self.rank)
-        self.checkpoints: tuple[Checkpointed, ...] = ()
         self.segments: tuple[SegmentWritten, ...] = ()
         if own is not None:
-            self.checkpoints = tuple(kept for kept in own.checkpoints if kept.num_blocks <= committed)
             self.segments = tuple(kept for kept in own.segments if kept.num_blocks <= committed)
         self._journal = self._continue_journal(self.rank, config_hash, own, committed)
         if self.rank == 0:
@@ -254,11 +235,6 @@ class RunDirectory:
     def num_blocks(self) -> int:
         """Committed blocks, durable on this rank."""
         return len(self._checksums)
-
-    @property
-    def epoch(self) -> int:
-        """The journal's epoch that this process writes in."""
-        return self._open_journal().epoch
 
     @property
     def buffer_bytes(self) -> int:
@@ -336,18 +312,6 @@ class RunDirectory:
             )
         )
         self._checksums.append(checksums_LH)
-
-    def checkpoint(self, *, num_blocks: int, path: str, checksum: int, details: dict[str, Any]) -> None:
-        """Journal that the state after `num_blocks` durable blocks was saved.
-
-        Raises:
-            StorageError: those blocks are not durable yet; flush the cache first.
-        """
-        if num_blocks > self.num_blocks:
-            raise StorageError(f"a checkpoint after {num_blocks} blocks, but only {self.num_blocks} are durable")
-        record = Checkpointed(num_blocks=num_blocks, path=path, checksum=checksum, details=details)
-        self._open_journal().append(record)
-        self.checkpoints = (*self.checkpoints, record)
 
     def segment(self, *, index: int, path: str, checksum: int, num_blocks: int, num_frames: int) -> None:
         """Journal a segment of video that is whole on the disk."""

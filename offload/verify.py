@@ -21,7 +21,7 @@ KV_FOLDER = "kv.zarr"
 
 
 def verify(path: Path, ops: FileOps | None = None) -> list[StorageError]:
-    """Check every checksum of a shot's folder: journals, payloads in all their forms, the newest checkpoint, segments.
+    """Check every checksum of a shot's folder: journals, payloads in all their forms, segments.
 
     A torn tail of a journal and files of blocks that were never committed are no damage: the next run cuts them. Blocks
     that were dropped are not looked for.
@@ -55,8 +55,6 @@ def _damages(path: Path, ops: FileOps) -> Iterator[StorageError]:
     for array in sorted({array for array, _, _ in heads}):
         yield from _bad_chunks(path / KV_FOLDER, array, histories, ops)
     for known in histories:
-        for checkpoint in known.checkpoints[-1:]:
-            yield from _bad_file(path / checkpoint.path, checkpoint.checksum, checkpoint.kind)
         for segment in known.segments:
             yield from _bad_file(path / segment.path, segment.checksum, segment.kind)
 

@@ -22,7 +22,6 @@ from longtake.engine.vae import (
     from_uint8,
     load_vae,
     normalise,
-    num_video_frames,
     receptive_latents,
     spatial_stride,
     temporal_stride,
@@ -109,7 +108,7 @@ def whole_encode(vae: AutoencoderKLWan, frames_NYX3: Tensor) -> Tensor:
 def test_decode_has_the_bits_of_the_whole_clip(name: str, cuts: tuple[int, ...]) -> None:
     vae, latents = make_vae(name), make_latents()
     whole = whole_decode(vae, latents)
-    assert whole.shape[1] == num_video_frames(LATENTS, stride=temporal_stride(vae))
+    assert whole.shape[1] == 1 + (LATENTS - 1) * temporal_stride(vae)
     assert whole.shape[2:] == (HEIGHT * spatial_stride(vae), WIDTH * spatial_stride(vae))
     assert whole.min() < -0.2 and whole.max() > 0.2
     decoder = StreamingDecoder(vae)
@@ -197,10 +196,9 @@ def test_warm_up_makes_every_later_latent_a_later_one() -> None:
     vae = make_vae("wan2.1")
     decoder = StreamingDecoder(vae)
     decoder.warm_up(make_latents(3))
-    assert decoder.decode(make_latents(2)).shape[0] == num_video_frames(2, warmed_up=True) == 8
+    assert len(decoder.decode(make_latents(2))) == 8
     decoder.reset()
-    assert decoder.decode(make_latents(2)).shape[0] == num_video_frames(2) == 5
-    assert num_video_frames(0) == num_video_frames(0, warmed_up=True) == 0
+    assert len(decoder.decode(make_latents(2))) == 5
 
 
 @pytest.mark.parametrize("name", ["wan2.1", "wan2.2"])

@@ -15,7 +15,6 @@ from longtake.offload.errors import DiskFullError, FencedError
 from longtake.offload.journal import Journal, replay
 from longtake.offload.records import (
     BlockCommitted,
-    Checkpointed,
     Closed,
     Opened,
     Record,
@@ -47,7 +46,6 @@ def test_every_kind_survives_its_encoding() -> None:
     records: list[Record] = [
         Opened(epoch=3, config_hash="é"),
         block(4),
-        Checkpointed(num_blocks=5, path="checkpoints/5", checksum=1, details={"beat": 2, "why": [1.5, None]}),
         SegmentWritten(index=0, path="segments/0.mp4", checksum=2, num_blocks=5, num_frames=57),
         RolledBack(num_blocks=4),
         Closed(num_blocks=4),
@@ -81,7 +79,8 @@ def test_cut_at_every_byte_keeps_the_whole_records(tmp_path: Path) -> None:
     journal = Journal(path, config_hash="c")
     ends.append(path.stat().st_size)
     for number in range(3):
-        ends.append(journal.append(block(number)))
+        journal.append(block(number))
+        ends.append(path.stat().st_size)
     journal.close()
     whole = path.read_bytes()
     for cut in range(len(whole) + 1):
@@ -193,17 +192,14 @@ def test_rollback_takes_back_what_came_after() -> None:
     state = history(
         [
             block(0),
-            Checkpointed(num_blocks=1, path="a", checksum=0, details={}),
             SegmentWritten(index=0, path="s0", checksum=0, num_blocks=1, num_frames=9),
             block(1),
-            Checkpointed(num_blocks=2, path="b", checksum=0, details={}),
             SegmentWritten(index=1, path="s1", checksum=0, num_blocks=2, num_frames=12),
             RolledBack(num_blocks=1),
             block(1),
         ]
     )
     assert state.num_blocks == 2
-    assert [checkpoint.path for checkpoint in state.checkpoints] == ["a"]
     assert [segment.path for segment in state.segments] == ["s0"]
 
 

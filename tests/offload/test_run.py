@@ -72,7 +72,7 @@ def test_goes_on_where_it_ended(tmp_path: Path) -> None:
     rollout(tmp_path, 3)
     rollout(tmp_path, 5)
     run = open_run(tmp_path)
-    assert run.num_blocks == 5 and run.epoch == 3
+    assert run.num_blocks == 5 and replay(tmp_path / "journal").epoch == 3
     cache = KVCache(shape=SHAPE, device="cpu", budget=BUDGET, run=run)
     assert cache.num_committed == cache.durable_blocks == 5
     check_passes(cache, (4, 0, 2))
@@ -110,26 +110,20 @@ def test_torn_journal_tail_loses_only_the_last_block(tmp_path: Path) -> None:
     assert verify(tmp_path) == []
 
 
-def test_another_configuration_is_refused_unless_fresh(tmp_path: Path) -> None:
+def test_another_configuration_is_refused(tmp_path: Path) -> None:
     rollout(tmp_path, 2)
     before = (tmp_path / "journal").read_bytes()
     with pytest.raises(ConfigError, match="another configuration"):
         RunDirectory(tmp_path, shape=SHAPE, config_hash="d")
     assert (tmp_path / "journal").read_bytes() == before
-    run = RunDirectory(tmp_path, shape=SHAPE, config_hash="d", fresh=True)
-    assert run.num_blocks == 0
-    write(run, 0)
-    run.close()
-    assert verify(tmp_path) == []
 
 
 def test_a_second_process_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     run = open_run(tmp_path)
     write(run, 0)
     before = (tmp_path / "journal").read_bytes()
-    for fresh in (False, True):
-        with pytest.raises(LockedError, match="in use by process"):
-            RunDirectory(tmp_path, shape=SHAPE, config_hash="c", fresh=fresh)
+    with pytest.raises(LockedError, match="in use by process"):
+        RunDirectory(tmp_path, shape=SHAPE, config_hash="c")
     assert (tmp_path / "journal").read_bytes() == before
     run.close()
 
@@ -184,24 +178,20 @@ def test_an_opening_that_fails_anywhere_leaves_nothing_open(tmp_path: Path, num_
         assert verify(path) == []
 
 
-def test_checkpoints_and_segments_follow_the_blocks(tmp_path: Path) -> None:
+def test_segments_follow_the_blocks(tmp_path: Path) -> None:
     run = open_run(tmp_path)
     write(run, 0)
-    state = b"decoder state"
-    (tmp_path / "state.0").write_bytes(state)
-    run.checkpoint(num_blocks=1, path="state.0", checksum=crc32c(as_bytes(state)), details={"beat": 1})
-    run.segment(index=0, path="state.0", checksum=crc32c(as_bytes(state)), num_blocks=1, num_frames=9)
-    with pytest.raises(StorageError, match="only 1 are durable"):
-        run.checkpoint(num_blocks=2, path="state.0", checksum=0, details={})
+    video = b"segment of video"
+    (tmp_path / "0.mp4").write_bytes(video)
+    run.segment(index=0, path="0.mp4", checksum=crc32c(as_bytes(video)), num_blocks=1, num_frames=9)
     run.close(orderly=False)
     run = open_run(tmp_path)
-    assert [kept.details for kept in run.checkpoints] == [{"beat": 1}]
     assert [kept.num_frames for kept in run.segments] == [9]
     run.close()
     assert verify(tmp_path) == []
-    (tmp_path / "state.0").write_bytes(state[:-1])
-    assert len(verify(tmp_path)) == 2
-    (tmp_path / "state.0").unlink()
+    (tmp_path / "0.mp4").write_bytes(video[:-1])
+    assert len(verify(tmp_path)) == 1
+    (tmp_path / "0.mp4").unlink()
     assert all("missing" in str(error) for error in verify(tmp_path))
 
 

@@ -289,22 +289,18 @@ def test_orphans_are_this_ranks_late_blocks_and_partial_files(tmp_path: Path) ->
 
 
 def test_layout_follows_the_rule() -> None:
-    def chosen(layers: int, heads: int, size: int, gang_sizes: tuple[int, ...] | None = None) -> tuple[int, int, float]:
+    def chosen(layers: int, heads: int, size: int) -> tuple[int, int, float]:
         shape = ModelKVShape(num_layers=layers, num_heads=heads, codec=Opaque(payload_bytes=size))
-        layout = chunk_layout(shape, gang_sizes)
+        layout = chunk_layout(shape)
         assert layers % layout.chunk_layers == 0 and heads % layout.chunk_heads == 0
         return layout.chunk_layers, layout.chunk_heads, layout.file_bytes / 2**20
 
     assert chosen(10, 4, 46080)[:2] == (10, 1)  # mini, BF16
-    assert chosen(10, 4, 46080, (1,))[:2] == (10, 4)
     assert chosen(30, 12, 350_000)[:2] == (15, 1)  # 1.3B, 2.33 bits
-    assert chosen(30, 12, 350_000, (1, 2, 4))[:2] == (6, 3)
     assert chosen(40, 40, 2 * 4680 * 128 * 2)[:2] == (2, 1)  # 14B, BF16
     for layers, heads, size in ((30, 12, 350_000), (30, 12, 2_396_160), (40, 40, 349_000)):
         assert 0.5 <= chosen(layers, heads, size)[2] <= MAX_CHUNK_BYTES / 2**20
     assert chosen(31, 1, 9 << 20)[:2] == (1, 1)
-    with pytest.raises(ConfigError, match="gang of 5"):
-        chosen(30, 12, 1, (5,))
     with pytest.raises(ConfigError, match="cut a chunk"):
         list(ChunkLayout(num_layers=1, model_heads=4, payload_bytes=1, chunk_layers=1, chunk_heads=2).chunks(range(1)))
 
