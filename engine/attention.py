@@ -60,9 +60,6 @@ class Commit(Protocol):
     """Writable pages of one block: what the cache's ``begin_commit`` returns."""
 
     @property
-    def block(self) -> int: ...
-
-    @property
     def parts(self) -> Sequence[Page | None]:
         """By form; None: the block is not kept in it."""
 
@@ -114,7 +111,6 @@ class _Fixed:
     """A reading, or a commit, of whichever block comes."""
 
     parts: Sequence[Any]
-    block: int = 0
 
 
 class HistoryAttention:
@@ -130,7 +126,6 @@ class HistoryAttention:
         path: how history is unpacked and attended; shared by all blocks of the rollout, as is its scratch.
         device: of the model.
         timer: where time goes, for benchmarks.
-        first_head: the model's number of the first head that is attended here.
         thetas: bases of RoPE's speeds in time, one for all heads that are attended here or one each.
     """
 
@@ -143,12 +138,10 @@ class HistoryAttention:
         path: AttentionPath,
         device: torch.device,
         timer: StageTimer = NO_TIMER,
-        first_head: int = 0,
         thetas: Sequence[float] = (THETA,),
     ) -> None:
         self._thetas = thetas
         self._reading = reading
-        self._first_head = first_head
         self._forms, self._block_frames = forms, block_frames
         self._path, self._device = path, device
         self._timer = timer
@@ -212,7 +205,7 @@ class HistoryAttention:
     def shape(self) -> Hashable | None:
         """Equal for passes that attend by the same kernels, whose `inputs` differ; None: no two passes do.
 
-        That is so when pages come through a ring, a codec's work depends on the block, a retriever takes a summary, or
+        That is so when pages come through a ring, a codec cannot be recorded, a retriever takes a summary, or
         somebody times the stages.
         """
         parts = [] if self._reading is None else [part for part in self._reading.parts if part is not None]
@@ -327,7 +320,7 @@ class HistoryAttention:
         for form, part in zip(self._forms, commit.parts, strict=True):
             if part is not None:
                 page_HP = part.page(layer)
-                form.encode(k_THD, v_THD, page_HP, block=commit.block, layer=layer, first_head=self._first_head)
+                form.encode(k_THD, v_THD, page_HP)
 
     def _write(self, chunk: _Chunk, layer: int) -> None:
         assert self._reading is not None, "a plan with history needs a reading"

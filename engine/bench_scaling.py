@@ -119,7 +119,7 @@ def fill_history(rollout: Rollout, num_blocks: int) -> None:
         for layer in range(rollout.model.config.num_layers):
             for part in commit.parts:
                 assert part is not None, "one form"
-                codec.encode(k, v, part.page(layer), block=block, layer=layer, first_head=heads.start)
+                codec.encode(k, v, part.page(layer))
         commit.complete()
         cache.retain(rollout.timeline.needed_later(block + 1))
 

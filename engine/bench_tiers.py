@@ -128,9 +128,9 @@ class Stage:
             size = (tokens, config.num_heads, config.head_dim)
             page = (self.shape.num_layers, self.shape.num_heads, self.shape.payload_bytes)
             pages_LHP = torch.empty(page, dtype=torch.uint8, device=self.device)
-            for layer, page_HP in enumerate(pages_LHP):
+            for page_HP in pages_LHP:
                 k_THD, v_THD = (torch.randn(size, dtype=dtype, device=self.device) for _ in range(2))
-                self.codec.encode(k_THD, v_THD, page_HP, block=0, layer=layer, first_head=0)
+                self.codec.encode(k_THD, v_THD, page_HP)
             self._template_LHP = pages_LHP
         for block in range(cache.num_committed, num_blocks):
             commit = cache.begin_commit(block)

@@ -200,7 +200,6 @@ class Rollout:
                 self.path,
                 self.device,
                 self._timer,
-                self.model.heads.start,
                 self._thetas,
             )
             if self.passes.due(entry.index, attention, self.prompts.context(entry.step)):

@@ -18,8 +18,6 @@ Shape legend: T tokens, H heads, D head dim, M outliers of a token, L loud token
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -53,7 +51,7 @@ class OutlierAware(TensorCodec):
             Field(name="places", dtype=torch.uint8, shape=kept),
         )
 
-    def pack(self, x_HTD: Tensor, seeds: Sequence[int]) -> Tensor:
+    def pack(self, x_HTD: Tensor) -> Tensor:
         count = self.layout.fields[1].shape[1]
         middle = x_HTD.mean(-1, keepdim=True)
         order = torch.sort((x_HTD - middle).abs(), dim=-1, descending=True, stable=True).indices
@@ -61,7 +59,7 @@ class OutlierAware(TensorCodec):
         section = self.layout.empty(x_HTD.shape[:1], x_HTD.device)
         outlier = x_HTD.gather(-1, place)
         rest = x_HTD.scatter(-1, place, middle.expand_as(outlier))
-        self.layout.view(section, "rest").copy_(self.rest.pack(rest, seeds))
+        self.layout.view(section, "rest").copy_(self.rest.pack(rest))
         self.layout.view(section, "outliers").copy_(outlier.clamp(-FLOAT16_MAX, FLOAT16_MAX))
         self.layout.view(section, "places").copy_(place)
         return section
@@ -99,15 +97,15 @@ class TokenTiers(TensorCodec):
         loud = torch.zeros((*which_L.shape[:-1], self.geometry.num_tokens), dtype=torch.int8, device=which_L.device)
         return loud.scatter(-1, which_L, torch.ones_like(which_L, dtype=torch.int8)).sort(dim=-1, stable=True).indices
 
-    def pack(self, x_HTD: Tensor, seeds: Sequence[int]) -> Tensor:
+    def pack(self, x_HTD: Tensor) -> Tensor:
         width = x_HTD.amax(-1) - x_HTD.amin(-1)
         which = torch.sort(width, dim=-1, descending=True, stable=True).indices[:, : self.num_loud].sort(-1).values
         order = self._order(which)
         sorted_HTD = x_HTD.gather(1, order.unsqueeze(-1).expand_as(x_HTD))
         quiet, loud = torch.split(sorted_HTD, [self.low.geometry.num_tokens, self.num_loud], dim=1)
         section = self.layout.empty(x_HTD.shape[:1], x_HTD.device)
-        self.layout.view(section, "low").copy_(self.low.pack(quiet, seeds))
-        self.layout.view(section, "high").copy_(self.high.pack(loud, seeds))
+        self.layout.view(section, "low").copy_(self.low.pack(quiet))
+        self.layout.view(section, "high").copy_(self.high.pack(loud))
         self.layout.view(section, "which").copy_((which + 0x8000) % 0x10000 - 0x8000)
         return section
 

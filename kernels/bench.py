@@ -69,7 +69,7 @@ class Case:
 
     def encode(self, arena_GHP: Tensor, block: int) -> None:
         """Encode one block into its slot."""
-        self.codec.encode(self.k_NTHD[block], self.v_NTHD[block], arena_GHP[block], block=block, layer=0)
+        self.codec.encode(self.k_NTHD[block], self.v_NTHD[block], arena_GHP[block])
 
     def materialise(self, arena_GHP: Tensor, slots_N: Tensor) -> None:
         """Unpack all blocks."""

@@ -121,7 +121,7 @@ def materialise_calls(
     arena = torch.zeros((blocks, sizes.heads, pair.k.num_bytes), dtype=torch.uint8, device=device)
     noise_THD = torch.randn(sizes.grid.num_tokens, sizes.heads, sizes.dim, device=device, dtype=torch.bfloat16)
     for page_HB in arena:
-        pair.k.pack_into(noise_THD, page_HB, [0] * sizes.heads)
+        pair.k.pack_into(noise_THD, page_HB)
     for target, rotary, out, scaling in materialise_targets(sizes, blocks, device):
         for launch, call in variants(pair.k, arena, slots, rotary, out, scaling):
             yield target, launch, call

@@ -20,7 +20,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -67,8 +67,8 @@ class Side(Enum):
 class Codec(ABC):
     """Keys and values of one block and layer <-> bytes.
 
-    Encoding is deterministic: the same tensors, block, layer and head give the same bytes. Instances are immutable and
-    may be shared by threads. CUDA work goes to the current stream and does not synchronise.
+    Encoding is deterministic: the same tensors give the same bytes, in any block, layer or head. Instances are
+    immutable and may be shared by threads. CUDA work goes to the current stream and does not synchronise.
 
     Args:
         name: what make_codec was asked for.
@@ -98,17 +98,13 @@ class Codec(ABC):
         return self.payload_bytes * 8 / (2 * self.geometry.num_tokens * self.geometry.head_dim)
 
     @abstractmethod
-    def encode(
-        self, k_THD: Tensor, v_THD: Tensor, out_HP: Tensor, *, block: int, layer: int, first_head: int = 0
-    ) -> None:
+    def encode(self, k_THD: Tensor, v_THD: Tensor, out_HP: Tensor) -> None:
         """Write the payloads of some heads of one block and layer.
 
         Args:
             k_THD: [T, H, D] keys after norm, before RoPE; float32, bfloat16 or float16; any strides.
             v_THD: [T, H, D] values, likewise.
             out_HP: uint8 [H, P], last dim contiguous, rows aligned to 16 bytes: may be a page of the arena.
-            block: number of the block, layer: of the layer; they seed what is random.
-            first_head: number of the first of these heads among all heads of the model.
         """
 
     @abstractmethod
@@ -218,7 +214,7 @@ class TensorCodec(ABC):
 
     @property
     def recordable(self) -> bool:
-        """As Codec's; such a codec uses no seed."""
+        """As Codec's."""
         return self.has_kernels
 
     @property
@@ -227,34 +223,32 @@ class TensorCodec(ABC):
         return self.layout.num_bytes
 
     @abstractmethod
-    def pack(self, x_HTD: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Encode heads: float32 [H, T, D] -> uint8 [H, num_bytes]; one seed a head."""
+    def pack(self, x_HTD: Tensor) -> Tensor:
+        """Encode heads: float32 [H, T, D] -> uint8 [H, num_bytes]."""
 
     @abstractmethod
     def unpack(self, section_B: Tensor) -> Tensor:
         """Decode sections: uint8 [..., num_bytes] -> float32 [..., T, D]."""
 
-    def pack_into(self, x_THD: Tensor, out_HB: Tensor, seeds: Sequence[int]) -> None:
+    def pack_into(self, x_THD: Tensor, out_HB: Tensor) -> None:
         """Encode [T, H, D] of any float type and strides into a section of a page."""
         if x_THD.is_cuda and self.has_kernels:
             self.pack_by_kernels(x_THD, out_HB)
         else:
-            self.pack_plainly(x_THD, out_HB, seeds)
+            self.pack_plainly(x_THD, out_HB)
 
-    def pack_plainly(self, x_THD: Tensor, out_HB: Tensor, seeds: Sequence[int]) -> None:
+    def pack_plainly(self, x_THD: Tensor, out_HB: Tensor) -> None:
         """As `pack_into`, by the reference."""
-        out_HB.copy_(self.pack(x_THD.transpose(0, 1).float(), seeds))
+        out_HB.copy_(self.pack(x_THD.transpose(0, 1).float()))
 
     def pack_by_kernels(self, x_THD: Tensor, out_HB: Tensor) -> None:
         """As `pack_into`, by the codec's kernels."""
         raise NotImplementedError
 
-    def pack_pair_into(
-        self, other: TensorCodec, x_THD: Tensor, y_THD: Tensor, out_HB: Tensor, *seeds: Sequence[int]
-    ) -> None:
-        """Encode two tensors, the second by another codec, into sections that follow one another; seeds of both."""
-        self.pack_into(x_THD, out_HB[:, : self.num_bytes], seeds[0])
-        other.pack_into(y_THD, out_HB[:, self.num_bytes :], seeds[1])
+    def pack_pair_into(self, other: TensorCodec, x_THD: Tensor, y_THD: Tensor, out_HB: Tensor) -> None:
+        """Encode two tensors, the second by another codec, into sections that follow one another."""
+        self.pack_into(x_THD, out_HB[:, : self.num_bytes])
+        other.pack_into(y_THD, out_HB[:, self.num_bytes :])
 
     def unpack_into(
         self,
@@ -297,7 +291,7 @@ class TensorCodec(ABC):
 class HeadwiseCodec(TensorCodec):
     """One that packs head by head: a matrix product's last bits may depend on the size of a batch."""
 
-    def pack(self, x_HTD: Tensor, seeds: Sequence[int]) -> Tensor:
+    def pack(self, x_HTD: Tensor) -> Tensor:
         section_HB = self.layout.empty(x_HTD.shape[:1], x_HTD.device)
         for x_TD, payload_B in zip(x_HTD, section_HB, strict=True):
             self.pack_head(x_TD, payload_B)
@@ -331,13 +325,9 @@ class PairCodec(Codec):
     def recordable(self) -> bool:
         return self.k.recordable and self.v.recordable
 
-    def encode(
-        self, k_THD: Tensor, v_THD: Tensor, out_HP: Tensor, *, block: int, layer: int, first_head: int = 0
-    ) -> None:
+    def encode(self, k_THD: Tensor, v_THD: Tensor, out_HP: Tensor) -> None:
         self._check_encode(k_THD, v_THD, out_HP)
-        heads = range(first_head, first_head + k_THD.shape[1])
-        seeds = ([head_seed(block, layer, h, side) for h in heads] for side in Side)
-        self.k.pack_pair_into(self.v, k_THD, v_THD, out_HP, *seeds)
+        self.k.pack_pair_into(self.v, k_THD, v_THD, out_HP)
 
     def materialise(
         self,
@@ -361,17 +351,6 @@ class PairCodec(Codec):
         else:
             self.k.unpack_into(keys_GHB, slots_N, rotary, k_out_HXD, k_scaling)
         self.v.unpack_into(pages_GHP[:, :, split:], slots_N, None, v_out_HXD, v_scaling)
-
-
-def head_seed(block: int, layer: int, head: int, side: Side) -> int:
-    """A 63-bit seed of one payload section (splitmix64 over its coordinates)."""
-    mask, state = (1 << 64) - 1, 0
-    for part in (block, layer, head, 0 if side is Side.K else 1):
-        state = (state + part + 0x9E3779B97F4A7C15) & mask
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
-        state ^= state >> 31
-    return state >> 1
 
 
 # name -> module of longtake.kernels whose `tensor_codec(name, geometry, side)` makes it; imported when first asked for

@@ -133,7 +133,7 @@ def round_trip(codec: Codec, sample: Sample) -> tuple[Tensor, Tensor, float]:
     times = []
     for block in range(blocks):
         start = time.perf_counter()
-        codec.encode(sample.k_NTHD[block], sample.v_NTHD[block], arena[block], block=block, layer=0)
+        codec.encode(sample.k_NTHD[block], sample.v_NTHD[block], arena[block])
         times.append(1e3 * (time.perf_counter() - start))
     k_HXD, v_HXD = (torch.full((heads, blocks * tokens, dim), torch.nan) for _ in range(2))
     codec.materialise(arena, torch.arange(blocks, dtype=torch.int32), sample.rotary, k_HXD, v_HXD)

@@ -7,8 +7,6 @@ Keys are stored before RoPE here too, so a dense cache obeys the same rules as a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -33,7 +31,7 @@ class DenseCodec(TensorCodec):
         self.dtype = dtype
         self.layout = Layout(Field(name="x", dtype=dtype, shape=(geometry.num_tokens, geometry.head_dim)))
 
-    def pack(self, x_HTD: Tensor, seeds: Sequence[int]) -> Tensor:
+    def pack(self, x_HTD: Tensor) -> Tensor:
         section = self.layout.empty(x_HTD.shape[:1], x_HTD.device)
         self.layout.view(section, "x").copy_(x_HTD)
         return section
@@ -47,7 +45,7 @@ class DenseCodec(TensorCodec):
     def recordable(self) -> bool:
         return True
 
-    def pack_into(self, x_THD: Tensor, out_HB: Tensor, seeds: Sequence[int]) -> None:
+    def pack_into(self, x_THD: Tensor, out_HB: Tensor) -> None:
         self.layout.view(out_HB, "x").copy_(x_THD.transpose(0, 1))
         self.layout.clear_padding(out_HB)
 

@@ -63,13 +63,11 @@ class Form:
         """Kept tokens of a block, M."""
         return self.codec.geometry.num_tokens
 
-    def encode(
-        self, k_THD: Tensor, v_THD: Tensor, out_HP: Tensor, *, block: int, layer: int, first_head: int = 0
-    ) -> None:
+    def encode(self, k_THD: Tensor, v_THD: Tensor, out_HP: Tensor) -> None:
         """As Codec.encode, from all T tokens of the block."""
         if self.mass > 1:
             k_THD, v_THD = (merge_tokens(x_THD, self.grid, self.window) for x_THD in (k_THD, v_THD))
-        self.codec.encode(k_THD, v_THD, out_HP, block=block, layer=layer, first_head=first_head)
+        self.codec.encode(k_THD, v_THD, out_HP)
 
     def rotary(
         self, frame_positions: Sequence[float], device: torch.device, thetas: Sequence[float] = (THETA,)

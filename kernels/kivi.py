@@ -13,8 +13,6 @@ Shape legend: T tokens, H heads, D head dim, G groups of tokens, C tokens of a g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -52,7 +50,7 @@ class PerChannel(TensorCodec):
             filled = torch.cat((x_HTD, tail), dim=-2)
         return filled.reshape(*x_HTD.shape[:-2], self.num_groups, GROUP, dim).transpose(-1, -2)
 
-    def pack(self, x_HTD: Tensor, seeds: Sequence[int]) -> Tensor:
+    def pack(self, x_HTD: Tensor) -> Tensor:
         codes, grid = encode_groups(self._groups(x_HTD), self.bits)
         codes = codes.transpose(-1, -2).flatten(1, 2)[:, : self.geometry.num_tokens]
         section = self.layout.empty(x_HTD.shape[:1], x_HTD.device)

@@ -23,8 +23,6 @@ Shape legend: T tokens, H heads, D head dim, R directions, N sampled tokens, B b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -84,7 +82,7 @@ class LowRankTwoBit(TensorCodec):
     def has_kernels(self) -> bool:
         return self.geometry.head_dim in (64, 128)
 
-    def pack(self, x_HTD: Tensor, seeds: Sequence[int]) -> Tensor:
+    def pack(self, x_HTD: Tensor) -> Tensor:
         section = self.layout.empty(x_HTD.shape[:1], x_HTD.device)
         for x_TD, payload in zip(x_HTD, section, strict=True):
             self.fit(x_TD, payload)

@@ -12,8 +12,6 @@ Shape legend: T tokens, H heads, D head dim, G groups of a token, C channels of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -48,7 +46,7 @@ class NvFp4(TensorCodec):
             Field(name="unit", dtype=torch.float32, shape=(1,)),
         )
 
-    def pack(self, x_HTD: Tensor, seeds: Sequence[int]) -> Tensor:
+    def pack(self, x_HTD: Tensor) -> Tensor:
         x_HTGC = x_HTD.reshape(*x_HTD.shape[:-1], -1, GROUP)
         unit = x_HTD.abs().amax((-2, -1), keepdim=True) * (1.0 / (E2M1[-1] * FP8_MAX))
         scale = to_fp8(x_HTGC.abs().amax(-1) * (1.0 / E2M1[-1]) * _reciprocal(unit))
@@ -84,7 +82,7 @@ class Fp8(TensorCodec):
             Field(name="unit", dtype=torch.float32, shape=(1,)),
         )
 
-    def pack(self, x_HTD: Tensor, seeds: Sequence[int]) -> Tensor:
+    def pack(self, x_HTD: Tensor) -> Tensor:
         unit = x_HTD.abs().amax((-2, -1), keepdim=True) * (1.0 / FP8_MAX)
         section = self.layout.empty(x_HTD.shape[:1], x_HTD.device)
         self.layout.view(section, "codes").copy_(to_fp8(x_HTD * _reciprocal(unit)))

@@ -8,8 +8,6 @@ plane's grid spans the residual's own range. Bits an element: 2 * (bits + 0.5).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -34,10 +32,10 @@ class Progressive(TensorCodec):
     def num_bytes(self) -> int:
         return NUM_PLANES * self.plane.num_bytes
 
-    def pack(self, x_HTD: Tensor, seeds: Sequence[int]) -> Tensor:
+    def pack(self, x_HTD: Tensor) -> Tensor:
         rest, sections = x_HTD, []
         for _ in range(NUM_PLANES):
-            sections.append(self.plane.pack(rest, seeds))
+            sections.append(self.plane.pack(rest))
             rest = rest - self.plane.unpack(sections[-1])
         return torch.cat(sections, dim=-1)
 

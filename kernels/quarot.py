@@ -6,8 +6,6 @@ channels of a token, as in `rtn`, whose section layout it shares. Bits an elemen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from longtake.kernels.codec import BlockGeometry, Side, TensorCodec
@@ -30,8 +28,8 @@ class Rotated(TensorCodec):
     def num_bytes(self) -> int:
         return self.inner.num_bytes
 
-    def pack(self, x_HTD: Tensor, seeds: Sequence[int]) -> Tensor:
-        return self.inner.pack(hadamard(x_HTD), seeds)
+    def pack(self, x_HTD: Tensor) -> Tensor:
+        return self.inner.pack(hadamard(x_HTD))
 
     def unpack(self, section_B: Tensor) -> Tensor:
         return hadamard(self.inner.unpack(section_B))

@@ -14,8 +14,6 @@ Shape legend: T tokens, H heads, D head dim, G groups of a token, C channels of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -57,7 +55,7 @@ class RoundToNearest(TensorCodec):
     def has_kernels(self) -> bool:
         return self.group == GROUP and self.geometry.head_dim in (64, 128)
 
-    def pack(self, x_HTD: Tensor, seeds: Sequence[int]) -> Tensor:
+    def pack(self, x_HTD: Tensor) -> Tensor:
         x_HTGC = x_HTD.reshape(*x_HTD.shape[:-1], self.num_groups, self.group)
         codes, grid = encode_groups(x_HTGC, self.bits)
         section = self.layout.empty(x_HTD.shape[:1], x_HTD.device)

@@ -10,7 +10,6 @@ Shape legend: T tokens, H heads, D head dim, B bytes of a section.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -73,11 +72,11 @@ class SpatialSplit(TensorCodec):
             Field(name="rest", dtype=torch.uint8, shape=(self.parts[1].num_bytes,)),
         )
 
-    def pack(self, x_HTD: Tensor, seeds: Sequence[int]) -> Tensor:
+    def pack(self, x_HTD: Tensor) -> Tensor:
         ordered = x_HTD.index_select(1, _orders(self.geometry, x_HTD.device)[0])
         section = self.layout.empty(x_HTD.shape[:1], x_HTD.device)
-        self.layout.view(section, "centre").copy_(self.parts[0].pack(ordered[:, : self.num_centre], seeds))
-        self.layout.view(section, "rest").copy_(self.parts[1].pack(ordered[:, self.num_centre :], seeds))
+        self.layout.view(section, "centre").copy_(self.parts[0].pack(ordered[:, : self.num_centre]))
+        self.layout.view(section, "rest").copy_(self.parts[1].pack(ordered[:, self.num_centre :]))
         return section
 
     def unpack(self, section_B: Tensor) -> Tensor:

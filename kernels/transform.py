@@ -27,7 +27,6 @@ Shape legend: T tokens, H heads, D head dim, K tiles, F tokens of a tile, and as
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -95,12 +94,10 @@ class TransformCodec(HeadwiseCodec):
 
         transform_encode_triton.encode((x_THD,), out_HB, (self,))
 
-    def pack_pair_into(
-        self, other: TensorCodec, x_THD: Tensor, y_THD: Tensor, out_HB: Tensor, *seeds: Sequence[int]
-    ) -> None:
+    def pack_pair_into(self, other: TensorCodec, x_THD: Tensor, y_THD: Tensor, out_HB: Tensor) -> None:
         alike = self.has_kernels and x_THD.is_cuda and x_THD.dtype == y_THD.dtype and self.geometry == other.geometry
         if not alike or not isinstance(other, TransformCodec):
-            super().pack_pair_into(other, x_THD, y_THD, out_HB, *seeds)
+            super().pack_pair_into(other, x_THD, y_THD, out_HB)
             return
         from longtake.kernels import transform_encode_triton
 

@@ -11,8 +11,6 @@ Shape legend: T tokens, H heads, D head dim, B bytes of a section.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -38,7 +36,7 @@ class TurboQuant(TensorCodec):
             Field(name="lengths", dtype=torch.float16, shape=(geometry.num_tokens,)),
         )
 
-    def pack(self, x_HTD: Tensor, seeds: Sequence[int]) -> Tensor:
+    def pack(self, x_HTD: Tensor) -> Tensor:
         deviation = x_HTD.square().mean(-1).sqrt().clamp(max=FLOAT16_MAX).half()
         inverse = torch.where(deviation > 0, 1.0 / deviation.float(), torch.zeros_like(deviation, dtype=torch.float32))
         y = rotate_randomly(x_HTD * inverse.unsqueeze(-1))

@@ -116,7 +116,7 @@ def test_paths_attend_history_and_own_block(name: str, chunk: int) -> None:
     codec = make_codec("fp32", MINI)
     arena = torch.zeros(3, 2, codec.payload_bytes, dtype=torch.uint8)
     for block in range(3):
-        codec.encode(history.k_NTHD[block], history.v_NTHD[block], arena[block], block=block, layer=0)
+        codec.encode(history.k_NTHD[block], history.v_NTHD[block], arena[block])
     path = make_path(name, codec, 2, 720, torch.float32, CPU)
     k_HXD = apply_rotary(history.k_NTHD.flatten(0, 1), rotary_table(range(12), 6, 10, 64)).transpose(0, 1)
     q_HTD = apply_rotary(history.q_THD, rotary_table([9, 10, 11], 6, 10, 64)).transpose(0, 1)

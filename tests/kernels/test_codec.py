@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longtake.kernels.codec import BlockGeometry, Codec, Side, codec_names, head_seed, make_codec, make_tensor_codec
+from longtake.kernels.codec import BlockGeometry, Codec, Side, codec_names, make_codec, make_tensor_codec
 from longtake.kernels.errors import ConfigError
 from longtake.kernels.layout import pack_codes, unpack_codes
 from longtake.kernels.rotary import HeadRotary, Turns, apply_rotary, rotary_table
@@ -35,11 +35,11 @@ def test_conformance(name: str, geometry: BlockGeometry) -> None:
     arena = arena_of(codec, heads, 4)
     kv = {slot: random_kv(geometry, heads, slot) for slot in (2, 0)}
     for slot, (k, v) in kv.items():
-        codec.encode(k, v, arena[slot], block=slot, layer=1)
+        codec.encode(k, v, arena[slot])
     assert (arena[[1, 3]] == 0xAB).all()
 
     alone = torch.zeros(1, codec.payload_bytes, dtype=torch.uint8)
-    codec.encode(kv[2][0][:, 1:], kv[2][1][:, 1:], alone, block=2, layer=1, first_head=1)
+    codec.encode(kv[2][0][:, 1:], kv[2][1][:, 1:], alone)
     assert torch.equal(alone[0], arena[2, 1]), "a head's payload depends on other heads"
 
     frames = 3 if tokens % 3 == 0 else 7
@@ -79,7 +79,7 @@ def test_kernels_take_over_on_cuda_where_there_are_some(name: str, dim: int, mon
     assert codec.has_kernels == (dim == 64 and name != "kivi2")
     for where, said in ((here, "plainly"), (here.as_subclass(OnCuda), expected)):
         if name != "bf16":  # written by PyTorch's copy
-            codec.pack_into(where, page[0], [0, 0])
+            codec.pack_into(where, page[0])
             assert called.pop() == said
         sections = page.as_subclass(OnCuda) if isinstance(where, OnCuda) else page
         codec.unpack_into(sections, slots, None, here.transpose(0, 1))
@@ -92,7 +92,7 @@ def test_dense_storage_is_exact(name: str) -> None:
     dtype = EXACT[name]
     k, v = random_kv(MINI, 4, 0, dtype)
     arena = arena_of(codec, 4, 2)
-    codec.encode(k, v, arena[1], block=0, layer=0)
+    codec.encode(k, v, arena[1])
     rotary = rotary_table([3, 4, 5], 6, 10, 64)
     k_out, v_out = (torch.full((4, 180, 64), torch.nan, dtype=dtype) for _ in range(2))
     codec.materialise(arena, torch.tensor([1], dtype=torch.int32), rotary, k_out, v_out)
@@ -107,7 +107,7 @@ def test_heads_that_turn_at_other_speeds(name: str, fp8: bool) -> None:
     codec = make_codec(name, MINI)
     k, v = random_kv(MINI, 3, 0)
     arena = arena_of(codec, 3, 2)
-    codec.encode(k, v, arena[1], block=0, layer=0)
+    codec.encode(k, v, arena[1])
     tables = [rotary_table([3, 4, 5], 6, 10, 64, theta=theta) for theta in (10000.0, 3000.0, 17000.0)]
     dtype = torch.float8_e4m3fn if fp8 else torch.float32
     scaling = calibrate_reference(k) if fp8 else None
@@ -132,7 +132,7 @@ def test_strided_page_and_scratch() -> None:
     k, v = random_kv(MINI, 2, 0)
     store = torch.zeros(3, 2, codec.payload_bytes + 32, dtype=torch.uint8)
     page = store[:, :, 16:-16]
-    codec.encode(k, v, page[1], block=0, layer=0)
+    codec.encode(k, v, page[1])
     assert (store[:, :, :16] == 0).all() and (store[:, :, -16:] == 0).all()
     scratch = torch.full((180, 2, 64), torch.nan)
     rotary = rotary_table([0, 0, 0], 6, 10, 64)
@@ -159,9 +159,9 @@ def test_wrong_arguments_are_named() -> None:
     k, v = random_kv(MINI, 2, 0)
     page = torch.zeros(2, codec.payload_bytes, dtype=torch.uint8)
     with pytest.raises(ConfigError, match=r"\[180, heads, 64\]"):
-        codec.encode(k[:77], v[:77], page, block=0, layer=0)
+        codec.encode(k[:77], v[:77], page)
     with pytest.raises(ConfigError, match="multiples of 16"):
-        codec.encode(k, v, torch.zeros(2, codec.payload_bytes + 8, dtype=torch.uint8)[:, 8:], block=0, layer=0)
+        codec.encode(k, v, torch.zeros(2, codec.payload_bytes + 8, dtype=torch.uint8)[:, 8:])
     out = torch.zeros(2, 180, 64)
     with pytest.raises(ConfigError, match="int32"):
         codec.materialise(page[None], torch.tensor([0]), rotary_table([0, 1, 2], 6, 10, 64), out, out)
@@ -175,8 +175,3 @@ def test_codes_pack_and_unpack(bits: int) -> None:
     packed = pack_codes(codes, bits)
     assert packed.shape == (3, 5, 48 * bits // 8)
     assert torch.equal(unpack_codes(packed, bits), codes)
-
-
-def test_seeds_differ_everywhere() -> None:
-    seeds = {head_seed(b, layer, h, s) for b in range(8) for layer in range(8) for h in range(8) for s in Side}
-    assert len(seeds) == 8 * 8 * 8 * 2 and all(0 <= s < 2**63 for s in seeds)

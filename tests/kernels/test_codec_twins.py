@@ -30,9 +30,9 @@ def pack_fast(codec: TensorCodec, x_THD: torch.Tensor, out_HB: torch.Tensor) -> 
     if isinstance(codec, RoundToNearest):
         codec.pack_by_kernels(x_THD, out_HB)
     elif isinstance(codec, DenseCodec):
-        codec.pack_into(x_THD, out_HB, [])
+        codec.pack_into(x_THD, out_HB)
     else:
-        codec.pack_plainly(x_THD, out_HB, [0] * x_THD.shape[1])
+        codec.pack_plainly(x_THD, out_HB)
 
 
 def check_codec(name: str, tokens: int, dim: int, device: str, out_dtype: torch.dtype) -> None:
@@ -47,7 +47,7 @@ def check_codec(name: str, tokens: int, dim: int, device: str, out_dtype: torch.
     )
     for slot in (3, 1):
         x = structured(tokens + slot, heads, dim, device, torch.float32 if device == "cpu" else torch.bfloat16)[slot:]
-        codec.pack_plainly(x, arena[slot], [0] * heads)
+        codec.pack_plainly(x, arena[slot])
         pack_fast(codec, x, arena_fast[slot])
         assert torch.equal(arena[slot], arena_fast[slot]), f"{name}: payloads differ"
     assert (arena_fast[[0, 2]] == 0xAB).all()
@@ -83,7 +83,7 @@ def check_lt2_encode(tokens: int, dim: int, rank: int, device: str) -> None:
     x = torch.randn(tokens, 4, rank, generator=g) * torch.arange(rank, 0, -1) @ torch.randn(rank, dim, generator=g)
     x = (x + torch.randn(tokens, 4, dim, generator=g) + 9 * torch.randn(dim, generator=g)).to(device)[:, 1:]
     x = x if device == "cpu" else x.bfloat16()
-    want = codec.pack(x.transpose(0, 1).float(), [0] * 3)
+    want = codec.pack(x.transpose(0, 1).float())
     got, fitted = torch.zeros_like(want), want.clone()
     lt2_triton.encode(x, got, codec)
     exact = x.transpose(0, 1).float()
@@ -121,7 +121,7 @@ def check_transform_encode(name: str, tokens: int, dim: int, device: str, dtype:
         plans = torch.stack([plan(n_FD, 8 * codec.tile_bytes) for n_FD in exponent_HFD])
         assert torch.equal(view(got, "plan"), plans)
         exact = x.transpose(0, 1).float()
-        want = codec.pack(exact, [0] * 3)
+        want = codec.pack(exact)
         error, reference = ((codec.unpack(s) - exact).norm() / exact.norm() for s in (got, want))
         assert error <= 1.02 * reference, f"error {error}, the reference's {reference}"
         fitted = got.clone()
@@ -141,7 +141,7 @@ def check_fp8_rows(name: str, tokens: int, dim: int, device: str) -> None:
     x = structured(tokens, heads, dim, device, torch.float32)
     arena = torch.zeros(4, heads, pair.k.num_bytes, dtype=torch.uint8, device=device)
     for slot in (3, 1):
-        pair.k.pack_into(x * slot, arena[slot], [0] * heads)
+        pair.k.pack_into(x * slot, arena[slot])
     scaling = calibrate_reference(x)
     slots = torch.tensor([3, 1], dtype=torch.int32, device=device)
     rows = blocks * tokens
@@ -192,7 +192,7 @@ def test_wrapper_picks_kernels_and_gives_the_same_bytes_on_cpu_and_gpu(name: str
     for device in ("cpu", "cuda"):
         k = structured(180, 4, 64, "cpu", torch.bfloat16).to(device)
         pages[device] = torch.zeros(4, codec.payload_bytes, dtype=torch.uint8, device=device)
-        codec.encode(k, k * 2, pages[device], block=0, layer=0)
+        codec.encode(k, k * 2, pages[device])
     assert torch.equal(pages["cpu"], pages["cuda"].cpu())
 
 

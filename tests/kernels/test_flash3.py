@@ -94,7 +94,7 @@ def test_a_path_attends_history_and_own_block(plain: None) -> None:
     arena = torch.zeros(2, 2, codec.payload_bytes, dtype=torch.uint8)
     for block in range(2):
         rows = slice(180 * block, 180 * block + 180)
-        codec.encode(k[rows], v[rows], arena[block], block=block, layer=0)
+        codec.encode(k[rows], v[rows], arena[block])
     path = Flash3Fp8Path(codec, 2, 540, torch.float32, CPU)
     own = rotary_table([6, 7, 8], 6, 10, 64)
     path.begin(q, k[360:], v[360:], own)

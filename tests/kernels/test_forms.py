@@ -41,7 +41,7 @@ def test_equal_tokens_merge_exactly(window: tuple[int, int]) -> None:
     k[..., 2 * axis_pairs(64)[0] :] = 0
     q, own_k, own_v = (draw(10 + i, 2, 64).transpose(0, 1) for i in (0, 5, 5))
     page = torch.zeros((1, 2, form.codec.payload_bytes), dtype=torch.uint8)
-    form.encode(k, v, page[0], block=0, layer=0)
+    form.encode(k, v, page[0])
     k_out, v_out = torch.empty(2, 2, form.num_tokens, 64).unbind(0)
     positions = [3, 4]
     form.codec.materialise(
@@ -84,13 +84,13 @@ def test_a_spatial_split_has_each_codecs_error_where_it_belongs() -> None:
     centre = centre_tokens(*GRID)
     assert centre == [1 * 6 + 1, 8, 9, 10, 13, 14, 15, 16]
     x_HTD = draw(2, 48, 64)
-    section = codec.k.pack(x_HTD, [1, 2])
+    section = codec.k.pack(x_HTD)
     found = codec.k.unpack(section)
     inner = torch.tensor([frame * 24 + token for frame in range(2) for token in centre])
     outer = torch.tensor([token for token in range(48) if token not in inner.tolist()])
     for tokens, name in ((inner, "rtn4"), (outer, "rtn2")):
         alone = make_tensor_codec(name, BlockGeometry(num_tokens=len(tokens), head_dim=64), Side.K)
-        assert torch.equal(found[:, tokens], alone.unpack(alone.pack(x_HTD[:, tokens], [1, 2])))
+        assert torch.equal(found[:, tokens], alone.unpack(alone.pack(x_HTD[:, tokens])))
     parts = (16 * (64 // 2 + 4) + 32 * (64 // 4 + 4)) * 2
     assert codec.payload_bytes == parts
 

@@ -24,7 +24,7 @@ WAN = BlockGeometry(num_tokens=4680, head_dim=128, grid=(30, 52))
 
 
 def relative_error(codec: TransformCodec, x_TD: Tensor) -> float:
-    got = codec.unpack(codec.pack(x_TD[None], [0]))[0]
+    got = codec.unpack(codec.pack(x_TD[None]))[0]
     return float((got - x_TD).norm() / (x_TD - x_TD.mean(0)).norm())
 
 
@@ -69,7 +69,7 @@ def test_one_token_tiles_and_far_too_few_bits_still_decode() -> None:
     x_TD = torch.tensor([[1.0, -2.0, 3.0, 0.5]])
     assert torch.isfinite(
         TransformCodec(BlockGeometry(num_tokens=1, head_dim=4), 2.0).unpack(
-            TransformCodec(BlockGeometry(num_tokens=1, head_dim=4), 2.0).pack(x_TD[None], [0])
+            TransformCodec(BlockGeometry(num_tokens=1, head_dim=4), 2.0).pack(x_TD[None])
         )
     ).all()
 
