@@ -37,6 +37,7 @@ from longtake.engine.ledger import read_ledger, reset_peak
 from longtake.engine.mesh import ALONE, open_mesh, parse_mesh
 from longtake.engine.rollout import Rollout
 from longtake.engine.shotcache import open_cache
+from longtake.engine.timing import await_device
 from longtake.engine.vae import StreamingDecoder
 from longtake.engine.vae_fast import make_fast
 from longtake.engine.vae_stripes import StripedDecoder, StripeWorker
@@ -112,7 +113,7 @@ def run_blocks(rollout: Rollout, decoder: StreamingDecoder | None, gang: Gang, n
     """Render blocks, decoding them where there is a decoder; seconds until all is done on every rank."""
     device = rollout.device
     thread = None if decoder is None else DecodeThread(decoder, device)
-    _wait(device)
+    await_device(device)
     gang.any(False)
     started = time.perf_counter()
     for _ in range(num_blocks):
@@ -121,7 +122,7 @@ def run_blocks(rollout: Rollout, decoder: StreamingDecoder | None, gang: Gang, n
             thread.put(clean)
         gang.any(False)
     num_frames = 0 if thread is None else thread.finish()
-    _wait(device)
+    await_device(device)
     seconds = gang.agree(time.perf_counter() - started, max)
     return {"seconds": seconds, "frames": num_frames, "seconds_a_block": seconds / num_blocks}
 
@@ -203,18 +204,13 @@ def _decode_alone(
     for index in range(4 if decoder is not None else 0):
         assert decoder is not None
         latents = torch.randn(shape, device=device)
-        _wait(device)
+        await_device(device)
         started = time.perf_counter()
         decoder.decode(latents).cpu()
         if index:
             seconds.append(time.perf_counter() - started)
     gang.any(False)
     return record.summary(seconds) if seconds else {}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def main(arguments: list[str]) -> int:

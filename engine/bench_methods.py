@@ -41,6 +41,7 @@ from longtake.engine.quality import psnr, ssim
 from longtake.engine.rollout import Prefix, Rollout
 from longtake.engine.shotcache import cache_budgets, kv_shape, open_cache
 from longtake.engine.timeline import Timeline
+from longtake.engine.timing import await_device
 from longtake.engine.vae import StreamingDecoder, StreamingEncoder, from_uint8
 from longtake.kernels.clock import survive
 from longtake.kernels.errors import ConfigError
@@ -90,7 +91,7 @@ class Stage:
             _reset_peak(device)
             started = time.perf_counter()
             clean = rollout.step()
-            _wait(device)
+            await_device(device)
             block_s.append(time.perf_counter() - started)
             peak_bytes = max(peak_bytes, _peak(device) or sum(rollout.memory().values()))
             frames.append(decoder.decode(clean).cpu())
@@ -244,11 +245,6 @@ def _reset_peak(device: torch.device) -> None:
 def _peak(device: torch.device) -> int:
     """The allocator's since the reset; 0 on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def chosen(names: str | None) -> list[Method]:

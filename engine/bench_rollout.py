@@ -39,9 +39,10 @@ from longtake.engine.fp8_linear import quantise_linears
 from longtake.engine.ledger import read_ledger, release_workspaces, reset_peak
 from longtake.engine.model import CausalWan
 from longtake.engine.presets import PRESETS, preset_spec
+from longtake.engine.random_model import randomise
 from longtake.engine.rollout import Rollout
 from longtake.engine.shotcache import open_cache
-from longtake.engine.timing import StageClock
+from longtake.engine.timing import StageClock, await_device
 from longtake.engine.vae import StreamingDecoder, load_vae
 from longtake.engine.vae_fast import make_fast
 from longtake.engine.weights import load_transformer, read_spec
@@ -138,11 +139,10 @@ def make_shot(bench: RolloutBench) -> ShotConfig:
 
 
 def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> CausalWan:
-    """A model with random weights of about the trained ones' size, made on the device."""
-    torch.manual_seed(0)
-    with torch.device(device):
+    """A model with random weights, made on the device."""
+    with torch.device("meta"):
         model = CausalWan(config)
-    return model.cast(dtype).eval().requires_grad_(False)
+    return randomise(model, device, dtype)
 
 
 def run_rollout(bench: RolloutBench, failed: dict[str, str]) -> dict[str, Any]:
@@ -188,23 +188,23 @@ def _forget_earlier_cases(device: torch.device) -> int:
     gc.collect()
     release_workspaces(device)
     torch.cuda.empty_cache()
+    reset_peak(device)
     return torch.cuda.memory_allocated(device)
 
 
 def _run_blocks(rollout: Rollout, num_blocks: int) -> tuple[dict[str, Any], torch.Tensor]:
     """Time blocks once the history is full; what they took, and the last one's latents."""
     device, shot = rollout.device, rollout.shot
-    reset_peak(device)
     started = time.perf_counter()
     for _ in range(min(rollout.timeline.max_attended, _MOST_WARM_UP) + 2):
         rollout.step()
-    _wait(device)
+    await_device(device)
     warm_up_s, warm_up_peak = time.perf_counter() - started, reset_peak(device)
     seconds = []
     for _ in range(num_blocks):
         started = time.perf_counter()
         clean = rollout.step()
-        _wait(device)
+        await_device(device)
         seconds.append(time.perf_counter() - started)
     ledger = read_ledger(rollout)
     result = {
@@ -227,7 +227,7 @@ def _stages(rollout: Rollout, device: torch.device) -> dict[str, float]:
     rollout._timer = timer
     with timer("block"):
         rollout.step()
-    _wait(device)
+    await_device(device)
     stages = timer.seconds()
     block = stages.pop("block")
     return {"block": block, **stages, "linear and rest": block - sum(stages.values())}
@@ -255,7 +255,7 @@ def _decode(decoder: StreamingDecoder, like: torch.Tensor) -> dict[str, Any]:
     for index in range(6):
         started = time.perf_counter()
         frames = decoder.decode(latents)
-        _wait(like.device)
+        await_device(like.device)
         if index >= 2:
             seconds.append(time.perf_counter() - started)
     return {
@@ -264,11 +264,6 @@ def _decode(decoder: StreamingDecoder, like: torch.Tensor) -> dict[str, Any]:
         "state_bytes": decoder.state_bytes,
         "decoder_weights": sum(p.numel() for p in decoder.vae.decoder.parameters()),
     }
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def main(arguments: list[str]) -> int:

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from longtake.engine import record
 from longtake.engine.bench_rollout import GEOMETRIES, RolloutBench, make_shot
@@ -36,10 +35,11 @@ from longtake.engine.config import ModelConfig, Precision, ShotConfig
 from longtake.engine.fp8_linear import quantise_linears
 from longtake.engine.gang import Gang, join
 from longtake.engine.mesh import ALONE, Mesh, open_mesh, parse_mesh
+from longtake.engine.random_model import randomise
 from longtake.engine.rollout import Rollout
 from longtake.engine.shotcache import open_cache
-from longtake.engine.tensor_parallel import ShardedRMSNorm, ShardedWan
-from longtake.engine.timing import StageClock
+from longtake.engine.tensor_parallel import ShardedWan
+from longtake.engine.timing import StageClock, await_device
 
 _WARM_UP_BLOCKS = 2
 _NUM_NAMES, _NAME_LENGTH = 30, 110
@@ -90,22 +90,13 @@ class ScalingCase:
 def random_sharded(
     config: ModelConfig, mesh: Mesh, device: torch.device, dtype: torch.dtype, precision: Precision
 ) -> ShardedWan:
-    """This rank's part of a model with random weights of about the trained ones' size, made on the device."""
+    """This rank's part of a model with random weights, made on the device."""
     with torch.device("meta"):
         model = ShardedWan(config, mesh)
-    model.cast(dtype).to_empty(device=device)
-    torch.manual_seed(0)
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, nn.RMSNorm | nn.LayerNorm | ShardedRMSNorm) and name == "weight":
-                parameter.data.fill_(1.0)
-            elif parameter.ndim == 1:
-                parameter.data.zero_()
-            else:
-                parameter.data.normal_(std=parameter[0].numel() ** -0.5)
+    randomise(model, device, dtype)
     if precision is Precision.FP8:
         quantise_linears(model)
-    return model.eval().requires_grad_(False)
+    return model
 
 
 def fill_history(rollout: Rollout, num_blocks: int) -> None:
@@ -168,12 +159,12 @@ def measure(rollout: Rollout, case: ScalingCase, gang: Gang, device: torch.devic
 
 def _block(rollout: Rollout, gang: Gang) -> tuple[float, float]:
     """Seconds of a block on the slowest rank, and until this rank had launched it."""
-    _wait(rollout.device)
+    await_device(rollout.device)
     gang.any(False)
     started = time.perf_counter()
     rollout.step()
     issued = time.perf_counter() - started
-    _wait(rollout.device)
+    await_device(rollout.device)
     seconds = time.perf_counter() - started
     return gang.agree(seconds, max), issued
 
@@ -186,7 +177,7 @@ def _stages(rollout: Rollout, model: ShardedWan, gang: Gang) -> dict[str, float]
     with timer("block"):
         rollout.step()
     rollout._timer, model.timer = before
-    _wait(rollout.device)
+    await_device(rollout.device)
     stages = timer.seconds()
     block = stages.pop("block")
     return {"block": block, **stages, "linear and rest": block - sum(stages.values())}
@@ -195,15 +186,15 @@ def _stages(rollout: Rollout, model: ShardedWan, gang: Gang) -> dict[str, float]
 def _kernels(rollout: Rollout, gang: Gang, device: torch.device) -> dict[str, Any]:
     """Seconds of kernels by kind in one block, those that overlap counted each, the longest ones by name with their
     number; how long the device did nothing."""
-    _wait(device)
+    await_device(device)
     gang.any(False)
     if device.type != "cuda" or not gang.leads:
         rollout.step()
-        _wait(device)
+        await_device(device)
         return {}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         rollout.step()
-        _wait(device)
+        await_device(device)
     kinds: dict[str, Any] = defaultdict(float)
     names: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
     spans = []
@@ -226,11 +217,6 @@ def _kernels(rollout: Rollout, gang: Gang, device: torch.device) -> dict[str, An
     longest = sorted(names.items(), key=lambda item: -item[1][1])[:_NUM_NAMES]
     kinds["longest"] = [[name, int(count), seconds] for name, (count, seconds) in longest]
     return dict(kinds)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def kernel_kind(name: str) -> str:

@@ -46,6 +46,7 @@ from longtake.engine.rollout import Rollout
 from longtake.engine.shotcache import kv_shape, shot_forms
 from longtake.engine.tiers_disk import bench_disk
 from longtake.engine.tiers_resume import bench_resume
+from longtake.engine.timing import await_device
 from longtake.kernels.clock import survive
 from longtake.kernels.codec import BlockGeometry, make_codec
 from longtake.offload.cache import CacheBudget, KVCache
@@ -144,8 +145,7 @@ class Stage:
 
     def wait(self) -> None:
         """Await the device."""
-        if self.cuda:
-            torch.cuda.synchronize(self.device)
+        await_device(self.device)
 
     def timed(self, step: Callable[[], object]) -> float:
         """Seconds of a step, the device awaited."""

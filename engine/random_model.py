@@ -1,20 +1,39 @@
-"""A whole model folder with random weights, as small as the classes allow: for tests and benchmarks of endurance."""
+"""Random weights: in a model of any size, for benchmarks; in a folder as small as the classes allow, for tests too."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKLWan
 from safetensors.torch import save_file
+from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from longtake.engine.config import ModelConfig
 from longtake.engine.model import CausalWan
+from longtake.engine.tensor_parallel import ShardedRMSNorm
+
+Wan = TypeVar("Wan", bound=CausalWan)
 
 TINY = ModelConfig(num_heads=2, head_dim=24, num_layers=2, ffn_dim=64, text_dim=32, freq_dim=32)
+
+
+def randomise(model: Wan, device: torch.device, dtype: torch.dtype) -> Wan:
+    """Give a model on the meta device random weights of about the trained ones' size, made on the device."""
+    model.cast(dtype).to_empty(device=device)
+    torch.manual_seed(0)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, nn.RMSNorm | nn.LayerNorm | ShardedRMSNorm) and name == "weight":
+                parameter.data.fill_(1.0)
+            elif parameter.ndim == 1:
+                parameter.data.zero_()
+            else:
+                parameter.data.normal_(std=parameter[0].numel() ** -0.5)
+    return model.eval().requires_grad_(False)
 
 
 def write_random_model(folder: Path, *, transformer: ModelConfig = TINY, block_frames: int = 2, fps: int = 8) -> Path:

@@ -106,7 +106,9 @@ class Retriever:
         self._choice = Choice(time=-1)
         for entry, summary_HS in enumerate(known):
             if summary_HS.shape != (num_heads, 2 * head_dim):
-                raise StorageError("the journal lacks what retrieval needs of a block; use --fresh", block=entry)
+                raise StorageError(
+                    "the journal lacks what retrieval needs of a block; render the shot anew with --fresh", block=entry
+                )
         if known:
             self._means_EHD[: len(known)].view(torch.uint8).copy_(torch.from_numpy(np.stack(known)))
 
@@ -208,7 +210,8 @@ class Retrieval:
             return
         known = cache.claim_summaries()
         if len(known) != cache.num_committed:
-            raise StorageError(f"{cache.num_committed} blocks are there, retrieval knows of {len(known)}")
+            known_of = f"{cache.num_committed} blocks are there and retrieval knows of {len(known)}"
+            raise StorageError(f"{known_of}; render the shot anew with --fresh")
         self._retriever = Retriever(
             num_entries=timeline.num_entries,
             num_heads=len(model.heads),

@@ -142,7 +142,9 @@ class WindowStore:
             ) from error
         for key, tensor in tensors.items():
             if f"{_checksum(tensor):08x}" != note[key]:
-                raise StorageError(f"the rolling window before block {block} is damaged; use --fresh", path=path)
+                raise StorageError(
+                    f"the rolling window before block {block} is damaged; render the shot anew with --fresh", path=path
+                )
         return {int(key): tensor for key, tensor in tensors.items()}
 
     def _path(self, block: int) -> Path:

@@ -108,13 +108,7 @@ class Segments:
         """
         while self._pending and self._pending[0].num_blocks <= self._run.num_blocks:
             record = self._pending[0]
-            self._run.segment(
-                index=record.index,
-                path=record.path,
-                checksum=record.checksum,
-                num_blocks=record.num_blocks,
-                num_frames=record.num_frames,
-            )
+            self._run.note_segment(record)
             self.num_whole = record.index + 1
             with self._lock:
                 self._pending.pop(0)
@@ -129,7 +123,10 @@ class Segments:
         for index, record in enumerate(self._run.segments):
             path = self.path(index)
             if record.index != index or record.path != f"{SEGMENTS_NAME}/{path.name}":
-                raise StorageError("the journal lists segments that are not this shot's", path=self._run.path)
+                raise StorageError(
+                    "the journal lists segments that are not this shot's; render the shot anew with --fresh",
+                    path=self._run.path,
+                )
             if not path.exists() or crc32c(as_bytes(path.read_bytes())) != record.checksum:
                 return index
         return len(self._run.segments)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from longtake.engine import record
+from longtake.engine.timing import await_device
 from longtake.kernels.clock import survive
 from longtake.offload.cache import CacheBudget, KVCache
 from longtake.offload.chunkfiles import ChunkFiles, DiskIO
@@ -165,7 +166,7 @@ def _prefetch(shape: ModelKVShape, device: torch.device, run: RunDirectory, num_
         for block in range(num_blocks):
             with cache.prepare((block,)):
                 cache.schedule([(later,) for later in range(block + 1, min(block + 5, num_blocks))])
-        _wait(device)
+        await_device(device)
         return num_blocks * shape.block_bytes / (time.perf_counter() - started) / _MB
     finally:
         cache.close()
@@ -176,7 +177,7 @@ def _touch(cache: KVCache) -> None:
     cache.arena.pages_GHP.zero_()
     if cache._host is not None:
         cache._host.pool.slabs_LFHP.zero_()
-    _wait(cache.device)
+    await_device(cache.device)
 
 
 def forget(folder: Path) -> None:
@@ -189,8 +190,3 @@ def forget(folder: Path) -> None:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(fd)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

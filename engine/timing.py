@@ -22,6 +22,12 @@ def NO_TIMER(stage: str) -> AbstractContextManager[None]:
     return _NOTHING
 
 
+def await_device(device: torch.device) -> None:
+    """Wait until all that was issued to the device is done; for benchmarks."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class StageClock:
     """Seconds by stage: the clock on a CPU, events on CUDA. Never waits for the device; any thread may time a stage.
 

@@ -313,11 +313,10 @@ class RunDirectory:
         )
         self._checksums.append(checksums_LH)
 
-    def segment(self, *, index: int, path: str, checksum: int, num_blocks: int, num_frames: int) -> None:
+    def note_segment(self, record: SegmentWritten) -> None:
         """Journal a segment of video that is whole on the disk."""
-        record = SegmentWritten(index=index, path=path, checksum=checksum, num_blocks=num_blocks, num_frames=num_frames)
         self._open_journal().append(record)
-        self.segments = (*(kept for kept in self.segments if kept.index < index), record)
+        self.segments = (*(kept for kept in self.segments if kept.index < record.index), record)
 
     def close(self, *, orderly: bool = True) -> None:
         """End the writer; `orderly` journals that the run came to its end. A second call does nothing."""

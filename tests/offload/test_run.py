@@ -17,7 +17,7 @@ from longtake.offload.cache import KVCache
 from longtake.offload.errors import FencedError, LockedError
 from longtake.offload.files import Bytes, as_bytes, crc32c
 from longtake.offload.journal import replay
-from longtake.offload.records import history
+from longtake.offload.records import SegmentWritten, history
 from longtake.offload.run import RunDirectory
 from longtake.offload.verify import verify
 from tests.offload.faults import FaultyOps, Unsynced, flip_bit
@@ -183,7 +183,9 @@ def test_segments_follow_the_blocks(tmp_path: Path) -> None:
     write(run, 0)
     video = b"segment of video"
     (tmp_path / "0.mp4").write_bytes(video)
-    run.segment(index=0, path="0.mp4", checksum=crc32c(as_bytes(video)), num_blocks=1, num_frames=9)
+    run.note_segment(
+        SegmentWritten(index=0, path="0.mp4", checksum=crc32c(as_bytes(video)), num_blocks=1, num_frames=9)
+    )
     run.close(orderly=False)
     run = open_run(tmp_path)
     assert [kept.num_frames for kept in run.segments] == [9]
