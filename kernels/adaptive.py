@@ -21,11 +21,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longtake.kernels.codec import BlockGeometry, Side, TensorCodec
+from longtake.kernels.codec import BlockGeometry, Side
 from longtake.kernels.errors import ConfigError
 from longtake.kernels.grid import FLOAT16_MAX
 from longtake.kernels.layout import Field, Layout
 from longtake.kernels.rtn import RoundToNearest
+from longtake.kernels.tensor_codec import TensorCodec
 
 CHANNELS_PER_OUTLIER = 64
 TOKENS_PER_LOUD = 4

@@ -22,12 +22,13 @@ from torch import Tensor
 from longtake.kernels import synthetic
 from longtake.kernels.attention_fp8 import fp8_scratch
 from longtake.kernels.clock import Clock
-from longtake.kernels.codec import PairCodec, TensorCodec, make_codec
+from longtake.kernels.codec import PairCodec, make_codec
 from longtake.kernels.dense import DenseCodec
 from longtake.kernels.lt2 import LowRankTwoBit
 from longtake.kernels.rotary import Rotary, rotary_table
 from longtake.kernels.rtn import RoundToNearest
 from longtake.kernels.scaling import Scaling, unscaled
+from longtake.kernels.tensor_codec import TensorCodec
 from longtake.kernels.transform import TransformCodec
 
 if TYPE_CHECKING:

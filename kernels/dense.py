@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longtake.kernels.codec import BlockGeometry, Side, TensorCodec
+from longtake.kernels.codec import BlockGeometry, Side
 from longtake.kernels.layout import Field, Layout
 from longtake.kernels.rotary import Rotary
 from longtake.kernels.scaling import Scaling
+from longtake.kernels.tensor_codec import TensorCodec
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from longtake.kernels.codec import BlockGeometry, Side, TensorCodec
+from longtake.kernels.codec import BlockGeometry, Side
 from longtake.kernels.layout import Field, Layout, pack_codes, packed_bytes, unpack_codes
 from longtake.kernels.rtn import RoundToNearest, decode_groups, encode_groups
+from longtake.kernels.tensor_codec import TensorCodec
 
 GROUP = 64
 

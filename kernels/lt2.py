@@ -26,13 +26,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longtake.kernels.codec import BlockGeometry, Side, TensorCodec
+from longtake.kernels.codec import BlockGeometry, Side
 from longtake.kernels.errors import ConfigError
 from longtake.kernels.grid import FLOAT16_MAX, FP8, to_fp8
 from longtake.kernels.hadamard import random_signs
 from longtake.kernels.layout import Field, Layout, pack_codes, unpack_codes
 from longtake.kernels.rotary import Rotary
 from longtake.kernels.scaling import Scaling
+from longtake.kernels.tensor_codec import TensorCodec
 
 BITS = 2
 COEFFICIENT_BITS = 4

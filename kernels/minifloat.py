@@ -15,10 +15,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longtake.kernels.codec import BlockGeometry, Side, TensorCodec
+from longtake.kernels.codec import BlockGeometry, Side
 from longtake.kernels.errors import ConfigError
 from longtake.kernels.grid import FP8, FP8_MAX, nearest_level, to_fp8
 from longtake.kernels.layout import Field, Layout, pack_codes, unpack_codes
+from longtake.kernels.tensor_codec import TensorCodec
 
 GROUP = 16
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

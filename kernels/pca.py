@@ -17,9 +17,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longtake.kernels.codec import BlockGeometry, HeadwiseCodec, Side, TensorCodec
+from longtake.kernels.codec import BlockGeometry, Side
 from longtake.kernels.grid import FP8, FP8_MAX, power_of_two_unit, quantise_affine, to_fp8
 from longtake.kernels.layout import Field, Layout, pack_codes, unpack_codes
+from longtake.kernels.tensor_codec import HeadwiseCodec, TensorCodec
 
 BITS = 2
 GROUP = 128

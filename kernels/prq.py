@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longtake.kernels.codec import BlockGeometry, Side, TensorCodec
+from longtake.kernels.codec import BlockGeometry, Side
 from longtake.kernels.rtn import RoundToNearest
+from longtake.kernels.tensor_codec import TensorCodec
 
 NUM_PLANES = 2
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from longtake.kernels.codec import BlockGeometry, Side, TensorCodec
+from longtake.kernels.codec import BlockGeometry, Side
 from longtake.kernels.hadamard import hadamard
 from longtake.kernels.rtn import RoundToNearest
+from longtake.kernels.tensor_codec import TensorCodec
 
 
 class Rotated(TensorCodec):

@@ -28,7 +28,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longtake.kernels.codec import BlockGeometry, HeadwiseCodec, Side, TensorCodec
+from longtake.kernels.codec import BlockGeometry, Side
 from longtake.kernels.grid import (
     FP8,
     best_symmetric_step,
@@ -38,6 +38,7 @@ from longtake.kernels.grid import (
     to_fp8,
 )
 from longtake.kernels.layout import Field, Layout, pack_codes, unpack_codes
+from longtake.kernels.tensor_codec import HeadwiseCodec, TensorCodec
 
 MAX_CENTROIDS = 256
 TOKENS_PER_CENTROID = 16

@@ -17,11 +17,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longtake.kernels.codec import BlockGeometry, Side, TensorCodec
+from longtake.kernels.codec import BlockGeometry, Side
 from longtake.kernels.errors import ConfigError
 from longtake.kernels.layout import Field, Layout, pack_codes, packed_bytes, unpack_codes
 from longtake.kernels.rotary import Rotary
 from longtake.kernels.scaling import Scaling
+from longtake.kernels.tensor_codec import TensorCodec
 
 GROUP = 64
 FLOAT16_MAX = 65504.0

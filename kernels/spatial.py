@@ -15,9 +15,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from longtake.kernels.codec import BlockGeometry, Side, TensorCodec, make_tensor_codec
+from longtake.kernels.codec import BlockGeometry, Side, make_tensor_codec
 from longtake.kernels.errors import ConfigError
 from longtake.kernels.layout import Field, Layout
+from longtake.kernels.tensor_codec import TensorCodec
 
 
 def centre_tokens(rows: int, columns: int) -> list[int]:

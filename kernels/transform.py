@@ -32,12 +32,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from longtake.kernels.codec import BlockGeometry, HeadwiseCodec, Side, TensorCodec
+from longtake.kernels.codec import BlockGeometry, Side
 from longtake.kernels.grid import FP8, to_fp8
 from longtake.kernels.layout import Field, Layout
 from longtake.kernels.lt2 import short_float
 from longtake.kernels.rotary import Rotary
 from longtake.kernels.scaling import Scaling
+from longtake.kernels.tensor_codec import HeadwiseCodec, TensorCodec
 
 MEAN_BITS = {"tc2": 2.33, "tc3": 3.0, "tc4": 4.0}
 VALUES_MORE = 1 / 3  # bits that values have above the mean, and keys below it

@@ -14,10 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longtake.kernels.codec import BlockGeometry, Side, TensorCodec
+from longtake.kernels.codec import BlockGeometry, Side
 from longtake.kernels.grid import FLOAT16_MAX, gaussian_levels, nearest_level
 from longtake.kernels.hadamard import rotate_back, rotate_randomly
 from longtake.kernels.layout import Field, Layout, pack_codes, packed_bytes, unpack_codes
+from longtake.kernels.tensor_codec import TensorCodec
 
 
 class TurboQuant(TensorCodec):

@@ -9,10 +9,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longtake.kernels.codec import BlockGeometry, PairCodec, TensorCodec, make_codec
+from longtake.kernels.codec import BlockGeometry, PairCodec, make_codec
 from longtake.kernels.dense import DenseCodec
 from longtake.kernels.rtn import RoundToNearest
 from longtake.kernels.scaling import calibrate_reference
+from longtake.kernels.tensor_codec import TensorCodec
 from tests.kernels.twins import close, close_fp8, run_interpreted, structured, tables
 
 CODECS = ["fp32", "bf16", "int4", "rtn2", "int8"]  # encode to the same bytes as their references
