@@ -89,12 +89,9 @@ class ClipBuffer:
         capacity: clips kept.
         device: of the buffer; rendering and encoding happen there too.
         blocks: of a clip.
-        at_once: clips made at a time; divides ``capacity``.
+        at_once: clips made at a time.
         first_seed: of the first world; each clip has its own.
         refresh_steps: steps between two makings.
-
-    Raises:
-        ValueError: ``at_once`` does not divide ``capacity``.
     """
 
     def __init__(
@@ -108,8 +105,6 @@ class ClipBuffer:
         first_seed: int = _FIRST_SEED,
         refresh_steps: int = _REFRESH_STEPS,
     ) -> None:
-        if capacity % at_once:
-            raise ValueError(f"{at_once} clips at once do not divide a buffer of {capacity}")
         channels, rows, columns = LATENT_SHAPE
         on_gpu = device.type == "cuda"
         self._device, self._capacity, self._blocks, self._at_once = device, capacity, blocks, at_once
@@ -151,6 +146,12 @@ class ClipBuffer:
         with torch.cuda.stream(self._stream):
             latents, scripts = make_clips(seeds, self.autoencoder, num_frames(self._blocks), self._device)
             blocks = latents.unflatten(2, (self._blocks, BLOCK_FRAMES)).transpose(1, 2).bfloat16()
+            finite = blocks.isfinite().flatten(1).all(1)
+            if not finite.all():
+                left_out = [seed for seed, good in zip(seeds, finite.tolist(), strict=True) if not good]
+                print(f"clips of seeds {left_out} are not finite: left out", flush=True)
+                scripts = [script for script, good in zip(scripts, finite.tolist(), strict=True) if good]
+                blocks = blocks[finite]
             ready = torch.cuda.Event() if self._stream is not None else None
             if ready is not None:
                 ready.record()
@@ -164,13 +165,12 @@ class ClipBuffer:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(made.ready)
             made.latents.record_stream(current)
-        first = self.num_made % self._capacity
-        rows = slice(first, first + self._at_once)
+        rows = [(self.num_made + index) % self._capacity for index in range(len(made.scripts))]
         self._latents[rows] = made.latents
         self._tokens[rows] = script_tokens(made.scripts).to(self._device)
         prompts = [prompt_of_block(script, self._blocks) for script in made.scripts]
         self._prompt_of_block[rows] = torch.tensor(prompts, device=self._device)
-        self.num_made += self._at_once
+        self.num_made += len(made.scripts)
 
     def sample(self, batch: int, layout: Layout) -> Batch:
         """Draw ``batch`` sequences of ``layout.num_blocks`` blocks."""

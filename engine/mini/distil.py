@@ -11,6 +11,10 @@ Distribution matching (DMD, arXiv 2311.18828; DMD2, arXiv 2405.14867) for a caus
     real score              the frozen flow-matching model   } given the same history, at a
     fake score              trained on the student's blocks  } random noise level for each block
 
+The real score is guided by a worse state of the same model, one of the beginning of its training (autoguidance, arXiv
+2406.02507): what the two differ in is what more training would mend. Long sequences take turns with beginnings of
+films.
+
 Some blocks under a true history are not scored but denoised from the truth at the last steps' noise levels, and
 compared with it, so that recall does not suffer. Stops by the clock; goes on with ``--resume`` (the teacher is
 always that of ``--weights``).
@@ -26,13 +30,13 @@ from pathlib import Path
 
 import torch
 
-from longtake.engine.mini.clips import shared_clips
+from longtake.engine.mini.clips import shared_beginnings, shared_clips
 from longtake.engine.mini.distiller import DistilConfig, Distiller
 from longtake.engine.mini.preview import PreviewPlan, preview
 from longtake.engine.mini.ranks import join, leave
 from longtake.engine.mini.recall import Recall
 from longtake.engine.mini.state import fill, load_distilled, save_distilled
-from longtake.engine.mini.train_dit import LAYOUT, Trainee
+from longtake.engine.mini.train_dit import BEGINNING, LAYOUT, Trainee
 
 
 def main() -> None:
@@ -41,6 +45,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vae", type=Path, required=True, help="folder of the trained VAE")
     parser.add_argument("--weights", type=Path, required=True, help="teacher: a folder of a model or training state")
+    parser.add_argument("--guide", type=Path, help="a worse state of the teacher: a folder of the same kinds")
+    parser.add_argument("--guidance", type=float, default=defaults.guidance)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=defaults.seconds, help="of this run")
     parser.add_argument("--horizon", type=float, help="seconds of all runs together; as --seconds unless given")
@@ -53,6 +59,8 @@ def main() -> None:
     parser.add_argument("--own-share", type=float, default=defaults.own_history_share)
     parser.add_argument("--clips", type=int, default=2048, help="clips kept on the device")
     parser.add_argument("--first-clips", type=int, default=256, help="clips made before training starts")
+    parser.add_argument("--beginnings", type=int, default=4096, help="beginnings of clips kept on the device")
+    parser.add_argument("--first-beginnings", type=int, default=1024, help="of them, made before training starts")
     parser.add_argument("--every", type=float, default=100.0, help="seconds between states, sheets and measures")
     parser.add_argument("--preview-blocks", type=int, default=80, help="blocks of 0.75 s of the films shown")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -68,14 +76,21 @@ def main() -> None:
         fake_updates=options.fake_updates,
         truth_weight=options.truth_weight,
         own_history_share=options.own_share,
+        guidance=options.guidance,
     )
     clips = shared_clips(options.vae, options.clips, device, ranks)
     model = Trainee().to(device)
     fill(model, options.weights, device)
-    distiller = Distiller(config, model, clips, LAYOUT, device, ranks=ranks)
+    beginnings = shared_beginnings(options.vae, options.beginnings, device, ranks)
+    guide = None
+    if options.guide:
+        guide = Trainee().to(device)
+        fill(guide, options.guide, device)
+    distiller = Distiller(config, model, clips, beginnings, (LAYOUT, BEGINNING), device, guide=guide, ranks=ranks)
     if options.resume:
         load_distilled(options.resume, distiller)
     clips.fill(options.first_clips // ranks.size)
+    beginnings.fill(options.first_beginnings // ranks.size)
     options.out.mkdir(parents=True, exist_ok=True)
     watch(distiller, options.out, PreviewPlan(blocks=options.preview_blocks, sigmas=distiller.sigmas), options.every)
     leave()
@@ -85,7 +100,7 @@ def watch(distiller: Distiller, out: Path, plan: PreviewPlan, every_s: float) ->
     """Run a distillation, with its states, contact sheets and measures in ``out``."""
     sequence = distiller.true_sequence()
     assert sequence.clean_BCFYX is not None
-    recall = Recall(sequence.clean_BCFYX, distiller.layout.num_blocks, distiller.sigmas)
+    recall = Recall(sequence.clean_BCFYX, distiller.long.layout.num_blocks, distiller.sigmas)
     shown = copy.deepcopy(distiller.teacher)
     if distiller.ranks.leads:
         print("teacher:", recall(lambda noisy, sigma: distiller.denoised(shown, noisy, sigma, sequence)), flush=True)
@@ -106,7 +121,7 @@ def watch(distiller: Distiller, out: Path, plan: PreviewPlan, every_s: float) ->
                 parameter.copy_(distiller.average[f"transformer.{name}"])
         print("average:", recall(lambda noisy, sigma: distiller.denoised(shown, noisy, sigma, sequence)), flush=True)
         path = out / f"preview-{distiller.step:06d}.png"
-        line = preview(distiller.model, distiller.average, distiller.clips, distiller.layout, plan, path)
+        line = preview(distiller.model, distiller.average, distiller.clips, distiller.long.layout, plan, path)
         print("preview:", line, flush=True)
 
     if distiller.ranks.leads:

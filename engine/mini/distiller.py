@@ -1,13 +1,12 @@
 """The distillation of mini's few-step sampler: a student and two scores over whole sequences; see distil.py.
 
-Shape legend: B batch, N blocks, C latent channels, F latent frames, Y, X latent rows and columns, E text width, K text
-tokens.
+Shape legend: B batch, N blocks, P prompts, C latent channels, F latent frames, Y, X latent rows and columns, E text
+width, K text tokens.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 import random
 import time
 from collections.abc import Callable
@@ -19,14 +18,16 @@ from torch import Tensor, nn
 from longtake.engine.config import SamplerConfig
 from longtake.engine.mini.clips import NUM_PROMPTS, TEXT_LEN, ClipBuffer, text_mask
 from longtake.engine.mini.film_pool import FilmPool, PoolPlan
+from longtake.engine.mini.muon import leave_out_unless_finite
 from longtake.engine.mini.ranks import ALONE, Ranks
-from longtake.engine.mini.teacher_forcing import Layout, Rotations, block_mask, make_attend
+from longtake.engine.mini.teacher_forcing import Geometry, Layout, make_attend
 from longtake.engine.mini.train_dit import Trainee, make_optimisers, mean_over, sample_sigmas
 from longtake.engine.model import CausalWan
 from longtake.engine.sampler import shifted_sigmas
 
 _LEAST_ERROR = 0.05  # of a latent of unit variance: below it the normaliser would only enlarge rounding
 _REPORT_STEPS = 20
+_MOST_SKIPPED = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,9 +37,11 @@ class DistilConfig:
     seconds: float = 650.0
     horizon_s: float = 650.0
     batch: int = 16
-    student_rate: float = 1e-4
-    fake_rate: float = 3e-4
-    fake_updates: int = 3  # a student update (DMD2's two time scales)
+    beginnings_batch: int = 80
+    beginnings_share: float = 0.35  # of the iterations
+    student_rate: float = 2e-4
+    fake_rate: float = 6e-4
+    fake_updates: int = 2  # a student update (DMD2's two time scales)
     fake_first: int = 40  # iterations before the student moves
     warmup_steps: int = 20
     weight_decay: float = 0.0
@@ -46,7 +49,8 @@ class DistilConfig:
     timesteps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
     shift: float = 3.0
     history_noise: float = 0.1
-    own_history_share: float = 0.5
+    own_history_share: float = 0.4
+    guidance: float = 1.8  # how far the real score goes from the guide's through the teacher's
     refresh_steps: int = 6  # iterations between two advances of the student's films
     truth_share: float = 0.25  # of the blocks under a true history, denoised from the truth
     truth_weight: float = 1.0
@@ -57,10 +61,12 @@ class DistilConfig:
 class Sequence:
     """What one iteration works on: a history, the truth where it is known, and what conditions each block."""
 
+    geometry: Geometry
     history_BCFYX: Tensor
     clean_BCFYX: Tensor | None
     starts_BN: Tensor
     askable_BN: Tensor
+    tokens_BPK: Tensor
     embeds_BKE: Tensor
     text_mask: Tensor
 
@@ -90,13 +96,15 @@ class Distiller:
     """One distillation on one device.
 
     Args:
-        config: of the run.
+        config: of the run; its batches are those of all ranks together.
         model: the trained model; becomes the student. Its text encoder stays as it is.
-        clips: true sequences, prompts.
-        layout: of a sequence.
+        clips: long true sequences, prompts.
+        beginnings: short true sequences, from the start of films.
+        layouts: of a long sequence, of a short one.
         device: of the model and the clips.
+        guide: a worse state of the same model, by which the real score is guided; None: it is the teacher's alone.
         pool: how films of its own are made.
-        ranks: that distil together; the config's batch is that of all.
+        ranks: that distil together.
     """
 
     def __init__(
@@ -104,31 +112,37 @@ class Distiller:
         config: DistilConfig,
         model: Trainee,
         clips: ClipBuffer,
-        layout: Layout,
+        beginnings: ClipBuffer,
+        layouts: tuple[Layout, Layout],
         device: torch.device,
+        *,
+        guide: Trainee | None = None,
         pool: PoolPlan | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
         torch.manual_seed(config.seed + ranks.index)
         self.choices = random.Random(config.seed)  # alike on all ranks: what kind of step comes
-        self.ranks, self.batch = ranks, ranks.share(config.batch)
-        self.config, self.clips, self.layout, self.device = config, clips, layout, device
+        self.ranks = ranks
+        self.batch, self.beginnings_batch = ranks.share(config.batch), ranks.share(config.beginnings_batch)
+        self.config, self.clips, self.beginnings, self.device = config, clips, beginnings, device
         self.model = model
         model.text_encoder.requires_grad_(False)
         self.teacher = copy.deepcopy(model.transformer)  # never stepped; all three alike, so that graphs are shared
         self.fake = copy.deepcopy(model.transformer)
+        self.guide = guide
         self.average = {name: p.detach().clone() for name, p in model.named_parameters()}
         self.sigmas = shifted_sigmas(SamplerConfig(timesteps=config.timesteps, shift=config.shift))
         self.levels = torch.tensor(self.sigmas, device=device)
         betas = (0.5, 0.95)
         self.student_optimisers = make_optimisers(model.transformer, config.weight_decay, betas)
         self.fake_optimisers = make_optimisers(self.fake, config.weight_decay, betas)
-        self.rotations = Rotations(layout, model.transformer.config.head_dim, device)
-        self.mask = block_mask(layout, device)
+        head_dim = model.transformer.config.head_dim
+        self.long, self.short = (Geometry(layout, head_dim, device) for layout in layouts)
         self.pool = FilmPool(
-            clips, model, layout, self.sigmas, pool or PoolPlan(batch=self.batch), device, self.choices
+            clips, model, self.long.layout, self.sigmas, pool or PoolPlan(batch=self.batch), device, self.choices
         )
         self.step = self.steps_here = 0
+        self.num_skipped = torch.zeros((), dtype=torch.int64, device=device)  # updates without a finite gradient
         self.elapsed_s = 0.0
         self.forward: Callable[..., Tensor] = self._forward
         if device.type == "cuda":
@@ -136,6 +150,7 @@ class Distiller:
 
     def _forward(
         self,
+        geometry: Geometry,
         transformer: CausalWan,
         doubled: Tensor,
         times_BF: Tensor,
@@ -146,29 +161,42 @@ class Distiller:
     ) -> Tensor:
         """Flow of the noisy half [B, C, F, Y, X]."""
         context = transformer.text_context(embeds)
-        flow: Tensor = transformer(doubled, times_BF, context, make_attend(cos, sin, self.mask), mask)
+        flow: Tensor = transformer(doubled, times_BF, context, make_attend(cos, sin, geometry.mask), mask)
         return flow[:, :, doubled.shape[2] // 2 :]
 
-    def denoised(self, transformer: CausalWan, noisy: Tensor, sigma_BN: Tensor, sequence: Sequence) -> Tensor:
-        """What a model makes of noisy blocks: x0, float32 [B, C, F, Y, X]."""
-        sigma_BF = sigma_BN.repeat_interleave(self.layout.block_frames, dim=1)
+    def denoised(
+        self,
+        transformer: CausalWan,
+        noisy: Tensor,
+        sigma_BN: Tensor,
+        sequence: Sequence,
+        embeds_BKE: Tensor | None = None,
+    ) -> Tensor:
+        """What a model makes of noisy blocks: x0, float32 [B, C, F, Y, X]; with other embeddings if given."""
+        geometry = sequence.geometry
+        sigma_BF = sigma_BN.repeat_interleave(geometry.layout.block_frames, dim=1)
         times = torch.cat((torch.zeros_like(sigma_BF), 1000 * sigma_BF), dim=1)
+        embeds = sequence.embeds_BKE if embeds_BKE is None else embeds_BKE
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             doubled = torch.cat((sequence.history_BCFYX, noisy), dim=2)
-            rotations = self.rotations(sequence.starts_BN)
-            flow = self.forward(transformer, doubled, times, sequence.embeds_BKE, *rotations, sequence.text_mask)
+            rotations = geometry.rotations(sequence.starts_BN)
+            flow = self.forward(geometry, transformer, doubled, times, embeds, *rotations, sequence.text_mask)
         return noisy - sigma_BF[:, None, :, None, None] * flow.float()
 
     @torch.no_grad()
-    def true_sequence(self) -> Sequence:
-        """A sequence of a clip."""
-        batch = self.clips.sample(self.batch, self.layout)
+    def true_sequence(self, *, beginning: bool = False) -> Sequence:
+        """A sequence of a clip, a long one or the beginning of one."""
+        geometry = self.short if beginning else self.long
+        clips, count = (self.beginnings, self.beginnings_batch) if beginning else (self.clips, self.batch)
+        batch = clips.sample(count, geometry.layout)
         clean = batch.latents_BCFYX.float()
         return Sequence(
-            history_BCFYX=self._light_noise(clean),
+            geometry=geometry,
+            history_BCFYX=self._light_noise(clean, geometry.layout),
             clean_BCFYX=clean,
             starts_BN=batch.starts_BN,
             askable_BN=batch.askable_BN,
+            tokens_BPK=batch.tokens_BNK,
             embeds_BKE=self.model.encode_text(batch.tokens_BNK),
             text_mask=batch.text_mask,
         )
@@ -176,18 +204,27 @@ class Distiller:
     @torch.no_grad()
     def own_sequence(self) -> Sequence:
         """A sequence of a film of the student's own."""
-        own = self.pool.sample()
+        own, layout = self.pool.sample(), self.long.layout
         return Sequence(
-            history_BCFYX=self._light_noise(own.latents_BCFYX),
+            geometry=self.long,
+            history_BCFYX=self._light_noise(own.latents_BCFYX, layout),
             clean_BCFYX=None,
             starts_BN=own.starts_BN,
             askable_BN=torch.ones_like(own.starts_BN, dtype=torch.bool),
-            embeds_BKE=own.embeds_BKE,
-            text_mask=text_mask(own.prompt_BN, self.layout, NUM_PROMPTS, TEXT_LEN),
+            tokens_BPK=own.tokens_BPK,
+            embeds_BKE=self.model.encode_text(own.tokens_BPK),
+            text_mask=text_mask(own.prompt_BN, layout, NUM_PROMPTS, TEXT_LEN),
         )
 
-    def _light_noise(self, clean: Tensor) -> Tensor:
-        shape = (clean.shape[0], self.layout.num_blocks)
+    def draw(self) -> Sequence:
+        """A sequence of one of the three kinds, by their shares."""
+        kind = self.choices.random()
+        if kind < self.config.own_history_share:
+            return self.own_sequence()
+        return self.true_sequence(beginning=kind < self.config.own_history_share + self.config.beginnings_share)
+
+    def _light_noise(self, clean: Tensor, layout: Layout) -> Tensor:
+        shape = (clean.shape[0], layout.num_blocks)
         level = self.config.history_noise * torch.rand(shape, device=self.device).square()
         return torch.lerp(clean, torch.randn_like(clean), spread(level, clean))
 
@@ -223,9 +260,9 @@ class Distiller:
             noisy = torch.where(spread(truth_BN, noisy), noised, noisy)
         return noisy, self.levels[exits_BN], truth_BN
 
-    def _noised(self, clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _noised(self, clean: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor, Tensor]:
         """Blocks noised for a score: latents, levels [B, N], the noise."""
-        count = (clean.shape[0], self.layout.num_blocks)
+        count = (clean.shape[0], sequence.geometry.layout.num_blocks)
         sigma_BN = sample_sigmas(count, self.config.shift, self.device).clamp(0.02, 0.98)
         noise = torch.randn_like(clean)
         return torch.lerp(clean, noise, spread(sigma_BN, clean)), sigma_BN, noise
@@ -233,10 +270,14 @@ class Distiller:
     @torch.no_grad()
     def score_gradient(self, own: Tensor, sequence: Sequence) -> Tensor:
         """The matching gradient of the student's blocks, like them."""
-        noisy, sigma_BN, _ = self._noised(own)
+        noisy, sigma_BN, _ = self._noised(own, sequence)
         real = self.denoised(self.teacher, noisy, sigma_BN, sequence)
+        if self.guide is not None:
+            embeds = self.guide.encode_text(sequence.tokens_BPK)
+            worse = self.denoised(self.guide.transformer, noisy, sigma_BN, sequence, embeds)
+            real = torch.lerp(worse, real, self.config.guidance)
         fake = self.denoised(self.fake, noisy, sigma_BN, sequence)
-        return matching_gradient(own, real, fake, self.layout.num_blocks)
+        return matching_gradient(own, real, fake, sequence.geometry.layout.num_blocks)
 
     def student_loss(self, own: Tensor, truth_BN: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor, Tensor]:
         """Loss of the student's blocks; the size of the matching gradient and the error against the truth, to print."""
@@ -253,7 +294,7 @@ class Distiller:
 
     def fake_loss(self, own: Tensor, scored_BN: Tensor, sequence: Sequence) -> Tensor:
         """Flow matching on the student's blocks."""
-        noisy, sigma_BN, noise = self._noised(own)
+        noisy, sigma_BN, noise = self._noised(own, sequence)
         sigma = spread(sigma_BN, own)
         flow = (noisy - self.denoised(self.fake, noisy, sigma_BN, sequence)) / sigma
         return mean_over((flow - (noise - own)).square(), scored_BN)
@@ -262,8 +303,7 @@ class Distiller:
         """One iteration; figures to print, [4]: gradient size, error against the truth, fake loss, gradient norm."""
         if self.steps_here % self.config.refresh_steps == 0:
             self.pool.refresh(self.model)
-        is_own = self.choices.random() < self.config.own_history_share
-        sequence = self.own_sequence() if is_own else self.true_sequence()
+        sequence = self.draw()
         noisy, sigma_BN, truth_BN = self.student_input(sequence)
         size = error = norm = torch.zeros((), device=self.device)
         learns = self.step >= self.config.fake_first
@@ -294,6 +334,7 @@ class Distiller:
     def _apply(self, model: nn.Module, optimisers: tuple[torch.optim.Optimizer, ...], rate: float) -> Tensor:
         self.ranks.average_gradients(model.parameters())
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        self.num_skipped += ~leave_out_unless_finite((p.grad for p in model.parameters() if p.grad is not None), norm)
         for optimiser in optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = self.learning_rate(rate)
@@ -307,16 +348,20 @@ class Distiller:
         figures: list[Tensor] = []
         while True:
             self.clips.refresh()
+            self.beginnings.refresh()
             figures.append(self.iterate())
             if len(figures) < _REPORT_STEPS:
                 continue
-            size, error, fake, norm = torch.stack(figures).mean(0).tolist()  # waits for the device
-            if not all(math.isfinite(value) for value in (size, error, fake, norm)):
-                raise RuntimeError(f"not a number at step {self.step}: resume with lower rates")
+            size, error, fake, norm = torch.stack(figures).nanmean(0).tolist()  # waits for the device
+            if self.num_skipped > _MOST_SKIPPED:
+                raise RuntimeError(
+                    f"{int(self.num_skipped)} updates without a finite gradient: lower the rates, resume"
+                )
             now = self.ranks.first(time.monotonic(), self.device)
             self.elapsed_s += now - last
             line = (
                 f"step {self.step} gradient {size:.3f} truth {error:.4f} fake {fake:.4f} norm {norm:.3f} "
+                f"skipped {int(self.num_skipped)}, "
                 f"{1000 * (now - last) / len(figures):.0f} ms a step, {now - started:.0f} s of {seconds:.0f}"
             )
             last = now

@@ -4,8 +4,8 @@ A reel is a batch of films under prompts of clips, from the prompt alone or afte
 Each refresh lets one reel go on by some blocks with the newest weights and keeps its first block and its last ones, at
 the positions they have in a rollout's window: what the model will see late in a film of its own.
 
-Shape legend: B films, N blocks of a sequence, Q blocks of a clip, C latent channels, F latent frames, Y, X latent rows
-and columns, K text tokens, E text width.
+Shape legend: B films, N blocks of a sequence, Q blocks of a clip, P prompts of a clip, C latent channels, F latent
+frames, Y, X latent rows and columns, K text tokens.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class OwnSequence:
 
     latents_BCFYX: Tensor
     starts_BN: Tensor
-    embeds_BKE: Tensor
+    tokens_BPK: Tensor
     prompt_BN: Tensor
 
 
@@ -60,7 +60,7 @@ class OwnSequence:
 class _Reel:
     film: Film
     blocks: list[Tensor]
-    embeds_BKE: Tensor
+    tokens_BPK: Tensor
     prompt_BQ: Tensor
     end: int
 
@@ -121,10 +121,10 @@ class FilmPool:
         plan, frames = self._plan, self._layout.block_frames
         clips = self._clips.sample_clips(plan.batch)
         dtype = self._player.model.proj_out.weight.dtype
-        embeds = model.encode_text(clips.tokens_BPK)
-        film = Film(self._player.model, self._layout, embeds.to(dtype), NUM_PROMPTS, self._sigmas, plan.window)
+        embeds = model.encode_text(clips.tokens_BPK).to(dtype)
+        film = Film(self._player.model, self._layout, embeds, NUM_PROMPTS, self._sigmas, plan.window)
         end = self._choices.randint(self._layout.num_blocks, max(plan.blocks, self._layout.num_blocks))
-        reel = _Reel(film=film, blocks=[], embeds_BKE=embeds, prompt_BQ=clips.prompt_BQ, end=end)
+        reel = _Reel(film=film, blocks=[], tokens_BPK=clips.tokens_BPK, prompt_BQ=clips.prompt_BQ, end=end)
         num_true = self._choices.choice((0, self._choices.randint(0, plan.max_true_blocks)))
         for block in clips.latents_BCFYX.float().split(frames, dim=2)[:num_true]:
             film.push(block, reel.prompt(len(reel.blocks)))
@@ -140,6 +140,6 @@ class FilmPool:
         return OwnSequence(
             latents_BCFYX=torch.cat([reel.blocks[block] for block in chosen], dim=2),
             starts_BN=starts.expand(len(prompts), -1),
-            embeds_BKE=reel.embeds_BKE,
+            tokens_BPK=reel.tokens_BPK,
             prompt_BN=prompts,
         )

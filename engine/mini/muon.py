@@ -22,6 +22,22 @@ _ROUNDS = 5
 _RMS = 0.2  # of AdamW's usual update
 
 
+def leave_out_unless_finite(gradients: Iterable[Tensor], norm: Tensor) -> Tensor:
+    """Make a step whose gradient is not finite change nothing: its gradients become zero. Does not wait for the device.
+
+    Args:
+        gradients: of a step, changed in place.
+        norm: of all of them.
+
+    Returns:
+        Whether the step counts, a bool scalar on the device.
+    """
+    finite = norm.isfinite()
+    for gradient in gradients:
+        gradient.copy_(torch.where(finite, gradient, 0.0))
+    return finite
+
+
 def orthogonalise(matrices_NRC: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     """Replace each matrix U S V^T by nearly U V^T (Newton-Schulz); zero stays zero.
 

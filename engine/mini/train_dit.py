@@ -29,7 +29,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from longtake.engine.config import ModelConfig
 from longtake.engine.mini.clips import BEGINNING_BLOCKS, Batch, ClipBuffer, shared_beginnings, shared_clips
-from longtake.engine.mini.muon import Muon
+from longtake.engine.mini.muon import Muon, leave_out_unless_finite
 from longtake.engine.mini.ranks import ALONE, Ranks, join, leave
 from longtake.engine.mini.state import load_state, load_weights, save_state
 from longtake.engine.mini.teacher_forcing import Geometry, Layout, make_attend
@@ -53,6 +53,7 @@ TEXT = UMT5Config(
 )
 LAYOUT = Layout(num_blocks=20, block_frames=3, rows=6, columns=10)
 BEGINNING = Layout(num_blocks=BEGINNING_BLOCKS, block_frames=3, rows=6, columns=10)
+_MOST_SKIPPED = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +72,8 @@ class TrainConfig:
     ema: float = 0.9995
     shift: float = 3.0
     history_noise: float = 0.1
-    own_history_from: float = 0.55  # share of the horizon after which the model's own pictures serve as history
-    own_history_share: float = 0.5
+    own_history_from: float = 0.7  # share of the horizon after which the model's own pictures serve as history
+    own_history_share: float = 0.4
     seed: int = 1
 
 
@@ -169,6 +170,7 @@ class Trainer:
         self.long, self.short = (Geometry(layout, TRANSFORMER.head_dim, device) for layout in (LAYOUT, BEGINNING))
         torch.manual_seed(config.seed + ranks.index)
         self.step = 0
+        self.num_skipped = torch.zeros((), dtype=torch.int64, device=device)  # steps without a finite gradient
         self.elapsed_s = 0.0
         self.forward: Callable[..., Tensor] = self._forward
         if device.type == "cuda":
@@ -249,7 +251,9 @@ class Trainer:
         loss = mean_over(error, batch.askable_BN)
         loss.backward()
         self.ranks.average_gradients(self.model.parameters())
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        finite = leave_out_unless_finite((p.grad for p in self.model.parameters() if p.grad is not None), norm)
+        self.num_skipped += ~finite
         for group in self.adam.param_groups + self.muon.param_groups:
             group["lr"] = self.learning_rate()
         self.adam.step()
@@ -259,7 +263,7 @@ class Trainer:
         parameters = [p.detach() for p in self.model.parameters()]
         torch._foreach_lerp_(list(self.average.values()), parameters, 1 - keep)
         self.step += 1
-        return loss.detach()
+        return torch.where(finite, loss.detach(), math.nan)
 
     def run(
         self,
@@ -277,15 +281,18 @@ class Trainer:
             self.beginnings.refresh()
             losses.append(self.train_step())
             if len(losses) == 50:
-                loss = torch.stack(losses).mean().item()  # waits for the device
-                if not math.isfinite(loss):
-                    raise RuntimeError(f"the loss is {loss} at step {self.step}: lower the learning rate, resume")
+                loss = torch.stack(losses).nanmean().item()  # waits for the device
+                if self.num_skipped > _MOST_SKIPPED:
+                    raise RuntimeError(
+                        f"{int(self.num_skipped)} steps had no finite gradient: lower the learning rate, resume"
+                    )
                 now = self.ranks.first(time.monotonic(), self.device)
                 self.elapsed_s += now - last
                 last = now
                 rate = self.learning_rate()
                 self.say(
                     f"step {self.step} loss {loss:.4f} lr {rate:.2e} "
+                    f"skipped {int(self.num_skipped)} "
                     f"clips {self.clips.num_made} beginnings {self.beginnings.num_made} "
                     f"{(now - started):.0f} s of {seconds:.0f}"
                 )
@@ -350,6 +357,7 @@ def main() -> None:
     def save() -> None:
         save_state(options.out, trainer)
         record = {"config": asdict(config), "ranks": ranks.size, "step": trainer.step, "elapsed_s": trainer.elapsed_s}
+        record["skipped"] = int(trainer.num_skipped)
         (options.out / "training.json").write_text(json.dumps(record, indent=1))
 
     plan = PreviewPlan(blocks=options.preview_blocks)

@@ -26,7 +26,7 @@ from torch import Tensor
 from .autoencoder import CONFIG, ClipForward, new_autoencoder
 from .clip_store import ClipStore
 from .evaluate_vae import EvalPlan, evaluate, latent_statistics, psnr
-from .muon import Muon
+from .muon import Muon, leave_out_unless_finite
 from .norm_silu import fused_norm_silu, norm_silu
 
 CHECKPOINT_EVERY_S = 60.0
@@ -194,10 +194,7 @@ class Trainer:
         loss.backward()
         gradients = [p.grad for p in self.learning.values() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(self.learning.values(), MAX_NORM)
-        finite = norm.isfinite()  # a step whose gradient is not is left out, without waiting for the device
-        self.num_skipped += ~finite
-        for gradient in gradients:
-            gradient.copy_(torch.where(finite, gradient, 0.0))
+        self.num_skipped += ~leave_out_unless_finite(gradients, norm)
         self.muon.step()
         self.adam.step()
         self.step += 1

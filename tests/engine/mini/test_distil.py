@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from longtake.engine.config import ModelConfig
 from longtake.engine.mini import distil
 from longtake.engine.mini import distiller as training
 from longtake.engine.mini.autoencoder import ClipForward, new_autoencoder
-from longtake.engine.mini.clips import CLIP_BLOCKS, NUM_PROMPTS, TEXT_LEN, Batch, Clips, text_mask
+from longtake.engine.mini.clips import CLIP_BLOCKS, NUM_PROMPTS, TEXT_LEN, Batch, ClipBuffer, Clips, text_mask
 from longtake.engine.mini.distiller import DistilConfig, Distiller, Sequence, matching_gradient, spread
 from longtake.engine.mini.film_pool import PoolPlan
 from longtake.engine.mini.preview import PreviewPlan
@@ -26,6 +27,7 @@ from longtake.engine.model import CausalWan
 
 CPU = torch.device("cpu")
 LAYOUT = Layout(num_blocks=3, block_frames=2, rows=1, columns=2)
+BEGINNING = Layout(num_blocks=2, block_frames=2, rows=1, columns=2)
 SMALL = ModelConfig(num_heads=2, head_dim=16, num_layers=2, ffn_dim=32, text_dim=64)
 SMALL_POOL = PoolPlan(batch=2, reels=1, blocks=6, advance=2, window=3, max_true_blocks=2, kept=2)
 
@@ -69,8 +71,13 @@ def small_model(seed: int = 0) -> Trainee:
 
 
 def small_distiller(**changes: Any) -> Distiller:
-    config = DistilConfig(**{"batch": 2, "fake_updates": 2, "fake_first": 1, "refresh_steps": 2, **changes})
-    return Distiller(config, small_model(), FewClips(), LAYOUT, CPU, SMALL_POOL)  # type: ignore[arg-type]
+    guide = small_model(2) if changes.pop("guided", False) else None
+    few = {"batch": 2, "beginnings_batch": 4, "fake_updates": 2, "fake_first": 1, "refresh_steps": 2}
+    clips = cast(ClipBuffer, FewClips())
+    layouts = (LAYOUT, BEGINNING)
+    return Distiller(
+        DistilConfig(**{**few, **changes}), small_model(), clips, clips, layouts, CPU, guide=guide, pool=SMALL_POOL
+    )
 
 
 def test_gradient_vanishes_where_the_scores_agree() -> None:
@@ -81,6 +88,32 @@ def test_gradient_vanishes_where_the_scores_agree() -> None:
     with torch.no_grad():
         distiller.fake.proj_out.bias.add_(0.1)
     assert distiller.score_gradient(own, sequence).abs().min() > 0
+
+
+def test_guide_pushes_the_real_score_away_from_itself() -> None:
+    plain, guided = small_distiller(), small_distiller(guided=True, guidance=1.0)
+    sequence = guided.true_sequence(beginning=True)
+    own = torch.randn_like(sequence.history_BCFYX)
+
+    def gradient(distiller: Distiller) -> torch.Tensor:
+        torch.manual_seed(4)
+        return distiller.score_gradient(own, sequence)
+
+    assert torch.equal(gradient(guided), gradient(plain))
+    guided.config = dataclasses.replace(guided.config, guidance=2.0)
+    assert not torch.equal(gradient(guided), gradient(plain))
+    assert guided.guide is not None
+    same = small_model()
+    guided.guide = same  # no worse than the teacher: nothing to go away from
+    torch.testing.assert_close(gradient(guided), gradient(plain))
+
+
+def test_all_kinds_of_sequences_are_drawn() -> None:
+    distiller = small_distiller()
+    distiller.pool.refresh(distiller.model)
+    drawn = [distiller.draw() for _ in range(30)]
+    kinds = {(s.geometry is distiller.short, s.clean_BCFYX is None, s.history_BCFYX.shape[:3]) for s in drawn}
+    assert kinds == {(False, True, (2, 16, 6)), (False, False, (2, 16, 6)), (True, False, (4, 16, 4))}
 
 
 def test_gradient_is_normalised_by_block() -> None:
@@ -196,13 +229,16 @@ def test_run_saves_measures_and_draws(
     assert (tmp_path / "state.json").exists() and (tmp_path / "distillation.json").exists()
 
 
-def test_not_a_number_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_not_a_number_changes_no_weights_and_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "_REPORT_STEPS", 1)
+    monkeypatch.setattr(training, "_MOST_SKIPPED", 3)
     distiller = small_distiller()
     with torch.no_grad():
         distiller.fake.proj_out.bias.fill_(float("nan"))
-    with pytest.raises(RuntimeError, match="not a number"):
-        distiller.run(10.0, 100.0, lambda: None, lambda: None)
+    before = copy.deepcopy(distiller.model.state_dict())
+    with pytest.raises(RuntimeError, match="without a finite gradient"):
+        distiller.run(60.0, 100.0, lambda: None, lambda: None)
+    assert all(torch.equal(p, before[name]) for name, p in distiller.model.state_dict().items())
 
 
 def test_mean_over_chosen_blocks() -> None:

@@ -12,10 +12,9 @@ from longtake.engine.mini import train_dit
 from longtake.engine.mini.clips import ClipBuffer
 from longtake.engine.mini.distiller import DistilConfig, Distiller
 from longtake.engine.mini.ranks import ALONE, Ranks, join, leave
-from longtake.engine.mini.teacher_forcing import Layout
 from longtake.engine.mini.train_dit import TrainConfig, Trainer
 from tests.engine.gangs import run_ranks
-from tests.engine.mini.test_distil import LAYOUT, SMALL, SMALL_POOL, FewClips, small_model
+from tests.engine.mini.test_distil import BEGINNING, LAYOUT, SMALL, SMALL_POOL, FewClips, small_model
 
 CPU = torch.device("cpu")
 
@@ -39,7 +38,7 @@ def train(rank: int) -> tuple[list[float], list[float]]:
     """Losses and last weights of a rank."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_dit, "LAYOUT", LAYOUT)
-        patch.setattr(train_dit, "BEGINNING", Layout(num_blocks=2, block_frames=2, rows=1, columns=2))
+        patch.setattr(train_dit, "BEGINNING", BEGINNING)
         patch.setattr(train_dit, "TRANSFORMER", SMALL)
         ranks, device = join("cpu")
         config = TrainConfig(batch=4, beginnings_batch=6, warmup_steps=1)
@@ -54,9 +53,10 @@ def train(rank: int) -> tuple[list[float], list[float]]:
 def distil(rank: int) -> tuple[list[float], list[float]]:
     """Fake losses and last weights of a rank."""
     ranks, device = join("cpu")
-    config = DistilConfig(batch=4, fake_updates=2, fake_first=1, refresh_steps=2)
+    config = DistilConfig(batch=4, beginnings_batch=8, fake_updates=2, fake_first=1, refresh_steps=2)
     clips = cast(ClipBuffer, FewClips())
-    distiller = Distiller(config, small_model(), clips, LAYOUT, device, SMALL_POOL, ranks)
+    layouts = (LAYOUT, BEGINNING)
+    distiller = Distiller(config, small_model(), clips, clips, layouts, device, pool=SMALL_POOL, ranks=ranks)
     losses = [distiller.iterate()[2].item() for _ in range(5)]
     leave()
     return losses, torch.cat([weights_of(distiller.model), weights_of(distiller.fake)]).tolist()
