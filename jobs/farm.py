@@ -194,7 +194,7 @@ class DirectorActor:
         wanted = muster(self._mind.demand(), gangs, hosts, self._options.max_gangs, silent)
         if self._options.rents:
             lacking = () if self._at_limit(gangs) else wanted.lacking
-            await loop.run_in_executor(None, self._rental.ask, lacking)
+            await loop.run_in_executor(None, self._rental.ask, lacking, hosts)
         homes = {view.film: view.directory for view in self._mind.views()}
         for crewing, film in wanted.started:
             spec = GangSpec(

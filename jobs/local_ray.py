@@ -39,6 +39,11 @@ def show_token() -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
+def talk_to(address: str) -> None:
+    """Let the job interface talk to this cluster, whatever the environment says, which Ray prefers to its argument."""
+    os.environ["RAY_API_SERVER_ADDRESS"] = address
+
+
 @contextlib.contextmanager
 def local_ray(*, num_cpus: int | None = None) -> Iterator[str]:
     """Start Ray with its dashboard on 127.0.0.1 and stop it again; yields the dashboard's address.

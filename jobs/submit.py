@@ -46,10 +46,11 @@ def connect(address: str) -> Any:
     Raises:
         ConfigError: nothing answers there.
     """
-    from longtake.jobs.local_ray import show_token
+    from longtake.jobs.local_ray import show_token, talk_to
 
     show_token()
-    from ray.exceptions import AuthenticationError
+    talk_to(address)
+    from ray.exceptions import AuthenticationError, RayError
     from ray.job_submission import JobSubmissionClient
 
     hint = "name the dashboard, like http://head:8265; its token is read from RAY_AUTH_TOKEN or ~/.ray/auth_token"
@@ -57,7 +58,7 @@ def connect(address: str) -> Any:
         return JobSubmissionClient(address)
     except AuthenticationError as error:
         raise ConfigError(f"--address {address}: the token is missing or another one; {hint}") from error
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         raise ConfigError(f"--address {address}: {str(error).splitlines()[0]}; {hint}") from error
 
 

@@ -55,6 +55,7 @@ def test_the_kuberay_job() -> None:
     assert spec["entrypoint"].startswith("longtake submit ")
     cluster = spec["rayClusterSpec"]
     assert cluster["rayVersion"] == ray.__version__
+    assert cluster["enableInTreeAutoscaling"] and cluster["workerGroupSpecs"][0]["minReplicas"] == 0
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     for group in groups:
         pod = group["template"]["spec"]

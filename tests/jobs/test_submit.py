@@ -171,3 +171,11 @@ def test_help_needs_neither_ray_nor_torch() -> None:
     code = "import sys; from longtake.jobs import cli; cli.run(['--help']); print({'ray', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_the_address_that_is_named_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    for variable in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # which Ray prefers to what it is told
+        monkeypatch.setenv(variable, "http://127.0.0.1:2")
+    with pytest.raises(ConfigError, match=r"--address http://127.0.0.1:1: .*127.0.0.1:1"):
+        submission.connect("http://127.0.0.1:1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import subprocess
@@ -52,6 +53,17 @@ def wait_for(what: Callable[[], Any], timeout_s: float = 600.0, interval_s: floa
         assert time.monotonic() < until, f"waited {timeout_s} s in vain"
         time.sleep(interval_s)
     return found
+
+
+def kill_tree(process: subprocess.Popen[Any]) -> None:
+    """SIGKILL a process and all that it started, and see that they are gone."""
+    tree = processes(root=process.pid) if process.poll() is None else []
+    process.kill()
+    for one in tree:
+        with contextlib.suppress(psutil.Error):
+            one.kill()
+    psutil.wait_procs(tree, timeout=120)
+    process.wait(120)
 
 
 def processes(*names: str, root: int | None = None) -> list[psutil.Process]:

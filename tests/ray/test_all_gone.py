@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ray.films import digest, processes, render_undisturbed, wait_for
+from tests.ray.films import digest, kill_tree, render_undisturbed, wait_for
 
 pytestmark = pytest.mark.ray
 
@@ -22,9 +22,7 @@ def test_everything_killed_and_submitted_again(film_of: Callable[..., Path], tmp
         first = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
     log = out / "a.log"
     wait_for(lambda: log.exists() and "block 4/" in log.read_text())
-    for process in [*processes(root=first.pid), first]:
-        process.kill()
-    first.wait(120)
+    kill_tree(first)
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert re.search(r"block \d+/\d+ goes on from here", log.read_text())

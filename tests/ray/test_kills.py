@@ -19,7 +19,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 from longtake.engine.video import probe
-from tests.ray.films import digest, processes, render_undisturbed, wait_for
+from tests.ray.films import digest, kill_tree, processes, render_undisturbed, wait_for
 
 pytestmark = pytest.mark.ray
 
@@ -81,13 +81,7 @@ class Run:
 
     def end(self) -> None:
         """Kill the whole tree and see that it is gone."""
-        tree = processes(root=self.process.pid) if self.process.poll() is None else []
-        self.process.kill()
-        for process in tree:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        psutil.wait_procs(tree, timeout=120)
-        self.process.wait(120)
+        kill_tree(self.process)
 
     def blocks_done(self) -> int:
         with contextlib.suppress(FileNotFoundError, ValueError):
