@@ -169,9 +169,8 @@ def run_film(
             save(result)
             result["seconds_of_decoding_alone"] = _decode_alone(decoder, rollout.shot.latent_shape, gang, device)
             if decoder is not None:
-                weights = sum(p.numel() * p.element_size() for p in decoder.vae.parameters())
                 result["decoder_state_bytes"] = decoder.state_bytes
-                ledger = read_ledger(rollout, {"vae": weights, "decoder_state": decoder.state_bytes})
+                ledger = read_ledger(rollout, {"vae": decoder.weight_bytes, "decoder_state": decoder.state_bytes})
                 result["ledger"] = ledger.to_json() if ledger else {}
             if isinstance(decoder, StripedDecoder):
                 decoder.close()

@@ -34,6 +34,7 @@ from torch import Tensor
 from longtake.engine import record
 from longtake.engine.bench_memory import FIRST_SEED, Case, Models, film_truth, load, make_shot, plain_script
 from longtake.engine.config import ShotConfig
+from longtake.engine.ledger import reset_peak
 from longtake.engine.methods import Method, methods
 from longtake.engine.mini.prompts import Script
 from longtake.engine.model import TextContext
@@ -88,12 +89,12 @@ class Stage:
         rollout = self._rollout(method, seed, num_blocks)
         decoder, frames, block_s, peak_bytes = StreamingDecoder(self.models.vae), [], [], 0
         for _ in range(num_blocks):
-            _reset_peak(device)
+            reset_peak(device)
             started = time.perf_counter()
             clean = rollout.step()
             await_device(device)
             block_s.append(time.perf_counter() - started)
-            peak_bytes = max(peak_bytes, _peak(device) or sum(rollout.memory().values()))
+            peak_bytes = max(peak_bytes, reset_peak(device) or sum(rollout.memory().values()))
             frames.append(decoder.decode(clean).cpu())
         return Film(
             frames=torch.cat(frames)[: round(self.seconds * spec.fps)],
@@ -235,16 +236,6 @@ def _past(moment: int, pasts: dict[int, dict[int, tuple[Tensor, Tensor]]], refer
             other = reference.pasts[seed][moment][0]
             found.setdefault(f"bf16_{name}", []).append(float(compare(clip, other).mean()))
     return {name: fmean(values) for name, values in found.items()}
-
-
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def _peak(device: torch.device) -> int:
-    """The allocator's since the reset; 0 on a CPU."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 def chosen(names: str | None) -> list[Method]:

@@ -283,7 +283,7 @@ class _Run:
         """Bytes by name; on CUDA with what the allocator holds beside: activations, above all."""
         named = {
             **self._rollout.memory(),
-            "vae": sum(p.numel() * p.element_size() for p in self._decoder.vae.parameters()),
+            "vae": self._decoder.weight_bytes,
             "decoder_state": self._decoder.state_bytes,
         }
         if self._rollout.device.type == "cuda":

@@ -121,6 +121,11 @@ class _Streaming:
         self._count = 0
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of the whole VAE, with what `make_fast` keeps beside its weights."""
+        return sum(tensor.nbytes for tensor in (*self.vae.parameters(), *self.vae.buffers()))
+
+    @property
     def state_bytes(self) -> int:
         """Bytes of the tensors held now: constant from the third latent on, whatever the clip's length."""
         return sum(tensor.nbytes for tensor in self._tensors())

@@ -302,8 +302,8 @@ def line(kind: str, rows: int, name: str, result: dict[str, Any]) -> str:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Measure, print a line for each codec, write JSON; arguments are the command line's by default."""
+def main(arguments: list[str]) -> int:
+    """Measure, print a line for each codec, write JSON."""
     parser = argparse.ArgumentParser(prog="longtake bench attention", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, required=True, help="where the figures go")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -347,7 +347,3 @@ def main(arguments: list[str] | None = None) -> int:
             report["sweep_materialise"] = bench_sweep.sweep_materialise(sizes, clock)
     write()
     return 1 if report["failed"] else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

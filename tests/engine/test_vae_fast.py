@@ -47,6 +47,18 @@ def test_the_same_frames(name: str, split: list[int]) -> None:
     assert fast_bytes == state_bytes
 
 
+def test_what_is_kept_beside_the_weights_is_counted() -> None:
+    vae = make_vae("wan2.1")
+    weights = sum(parameter.nbytes for parameter in vae.parameters())
+    assert StreamingDecoder(vae).weight_bytes == weights
+    make_fast(vae)
+    ups = [module for module in vae.decoder.modules() if hasattr(module, "phases")]
+    kept = sum(up.phases.nbytes for up in ups) + sum(
+        m.pairs.nbytes for m in vae.decoder.modules() if hasattr(m, "pairs")
+    )
+    assert ups and StreamingDecoder(vae).weight_bytes == weights + kept
+
+
 @pytest.mark.parametrize("name", ["wan2.1", "wan2.2"])
 def test_what_convolutions_read_is_seen_to_be_channels_last(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch goes by strides, that of the single clip among them, where a kernel has no extent."""
