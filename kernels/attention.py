@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from longtake.kernels.errors import ConfigError
+from longtake.kernels.head_dims import fits_kernels
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -96,7 +97,7 @@ def merge(out_a_HTD: Tensor, lse_a_HT: Tensor, out_b_HTD: Tensor, lse_b_HT: Tens
     Returns:
         out_HTD in the wider of the two dtypes (keep an accumulator in float32 to round once), and lse_HT float32.
     """
-    if out_a_HTD.is_cuda and out_a_HTD.shape[-1] in (64, 128) and out_a_HTD.stride(-1) == out_b_HTD.stride(-1) == 1:
+    if fits_kernels(out_a_HTD, out_b_HTD):
         from longtake.kernels import attention_triton
 
         return attention_triton.merge(out_a_HTD, lse_a_HT, out_b_HTD, lse_b_HT)

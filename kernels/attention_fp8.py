@@ -18,6 +18,7 @@ from torch import Tensor
 
 from longtake.kernels.errors import ConfigError
 from longtake.kernels.grid import FP8, FP8_MAX, to_fp8
+from longtake.kernels.head_dims import HEAD_DIMS
 from longtake.kernels.layout import align
 from longtake.kernels.scaling import Scaling
 
@@ -120,7 +121,7 @@ def attend_fp8(
         )
     if num_keys == 0 or num_tokens == 0:
         return torch.zeros_like(q_HTD), q_HTD.new_full((num_heads, num_tokens), float("-inf"), dtype=torch.float32)
-    if not q_HTD.is_cuda or head_dim not in (64, 128):
+    if not q_HTD.is_cuda or head_dim not in HEAD_DIMS:
         return attend_reference(q_HTD, scratch, k_scaling, v_scaling, num_keys)
     from longtake.kernels import attention_fp8_triton
 

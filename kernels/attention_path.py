@@ -27,6 +27,7 @@ from longtake.kernels.attention import attend
 from longtake.kernels.attention_fp8 import attend_fp8, fp8_scratch
 from longtake.kernels.codec import Codec
 from longtake.kernels.errors import ConfigError
+from longtake.kernels.head_dims import fits_kernels
 from longtake.kernels.rotary import Turns, apply_rotary_pair
 from longtake.kernels.scaling import Scaling, calibrate_all
 
@@ -267,7 +268,7 @@ def store(rows: Sequence[tuple[Tensor, Scaling, Tensor]], first_row: int) -> Non
             or tokens contiguous.
         first_row: of the T rows.
     """
-    if all(x_THD.is_cuda and x_THD.shape[-1] in (64, 128) and x_THD.stride(-1) == 1 for x_THD, _, _ in rows):
+    if fits_kernels(*(x_THD for x_THD, _, _ in rows)):
         from longtake.kernels import scaling_triton
 
         scaling_triton.store(rows, first_row)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from longtake.kernels.codec import BlockGeometry, Side
+from longtake.kernels.head_dims import HEAD_DIMS
 from longtake.kernels.layout import Field, Layout
 from longtake.kernels.rotary import Rotary
 from longtake.kernels.scaling import Scaling
@@ -40,7 +41,7 @@ class DenseCodec(TensorCodec):
     @property
     def has_kernels(self) -> bool:
         """For reading; to write, PyTorch's own copy does."""
-        return self.geometry.head_dim in (64, 128)
+        return self.geometry.head_dim in HEAD_DIMS
 
     @property
     def recordable(self) -> bool:

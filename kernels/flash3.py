@@ -31,11 +31,11 @@ import torch
 from torch import Tensor
 
 from longtake.kernels.grid import to_fp8
+from longtake.kernels.head_dims import HEAD_DIMS
 from longtake.kernels.scaling import Scaling
 
 _PACKAGES = ("flash_attn_3", "fa3_fwd")
 _HOPPER = (9, 0)
-_HEAD_DIMS = (64, 128)
 KEYS_PER_SPLIT = 16384  # at most, in FP8: a quarter of what quantised keys and values cost anyway
 _MOST_SPLITS = 256  # that the package takes
 
@@ -54,7 +54,7 @@ def _operator() -> Callable[..., tuple[Tensor, ...]] | None:
 
 def available(device: torch.device, head_dim: int) -> bool:
     """Whether FlashAttention-3 is installed and runs on a device."""
-    if device.type != "cuda" or head_dim not in _HEAD_DIMS:
+    if device.type != "cuda" or head_dim not in HEAD_DIMS:
         return False
     return torch.cuda.get_device_capability(device) == _HOPPER and _operator() is not None
 

@@ -30,6 +30,7 @@ from longtake.kernels.codec import BlockGeometry, Side
 from longtake.kernels.errors import ConfigError
 from longtake.kernels.grid import FLOAT16_MAX, FP8, to_fp8
 from longtake.kernels.hadamard import random_signs
+from longtake.kernels.head_dims import HEAD_DIMS
 from longtake.kernels.layout import Field, Layout, pack_codes, unpack_codes
 from longtake.kernels.rotary import Rotary
 from longtake.kernels.scaling import Scaling
@@ -81,7 +82,7 @@ class LowRankTwoBit(TensorCodec):
 
     @property
     def has_kernels(self) -> bool:
-        return self.geometry.head_dim in (64, 128)
+        return self.geometry.head_dim in HEAD_DIMS
 
     def pack(self, x_HTD: Tensor) -> Tensor:
         section = self.layout.empty(x_HTD.shape[:1], x_HTD.device)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from longtake.kernels.errors import ConfigError
+from longtake.kernels.head_dims import fits_kernels
 
 THETA = 10000.0
 
@@ -204,7 +205,7 @@ def apply_rotary(x_THD: Tensor, rotary: Turns) -> Tensor:
         turned = [apply_rotary(x_THD[..., head, None, :], one) for head, one in enumerate(rotary.heads)]
         return torch.cat(turned, dim=-2)
     sequence = x_THD.shape[-3:]
-    if x_THD.is_cuda and sequence[2] in (64, 128) and x_THD.stride(-1) == 1 and x_THD.numel() == sequence.numel():
+    if fits_kernels(x_THD) and x_THD.numel() == sequence.numel():
         from longtake.kernels import rotary_triton
 
         return rotary_triton.rotate(x_THD.reshape(sequence), rotary)[0].reshape(x_THD.shape)
@@ -214,9 +215,8 @@ def apply_rotary(x_THD: Tensor, rotary: Turns) -> Tensor:
 
 def apply_rotary_pair(x_THD: Tensor, y_THD: Tensor, rotary: Turns) -> tuple[Tensor, Tensor]:
     """`apply_rotary` of two tensors [T, H, D] of one shape and dtype; on a GPU in one launch where it can be."""
-    wide = x_THD.shape[-1] in (64, 128) and x_THD.stride(-1) == y_THD.stride(-1) == 1
-    fits = x_THD.shape[0] == rotary.num_tokens and x_THD.shape[-1] == rotary.head_dim
-    if x_THD.is_cuda and wide and fits and isinstance(rotary, Rotary):
+    same = x_THD.shape[0] == rotary.num_tokens and x_THD.shape[-1] == rotary.head_dim
+    if same and isinstance(rotary, Rotary) and fits_kernels(x_THD, y_THD):
         from longtake.kernels import rotary_triton
 
         turned = rotary_triton.rotate(x_THD, rotary, y_THD)

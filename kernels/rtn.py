@@ -19,6 +19,7 @@ from torch import Tensor
 
 from longtake.kernels.codec import BlockGeometry, Side
 from longtake.kernels.errors import ConfigError
+from longtake.kernels.head_dims import HEAD_DIMS
 from longtake.kernels.layout import Field, Layout, pack_codes, packed_bytes, unpack_codes
 from longtake.kernels.rotary import Rotary
 from longtake.kernels.scaling import Scaling
@@ -54,7 +55,7 @@ class RoundToNearest(TensorCodec):
 
     @property
     def has_kernels(self) -> bool:
-        return self.group == GROUP and self.geometry.head_dim in (64, 128)
+        return self.group == GROUP and self.geometry.head_dim in HEAD_DIMS
 
     def pack(self, x_HTD: Tensor) -> Tensor:
         x_HTGC = x_HTD.reshape(*x_HTD.shape[:-1], self.num_groups, self.group)

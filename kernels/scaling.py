@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from longtake.kernels.grid import FP8_MAX, power_of_two_unit, to_fp8
+from longtake.kernels.head_dims import fits_kernels
 
 ROOM = 8.0
 SAMPLED_TOKENS = 512
@@ -79,7 +80,7 @@ def calibrate_all(tensors: Sequence[Tensor], *, num_centred: int) -> tuple[Scali
         tensors: [T, H, D] each.
         num_centred: how many of them, from the first on, lose their mean.
     """
-    if all(x.is_cuda and x.shape[-1] in (64, 128) and x.stride(-1) == 1 for x in tensors):
+    if fits_kernels(*tensors):
         from longtake.kernels import scaling_triton
 
         return scaling_triton.calibrate(tensors, num_centred)

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from longtake.kernels.codec import BlockGeometry, Side
 from longtake.kernels.grid import FP8, to_fp8
+from longtake.kernels.head_dims import HEAD_DIMS
 from longtake.kernels.layout import Field, Layout
 from longtake.kernels.lt2 import short_float
 from longtake.kernels.rotary import Rotary
@@ -88,7 +89,7 @@ class TransformCodec(HeadwiseCodec):
 
     @property
     def has_kernels(self) -> bool:
-        return self.geometry.head_dim in (64, 128) and self.tile_tokens > 1
+        return self.geometry.head_dim in HEAD_DIMS and self.tile_tokens > 1
 
     def pack_by_kernels(self, x_THD: Tensor, out_HB: Tensor) -> None:
         from longtake.kernels import transform_encode_triton
