@@ -210,6 +210,7 @@ def bench_streaming(stage: Stage, failed: dict[str, str]) -> dict[str, Any]:
         if name in results and "resident" in results:
             pairs = zip(seconds[name], seconds["resident"], strict=True)
             results[name]["to_resident"] = record.summary([one / resident for one, resident in pairs])
+        rollout.close()
         rollout.cache.close()
     return results
 
@@ -230,6 +231,12 @@ def bench_persistence(stage: Stage, work: Path) -> dict[str, Any]:
     lags_s: dict[int, float] = {}
     with ThreadPoolExecutor(1) as emitter:
 
+        def rest() -> None:
+            kept.cache.flush()
+            emitter.submit(lambda: None).result()
+
+        kept.settle = rest  # no other thread uses the device while passes are recorded
+
         def step() -> None:
             block = kept.next_block
             emitter.submit(latents.write, block, kept.step()).add_done_callback(lambda done: done.result())
@@ -244,8 +251,9 @@ def bench_persistence(stage: Stage, work: Path) -> dict[str, Any]:
                 for name, taken in pair.items():
                     seconds[name].append(taken)
     ended = kept.cache.stats()
-    for cache in (plain.cache, kept.cache):
-        cache.close()
+    for rollout in (plain, kept):
+        rollout.close()
+        rollout.cache.close()
     run.close()
     ratios = [one / other for one, other in zip(seconds["with"], seconds["without"], strict=True)]
     num_blocks = len(seconds["with"])

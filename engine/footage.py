@@ -1,4 +1,4 @@
-"""Video files read: counted, decoded, and laid out to look at.
+"""Video files read: counted and decoded.
 
 Shapes: N frames, Y and X pixels high and wide.
 """

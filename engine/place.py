@@ -1,4 +1,4 @@
-"""What a launcher says of this process in the environment: nothing else in the engine reads it. Needs no PyTorch."""
+"""What a launcher, or the user, says of this process in the environment; where models lie says store.py."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Where fetched models lie: LONGTAKE_HOME/models/<name>, by default below ~/.local/share/longtake.
 
-The one module of the engine that reads the environment::
+What a launcher says in the environment is place.py's to read::
 
     models/self-forcing/
         longtake.json  pulled.json                        settings; every file's origin, commit and checksum, licences

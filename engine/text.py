@@ -37,9 +37,8 @@ _LARGE_BYTES = 2 << 30
 _WHOLE_BYTES = 64 << 20
 _SAMPLE_BYTES = 64 << 10
 _NUM_SAMPLES = 256
-_LOADING = (
-    threading.Lock()
-)  # transformers swaps globals while it loads: two loads at once leave it unable to load at all
+# transformers swaps globals while it loads: two loads at once leave it unable to load at all
+_LOADING = threading.Lock()
 
 
 class TextEncoder:
@@ -183,13 +182,12 @@ class TextEncoder:
         return kept
 
     def _write(self, path: Path, embeds_SE: Tensor, text: str) -> None:
-        embeds_SE = embeds_SE.cpu().contiguous()
+        embeds_SE = embeds_SE.contiguous()
         # one entry, as safetensors writes several in a random order
         note = json.dumps({"prompt": text, "crc32c": _checksum(embeds_SE)})
         data = safetensors.torch.save({"embeds_SE": embeds_SE}, {_FORMAT: note})
-        own = path.with_name(
-            f"{path.stem}.{os.getpid()}.{secrets.token_hex(4)}"
-        )  # other processes write this prompt too
+        # other processes write this prompt too
+        own = path.with_name(f"{path.stem}.{os.getpid()}.{secrets.token_hex(4)}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(FileOps(), own, [as_bytes(data)])

@@ -1,8 +1,8 @@
 """Streaming encode and decode over diffusers' AutoencoderKLWan: any split of a clip gives the bits of the whole clip.
 
 The class has no public streaming API: its `decode` and `encode` loop over latents with a private list of convolution
-caches. This is the only file that knows that protocol (diffusers 0.42.1; pyproject.toml pins the minor version, and
-the constructors check what they rely on):
+caches. This file, and vae_fast.py of the decoder's layers, know that protocol (diffusers 0.42.1; pyproject.toml pins
+the minor version, and the constructors check what they rely on):
 
     decoder(x[:, :, i : i + 1], feat_cache=list, feat_idx=[0], first_chunk=i == 0)
     encoder(video[:, :, chunk], feat_cache=list, feat_idx=[0])          chunks of 1, 4, 4, 4, ... frames
