@@ -19,6 +19,8 @@ from longtake.jobs.calibration import Calibration, choose, film_seconds, shot_se
 if TYPE_CHECKING:
     import torch
 
+    from longtake.kernels.codec import Codec
+
 _LATENT_BYTES = 4  # float32
 
 
@@ -97,14 +99,9 @@ def plan_shot(
     """
     import torch
 
-    from longtake.engine.fp8_linear import quantise_linears
-    from longtake.engine.model import CausalWan
     from longtake.engine.retrieval import summary_bytes
-    from longtake.engine.rollout import scratch_tokens
     from longtake.engine.shotcache import cache_budgets, check_room, kv_shape, shot_forms
     from longtake.engine.timeline import Timeline
-    from longtake.kernels.attention_path import make_path
-    from longtake.kernels.flash3 import partial_bytes
 
     dtype: torch.dtype = getattr(torch, dtype_name)
     geometry = shot.model.transformer
@@ -122,14 +119,9 @@ def plan_shot(
     staging = [budget.num_host_frames(shape, disk=True) for budget, shape in zip(budgets, shapes, strict=True)]
     arenas = [budget.num_frames(shape) for budget, shape in zip(budgets, shapes, strict=True)]
     dense_block = 2 * 2 * shot.tokens_per_block * geometry.dim * geometry.num_layers
-    codec, scratch = shot_forms(shot)[0].codec, scratch_tokens(shot, shot.after_blocks, dtype)
-    path = make_path(shot.attention, codec, geometry.num_heads, scratch, dtype, torch.device("meta"))
-    split = shot.attention == "fp8" and dtype == torch.bfloat16
-    own_tokens = timeline.max_own_blocks * shot.tokens_per_block
-    with torch.device("meta"):
-        model = CausalWan(geometry).cast(dtype)
-        if shot.model.weights.precision is Precision.FP8:
-            quantise_linears(model)
+    codec = shot_forms(shot)[0].codec
+    scratch_bytes, partials_bytes = _attention(shot, codec, dtype, timeline.max_own_blocks * shot.tokens_per_block)
+    activations = calibration.activation_bytes * shot.tokens_per_block * geometry.dim if calibration else 0
     return ShotPlan(
         name=shot.name,
         model=shot.model.name,
@@ -147,19 +139,45 @@ def plan_shot(
         history_bytes=history_bytes,
         dense_history_bytes=timeline.num_entries * dense_block,
         arena_bytes=sum(map(mul, arenas, sizes)),
-        scratch_bytes=path.num_bytes,
-        weights_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        scratch_bytes=scratch_bytes,
+        weights_bytes=_weights_bytes(shot, dtype),
         summary_bytes=summary_bytes(timeline.num_entries, geometry.num_heads, geometry.head_dim) if retrieve else 0,
         vae_bytes=vae_bytes,
-        partials_bytes=partial_bytes(geometry.num_heads, own_tokens, geometry.head_dim, scratch) if split else 0,
-        activation_bytes=round(calibration.activation_bytes * shot.tokens_per_block * geometry.dim)
-        if calibration
-        else 0,
+        partials_bytes=partials_bytes,
+        activation_bytes=round(activations),
         host_bytes=max(sum(map(mul, staging, sizes)), _files_bytes(shot.model.path / "text_encoder")),
         disk_bytes=kept_bytes + shot.num_blocks * math.prod(shot.latent_shape) * _LATENT_BYTES,
         seconds=shot_seconds(shot, calibration, decoder_weights) if calibration else None,
         after=shot.after,
     )
+
+
+def _attention(shot: ShotConfig, codec: Codec, dtype: torch.dtype, own_tokens: int) -> tuple[int, int]:
+    """(bytes of the scratch, bytes of FlashAttention-3's partial results) for blocks of so many tokens at once."""
+    import torch
+
+    from longtake.engine.rollout import scratch_tokens
+    from longtake.kernels.attention_path import make_path
+    from longtake.kernels.flash3 import partial_bytes
+
+    geometry, scratch = shot.model.transformer, scratch_tokens(shot, shot.after_blocks, dtype)
+    path = make_path(shot.attention, codec, geometry.num_heads, scratch, dtype, torch.device("meta"))
+    if shot.attention != "fp8" or dtype != torch.bfloat16:
+        return path.num_bytes, 0
+    return path.num_bytes, partial_bytes(geometry.num_heads, own_tokens, geometry.head_dim, scratch)
+
+
+def _weights_bytes(shot: ShotConfig, dtype: torch.dtype) -> int:
+    import torch
+
+    from longtake.engine.fp8_linear import quantise_linears
+    from longtake.engine.model import CausalWan
+
+    with torch.device("meta"):
+        model = CausalWan(shot.model.transformer).cast(dtype)
+        if shot.model.weights.precision is Precision.FP8:
+            quantise_linears(model)
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def _vae(shot: ShotConfig, dtype: torch.dtype) -> tuple[int | None, int]:
