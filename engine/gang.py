@@ -372,13 +372,17 @@ def join(timeout_s: float = TIMEOUT_S, heartbeat_s: float = HEARTBEAT_S, lost_af
     if cuda:
         torch.cuda.set_device(here.local_rank % torch.cuda.device_count())
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+        dist.init_process_group(group_backend(on_gpu=cuda), timeout=datetime.timedelta(seconds=timeout_s))
     gang = Gang(here.rank, here.size, here.local_rank, timeout_s)
     connections = _meet(here, timeout_s)
     gang._link = Link(connections, gang._on_message, gang._on_lost, heartbeat_s, lost_after_s)
     gang._link.start()
     return gang
+
+
+def group_backend(*, on_gpu: bool) -> str:
+    """What the processes of a gang talk through: NCCL for tensors on GPUs, gloo for those on the CPU."""
+    return "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
 
 
 def _meet(here: Place, timeout_s: float) -> dict[int, Connection]:

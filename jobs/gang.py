@@ -31,7 +31,6 @@ DIRECTOR = "director"
 HEAD = {"node:__internal_head__": 0.0001}
 POLL_S = 5.0
 CALL_TIMEOUT_S = 10.0
-_PROCESS_GROUP_TIMEOUT_S = 120
 _TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's Train page
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
@@ -178,6 +177,8 @@ def fit(spec: GangSpec) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
 
+    from longtake.engine.gang import group_backend
+    from longtake.engine.mesh import TIMEOUT_S
     from longtake.jobs.elastic import GangTrainer
 
     sizes, on_gpu = spec.crewing.sizes, spec.crewing.device == "cuda"
@@ -185,7 +186,7 @@ def fit(spec: GangSpec) -> None:
         gang_loop,
         sizes=sizes,
         train_loop_config={"spec": spec},
-        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=_PROCESS_GROUP_TIMEOUT_S),
+        torch_config=TorchConfig(backend=group_backend(on_gpu=on_gpu), timeout_s=int(TIMEOUT_S)),
         scaling_config=ScalingConfig(
             num_workers=sizes[0] if len(sizes) == 1 else (sizes[0], sizes[-1]),
             elastic_resize_monitor_interval_s=spec.grow_s,
