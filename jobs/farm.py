@@ -206,7 +206,11 @@ class DirectorActor:
             )
             self._launched[crewing.name] = time.monotonic()
             log.info("starting %s for %s", crewing.name, film.title)
-            await loop.run_in_executor(None, launch, spec)
+            try:
+                await loop.run_in_executor(None, launch, spec)
+            except OSError as error:  # of this film's storage; the others are to be looked after
+                del self._launched[crewing.name]
+                log.warning("no gang was started for %s: %s", film.title, error)
 
     def _at_limit(self, gangs: list[Crewing]) -> bool:
         return self._options.max_gangs is not None and len(gangs) >= self._options.max_gangs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ pytest.importorskip("ray")
 
 from longtake.jobs.farm import DirectorActor
 from longtake.jobs.filmorder import FarmOptions
+from longtake.jobs.gang import GangSpec
 from longtake.jobs.ledger import FilmRecord, Ledger
 from longtake.jobs.orders import Action
 from longtake.jobs.states import Task
@@ -38,3 +40,23 @@ def test_wishes_that_cannot_be_fulfilled_now_are_kept(tmp_path: Path, monkeypatc
     (tmp_path / WISHES_NAME).rmdir()
     (tmp_path / WISHES_NAME).write_text("no folder")
     actor._fulfil(where)  # and the films after this one are looked after
+
+
+def test_a_film_whose_storage_is_gone_keeps_no_gang_from_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actor, homes = DirectorActor(FarmOptions()), [tmp_path / name for name in ("first", "second")]
+    for home in homes:
+        home.mkdir()
+        actor._mind.submit(str(home), RECORD, [Task(name="a")])
+    started: list[str] = []
+
+    def launch(spec: GangSpec) -> None:
+        if spec.storage.startswith(str(homes[0])):
+            raise OSError(116, "Stale file handle")
+        started.append(spec.storage)
+
+    monkeypatch.setattr("longtake.jobs.farm.launch", launch)
+    asyncio.run(actor._launch([], {"cpu": [2], "cuda": []}))
+    assert started == [f"{homes[1]}/.ray"]
+    assert len(actor._launched) == 1, "what never began did not die young"
