@@ -125,7 +125,7 @@ def status(
     from rich.live import Live
 
     from longtake.jobs.progress import plain_console
-    from longtake.jobs.status_table import read_status, status_table
+    from longtake.jobs.status_table import goes_on, read_status, status_table
     from longtake.jobs.tables import print_table
 
     data = read_status(directory, shot)
@@ -135,7 +135,7 @@ def status(
         print_table(status_table(data, time.time()))
     else:
         with Live(status_table(data, time.time()), console=plain_console(), auto_refresh=False) as live:
-            while data["state"] not in ("SUCCEEDED", "DEAD"):
+            while goes_on(data, shot):
                 time.sleep(1.0)
                 data = read_status(directory, shot)
                 live.update(status_table(data, time.time()), refresh=True)

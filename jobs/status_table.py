@@ -39,6 +39,15 @@ def read_status(directory: Path, shot: str | None = None) -> dict[str, Any]:
     return data
 
 
+def goes_on(data: dict[str, Any], shot: str | None = None) -> bool:
+    """Whether anything more may happen by itself to a film, or to the shot that was read: one dead shot ends no other.
+
+    A shot that depends on a dead one waits for `retry`; others that depend have one before them that goes on.
+    """
+    settled = {"SUCCEEDED", "DEAD"} if shot is not None else {"SUCCEEDED", "DEAD", "DEPEND"}
+    return any(entry["state"] not in settled for entry in data["shots"].values())
+
+
 def status_table(data: dict[str, Any], now_s: float) -> Table:
     """A row a shot, and the film's below."""
     age = format_duration(max(0, round(now_s - data["updated_s"])))
