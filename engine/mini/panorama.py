@@ -22,6 +22,7 @@ HILL, HILL_LIGHT = range(2)
 RED, GREEN, BLUE, COVER, EMISSION, WATER = range(6)
 
 _SPRITE_PX, _SPRITE_ROWS = 72, 68
+_LEAST_PX = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +65,9 @@ def coverage(table_MPK: Tensor, index: int, x_MXY: Tensor, y_MXY: Tensor) -> tup
         Coverage in [0, 1] and light factor, both [M, X, Y].
     """
     k = table_MPK[:, index, :, None, None]
-    u, v = (x_MXY - k[:, 13]) / k[:, 15], (y_MXY - k[:, 14]) / k[:, 16]
-    round_px = (1 - (u * u + v * v + 1e-6).sqrt()) * torch.minimum(k[:, 15], k[:, 16])
+    half_x, half_y = k[:, 15].clamp_min(_LEAST_PX), k[:, 16].clamp_min(_LEAST_PX)  # 0 where a picture has no more
+    u, v = (x_MXY - k[:, 13]) / half_x, (y_MXY - k[:, 14]) / half_y
+    round_px = (1 - (u * u + v * v + 1e-6).sqrt()) * torch.minimum(half_x, half_y)
     edges = [k[:, 1 + 3 * e] * x_MXY + k[:, 2 + 3 * e] * y_MXY + k[:, 3 + 3 * e] for e in range(4)]
     straight_px = torch.minimum(torch.minimum(edges[0], edges[1]), torch.minimum(edges[2], edges[3]))
     inside = (torch.where(k[:, 0] > 0.5, round_px, straight_px) + 0.5).clamp(0, 1) * k[:, 23]

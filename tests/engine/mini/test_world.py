@@ -54,6 +54,11 @@ def test_a_seed_is_the_same_world_in_any_batch() -> None:
     assert float(together.min()) >= 0 and float(together.max()) <= 1
 
 
+def test_a_column_in_the_middle_of_a_landmark_is_painted() -> None:
+    near = paint(build_worlds([5003272])).near_WNCY  # one of its landmarks stands at a column's middle exactly
+    assert near.isfinite().all()
+
+
 @pytest.mark.parametrize("angle", [0.0, 17.0, 100.5, 333.3, -41.0])
 def test_what_stands_still_is_back_after_one_turn(angle: float) -> None:
     worlds = _stage([1, 2], "dusk")
