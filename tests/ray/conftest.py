@@ -31,10 +31,10 @@ tiny_model = _jobs_fixtures().tiny_model
 
 @pytest.fixture
 def film_of(tiny_model: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Writes a film: film_of("name", scale=2, ...)."""
+    """Writes a film: film_of("name", scale=2, ...), of the tiny model or of another."""
 
-    def make(name: str = "film", **options: Any) -> Path:
-        return write_film(tmp_path / f"{name}.toml", tiny_model, **options)
+    def make(name: str = "film", *, model: Path = tiny_model, **options: Any) -> Path:
+        return write_film(tmp_path / f"{name}.toml", model, **options)
 
     return make
 

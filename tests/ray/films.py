@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
+MINI = Path("mini")  # whose heads the kernels of a GPU take
 SIX_SHOTS = (("a", 6, None), ("b", 4, "a"), ("c", 6, None), ("d", 3, "b"), ("e", 3, "c"), ("f", 5, None))
 
 
