@@ -83,8 +83,8 @@ def reset_peak(device: torch.device) -> int:
 
 def rounding_bytes(device: torch.device) -> int:
     """What the allocator added to the pieces of memory that are in use, beyond what was asked for."""
-    counted = torch.cuda.memory_stats(device)
-    return int(counted["allocated_bytes.all.current"] - counted["requested_bytes.all.current"])
+    counted = torch.cuda.memory_stats(device)  # empty before the device is first used
+    return int(counted.get("allocated_bytes.all.current", 0) - counted.get("requested_bytes.all.current", 0))
 
 
 def release_workspaces(device: torch.device) -> int:
