@@ -39,8 +39,8 @@ from longtake.engine.mini.state import fill, load_distilled, save_distilled
 from longtake.engine.mini.train_dit import BEGINNING, LAYOUT, Trainee
 
 
-def main() -> None:
-    """Command line; see the module's docstring."""
+def read_options() -> argparse.Namespace:
+    """The command line; see the module's docstring."""
     defaults = DistilConfig()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vae", type=Path, required=True, help="folder of the trained VAE")
@@ -64,7 +64,12 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=100.0, help="seconds between states, sheets and measures")
     parser.add_argument("--preview-blocks", type=int, default=80, help="blocks of 0.75 s of the films shown")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Distil as the command line says."""
+    options = read_options()
     torch.set_float32_matmul_precision("high")
     ranks, device = join(options.device)
     config = DistilConfig(

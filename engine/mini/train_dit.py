@@ -320,10 +320,8 @@ class Trainer:
             print(line, flush=True)
 
 
-def main() -> None:
-    """Command line; see the module's docstring."""
-    from longtake.engine.mini.preview import PreviewPlan, preview  # which needs this module
-
+def read_options() -> argparse.Namespace:
+    """The command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vae", type=Path, required=True, help="folder of the trained VAE")
     parser.add_argument("--out", type=Path, required=True)
@@ -339,7 +337,14 @@ def main() -> None:
     parser.add_argument("--preview-every", type=float, default=100.0, help="seconds between contact sheets in --out")
     parser.add_argument("--preview-blocks", type=int, default=16, help="blocks of 0.75 s of the films shown there")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train as the command line says."""
+    from longtake.engine.mini.preview import PreviewPlan, preview  # which needs this module
+
+    options = read_options()
     torch.set_float32_matmul_precision("high")
     ranks, device = join(options.device)
     config = TrainConfig(seconds=options.seconds, horizon_s=options.horizon, batch=options.batch)
