@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -146,9 +147,11 @@ def _live(request: dict[str, Any]) -> None:
         from longtake.jobs import cli
 
         code = cli.run(request["arguments"])
+    except BaseException:
+        traceback.print_exc()
+    finally:
         sys.stdout.flush()
         sys.stderr.flush()
-    finally:
         os._exit(code)
 
 
@@ -197,7 +200,7 @@ def watch(step: Callable[[str], None]) -> None:
     after(latents.LatentLog, "write", "latents")
     after(video.SegmentWriter, "write", "segment half written")
     after(video.SegmentWriter, "close", "segment named")
-    after(RunDirectory, "segment", "segment journaled")
+    after(RunDirectory, "note_segment", "segment journaled")
     after(RunDirectory, "note_dropped", "drop journaled")
     after(RunDirectory, "drop", "dropped")
     after(BlockStore, "remove", "block deleted")
