@@ -1,6 +1,6 @@
 """Put a trained mini together: a folder in the hub's layout, weights in bfloat16.
 
-python -m longtake.engine.mini.export --vae DIR/vae --state DIR --out engine/mini/model
+python -m longtake.engine.mini.export --vae DIR/vae --state DIR [--teacher DIR] --out engine/mini/model
 """
 
 from __future__ import annotations
