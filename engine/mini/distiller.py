@@ -21,7 +21,7 @@ from longtake.engine.mini.film_pool import FilmPool, PoolPlan
 from longtake.engine.mini.muon import leave_out_unless_finite
 from longtake.engine.mini.ranks import ALONE, Ranks
 from longtake.engine.mini.teacher_forcing import Geometry, Layout, make_attend
-from longtake.engine.mini.train_dit import Trainee, make_optimisers, mean_over, sample_sigmas
+from longtake.engine.mini.train_dit import Trainee, lightly_noised, make_optimisers, mean_over, sample_sigmas, spread
 from longtake.engine.model import CausalWan
 from longtake.engine.sampler import shifted_sigmas
 
@@ -84,12 +84,6 @@ def matching_gradient(own: Tensor, real: Tensor, fake: Tensor, num_blocks: int) 
     """
     distance = (own - real).abs().unflatten(2, (num_blocks, -1)).mean(dim=(1, 3, 4, 5)).clamp_min(_LEAST_ERROR)
     return (fake - real) / spread(distance, own)
-
-
-def spread(values_BN: Tensor, like_BCFYX: Tensor) -> Tensor:
-    """One number a block -> [B, 1, N * F, 1, 1]."""
-    frames = like_BCFYX.shape[2] // values_BN.shape[1]
-    return values_BN.repeat_interleave(frames, dim=1)[:, None, :, None, None]
 
 
 class Distiller:
@@ -192,7 +186,7 @@ class Distiller:
         clean = batch.latents_BCFYX.float()
         return Sequence(
             geometry=geometry,
-            history_BCFYX=self._light_noise(clean, geometry.layout),
+            history_BCFYX=lightly_noised(clean, geometry.layout.num_blocks, self.config.history_noise),
             clean_BCFYX=clean,
             starts_BN=batch.starts_BN,
             askable_BN=batch.askable_BN,
@@ -207,7 +201,7 @@ class Distiller:
         own, layout = self.pool.sample(), self.long.layout
         return Sequence(
             geometry=self.long,
-            history_BCFYX=self._light_noise(own.latents_BCFYX, layout),
+            history_BCFYX=lightly_noised(own.latents_BCFYX, layout.num_blocks, self.config.history_noise),
             clean_BCFYX=None,
             starts_BN=own.starts_BN,
             askable_BN=torch.ones_like(own.starts_BN, dtype=torch.bool),
@@ -222,11 +216,6 @@ class Distiller:
         if kind < self.config.own_history_share:
             return self.own_sequence()
         return self.true_sequence(beginning=kind < self.config.own_history_share + self.config.beginnings_share)
-
-    def _light_noise(self, clean: Tensor, layout: Layout) -> Tensor:
-        shape = (clean.shape[0], layout.num_blocks)
-        level = self.config.history_noise * torch.rand(shape, device=self.device).square()
-        return torch.lerp(clean, torch.randn_like(clean), spread(level, clean))
 
     @torch.no_grad()
     def step_inputs(self, sequence: Sequence) -> list[Tensor]:

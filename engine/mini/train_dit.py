@@ -133,6 +133,18 @@ def sample_sigmas(count: tuple[int, int], shift: float, device: torch.device) ->
     return shift * uniform / (1 + (shift - 1) * uniform)
 
 
+def lightly_noised(clean_BCFYX: Tensor, num_blocks: int, most: float) -> Tensor:
+    """A history that is not quite clean: a level of noise for each block, up to ``most`` and mostly small."""
+    level_BN = most * torch.rand(len(clean_BCFYX), num_blocks, device=clean_BCFYX.device).square()
+    return torch.lerp(clean_BCFYX, torch.randn_like(clean_BCFYX), spread(level_BN, clean_BCFYX))
+
+
+def spread(values_BN: Tensor, like_BCFYX: Tensor) -> Tensor:
+    """One number a block -> [B, 1, N * F, 1, 1]."""
+    frames = like_BCFYX.shape[2] // values_BN.shape[1]
+    return values_BN.repeat_interleave(frames, dim=1)[:, None, :, None, None]
+
+
 def mean_over(values_BCFYX: Tensor, chosen_BN: Tensor) -> Tensor:
     """Mean over the chosen blocks; 0 where none is."""
     by_block_BN: Tensor = values_BCFYX.unflatten(2, (chosen_BN.shape[1], -1)).mean(dim=(1, 3, 4, 5))
@@ -223,12 +235,6 @@ class Trainer:
         use = torch.rand(count, device=self.device) < 0.7
         return torch.where(use.repeat_interleave(frames, dim=1)[:, None, :, None, None], guess, clean)
 
-    def lightly_noised(self, clean: Tensor, num_blocks: int) -> Tensor:
-        """A history that is not quite clean: a level of noise for each block, mostly small."""
-        level = self.config.history_noise * torch.rand(clean.shape[0], num_blocks, device=self.device).square()
-        level = level.repeat_interleave(clean.shape[2] // num_blocks, dim=1)[:, None, :, None, None]
-        return torch.lerp(clean, torch.randn_like(clean), level)
-
     def train_step(self) -> Tensor:
         """One optimiser step; returns the loss (a device scalar, not read here)."""
         config = self.config
@@ -246,7 +252,9 @@ class Trainer:
         sigma_BN = sample_sigmas(tuple(batch.starts_BN.shape), config.shift, self.device)  # type: ignore[arg-type]
         sigma_BF = sigma_BN.repeat_interleave(geometry.layout.block_frames, dim=1)
         noisy = torch.lerp(clean, noise, sigma_BF[:, None, :, None, None])
-        flow = self.flow(geometry, self.lightly_noised(past, geometry.layout.num_blocks), noisy, sigma_BF, batch)
+        flow = self.flow(
+            geometry, lightly_noised(past, geometry.layout.num_blocks, config.history_noise), noisy, sigma_BF, batch
+        )
         error = (flow.float() - (noise - clean)).square()
         loss = mean_over(error, batch.askable_BN)
         loss.backward()

@@ -17,12 +17,12 @@ from longtake.engine.mini import distil
 from longtake.engine.mini import distiller as training
 from longtake.engine.mini.autoencoder import ClipForward, new_autoencoder
 from longtake.engine.mini.clips import CLIP_BLOCKS, NUM_PROMPTS, TEXT_LEN, Batch, ClipBuffer, Clips, text_mask
-from longtake.engine.mini.distiller import DistilConfig, Distiller, Sequence, matching_gradient, spread
+from longtake.engine.mini.distiller import DistilConfig, Distiller, Sequence, matching_gradient
 from longtake.engine.mini.film_pool import PoolPlan
 from longtake.engine.mini.preview import PreviewPlan
 from longtake.engine.mini.state import fill, load_distilled, save_distilled
 from longtake.engine.mini.teacher_forcing import Layout
-from longtake.engine.mini.train_dit import Trainee, mean_over
+from longtake.engine.mini.train_dit import Trainee, mean_over, spread
 from longtake.engine.model import CausalWan
 
 CPU = torch.device("cpu")
