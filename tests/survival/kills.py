@@ -110,12 +110,7 @@ class Survival:
             return 0
         damages = verify(out).damages
         assert not damages, [damage.describe() for damage in damages]
-        committed = 0
-        for folder in folders:
-            if (folder / "latents.zarr" / "zarr.json").exists():
-                latents = LatentLog.existing(folder / "latents.zarr").num_written()
-                committed += min(committed_blocks(folder, NUM_HEADS), latents + NUM_PREFIX[folder.name])
-        return committed
+        return sum(map(committed, folders))
 
     def random_kills(self, num_kills: int, seed: int) -> Tally:
         """Films whose processes are killed at random instants until they are finished, until there are enough kills."""
@@ -180,6 +175,14 @@ class Survival:
             assert code == 0, self.nursery.log()
         self.check(out)
         return num_kills
+
+
+def committed(folder: Path) -> int:
+    """How many blocks of a shot are there to go on from: with their history and their latents."""
+    if not (folder / "latents.zarr" / "zarr.json").exists():
+        return 0
+    latents = LatentLog.existing(folder / "latents.zarr").num_written()
+    return min(committed_blocks(folder, NUM_HEADS), latents + NUM_PREFIX[folder.name])
 
 
 def contents(out: Path) -> dict[str, str]:

@@ -48,16 +48,18 @@ class Nursery:
 
     Args:
         log: where the children's output goes.
+        device: of the renders.
     """
 
-    def __init__(self, log: Path) -> None:
-        self._log = log
+    def __init__(self, log: Path, device: str = "cpu") -> None:
+        self._log, self._device = log, device
         path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.survival.nursery"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+            # the second: whether there is a GPU is asked without using it, which a process that forks must not
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "PYTHONPATH": path},
             text=True,
         )
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -77,7 +79,7 @@ class Nursery:
         Returns:
             Its exit code, -9 if it was killed, and the seconds that it ran.
         """
-        arguments = ["render", str(film), "--out", str(out), "--device", "cpu", *options]
+        arguments = ["render", str(film), "--out", str(out), "--device", self._device, *options]
         request = {"arguments": arguments, "log": str(self._log), "signals": signals, "kill_at": kill_at}
         self._requests.write(json.dumps(request) + "\n")
         self._requests.flush()
