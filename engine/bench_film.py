@@ -105,7 +105,7 @@ def make_decoder(gang: Gang, device: torch.device, fast: bool, tiny: bool) -> St
         make_fast(vae)
     if gang.size == 1:
         return StreamingDecoder(vae)
-    axis = gang.axis()
+    axis = gang.host_axis()
     return StripedDecoder(vae, axis, gang) if gang.leads else StripeWorker(vae, axis, gang)
 
 

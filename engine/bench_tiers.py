@@ -231,11 +231,12 @@ def bench_persistence(stage: Stage, work: Path) -> dict[str, Any]:
     lags_s: dict[int, float] = {}
     with ThreadPoolExecutor(1) as emitter:
 
-        def rest() -> None:
-            kept.cache.flush()
-            emitter.submit(lambda: None).result()
+        def rest(due: bool) -> None:
+            if due:
+                kept.cache.flush()
+                emitter.submit(lambda: None).result()
 
-        kept.settle = rest  # no other thread uses the device while passes are recorded
+        kept.rest = rest
 
         def step() -> None:
             block = kept.next_block

@@ -165,11 +165,12 @@ class Gang:
             self._news.wait_for(lambda: self._posts or self._failure is not None or self._dismissed or self._closed)
             return self._posts.pop(0) if self._posts and self._failure is None else None
 
-    def axis(self) -> Axis:
-        """All ranks, in order, on a process group of their own; every rank calls it, at the same point."""
+    def host_axis(self) -> Axis:
+        """All ranks, in order, on a process group of their own for tensors in host memory; every rank calls it, at the
+        same point. Any thread may use it beside the model's collectives: two orders of NCCL's would meet."""
         if self.size == 1:
             return Axis()
-        group = dist.new_group(timeout=datetime.timedelta(seconds=self._timeout_s))
+        group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=self._timeout_s))
         return Axis(index=self.rank, size=self.size, group=group.group_name)
 
     def dismiss(self, code: int = 0) -> None:

@@ -99,9 +99,27 @@ class ReadWindows(WindowStore):
         """Nothing."""
 
 
+def resting(gang: Gang, *waits: Callable[[], None]) -> Callable[[bool], None]:
+    """What `Rollout.rest` is on a gang: when any rank records, all threads of all ranks leave their devices alone.
+
+    Args:
+        gang: that renders.
+        waits: each ends when some of this rank's threads do; rank 0's decoder ends with those of the others.
+    """
+
+    def rest(due: bool) -> None:
+        if gang.any(due):
+            for wait in waits:
+                wait()
+            gang.any(False)
+
+    return rest
+
+
 def follow(gang: Gang, shot: ShotConfig, rollout: Rollout, stop: Callable[[], bool]) -> None:
     """The main loop of a rank other than 0: the blocks that rank 0 renders, until any rank is to stop."""
     retention = Retention(shot.cache.keep, rollout.timeline, rollout.cache, gang, None)
+    rollout.rest = resting(gang, rollout.cache.flush)
     while rollout.next_block < shot.num_blocks and not gang.any(stop()):
         rollout.step()
         retention(rollout.cache.flush)

@@ -128,6 +128,7 @@ class PassGraphs:
 
     def __init__(self, model: CausalWan, recorder: Recorder | None) -> None:
         self._model, self._recorder = model, recorder
+        self.meant = recorder is not None  # as on every rank of a gang, whatever becomes of a recording
         self._seen: dict[bool, tuple[_Key, int]] = {}
         self._recorded: dict[bool, _Recorded] = {}
         self.pool_bytes = 0  # of intermediate results: the allocator holds them and does not count them as in use

@@ -74,6 +74,10 @@ class Rollout:
             prompt that has history committed anew.
         windows: keeps a rolling window between blocks, so that a shot can go on.
         graphs: record passes that repeat as CUDA graphs, on a GPU.
+
+    Attributes:
+        rest: where passes may be recorded, told before those of each plan whether they will be; if so, it returns when
+            no other thread uses the device. To be replaced where there are such threads beside the cache's.
     """
 
     def __init__(
@@ -100,7 +104,7 @@ class Rollout:
             raise ConfigError(f"shot {shot.name!r}: its model was loaded with weights of another precision")
         self._timer, self._stages = timer, stages
         self.passes = PassGraphs(model, CudaRecording if graphs and self.device.type == "cuda" else None)
-        self.settle = cache.flush  # waits until no other thread uses the device; called before passes are recorded
+        self.rest: Callable[[bool], None] = lambda due: cache.flush() if due else None
         self._read_latents = read_latents
         self._recent: OrderedDict[int, Tensor] = OrderedDict()
         self._fixed = None if prefix.fixed is None else prefix.fixed.to(self.device, torch.float32)
@@ -202,8 +206,8 @@ class Rollout:
                 self._timer,
                 self._thetas,
             )
-            if self.passes.due(entry.index, attention, self.prompts.context(entry.step)):
-                self.settle()
+            if self.passes.meant:
+                self.rest(self.passes.due(entry.index, attention, self.prompts.context(entry.step)))
             yield attention
 
     def _commit(self, entry: Entry, clean: Tensor | Callable[[HistoryAttention], Tensor]) -> Tensor:

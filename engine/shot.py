@@ -17,7 +17,7 @@ from torch import Tensor
 from longtake.engine.config import Keep, ModelSpec, ShotConfig
 from longtake.engine.emitter import Emitter, Start
 from longtake.engine.gang import Gang
-from longtake.engine.gang_shot import RankFolder, ReadWindows, follow
+from longtake.engine.gang_shot import RankFolder, ReadWindows, follow, resting
 from longtake.engine.metrics import MetricsLog
 from longtake.engine.model import CausalWan
 from longtake.engine.place import place
@@ -179,7 +179,7 @@ class ShotRenderer:
             return StreamingDecoder(vae)
         if self._worker is not None:
             self._worker.join()
-        axis = self._gang.axis()
+        axis = self._gang.host_axis()
         if self._gang.leads:
             return StripedDecoder(vae, axis, self._gang)
         self._worker = StripeWorker(vae, axis, self._gang)
@@ -216,11 +216,7 @@ class _Run:
                 rollout.cache.flush()
                 emitter.settle()
 
-            def rest() -> None:
-                rollout.cache.flush()
-                emitter.rest()
-
-            rollout.settle = rest
+            rollout.rest = resting(self._gang, rollout.cache.flush, emitter.rest)
             while rollout.next_block < shot.num_blocks and not self._gang.any(stop()):
                 started, block = time.perf_counter(), rollout.next_block
                 clean = rollout.step()

@@ -9,8 +9,9 @@ decoder's state is split too.
     rank 1                      StripeWorker (a thread)        rows 15..29  -+- halo rows -> frames to rank 0
     rank 2                      ...
 
-Rank 0 says what is decoded and when, so that the others need not know why. Exchanges run on a process group of their
-own, from the decoding threads' streams, beside the rollout's. Knows AutoencoderKLWan's layers (diffusers 0.42).
+Rank 0 says what is decoded and when, so that the others need not know why. Rows travel through host memory, over gloo:
+the rollout's collectives are NCCL's, and those of a second thread would be a second order of them, in which each GPU
+waits for what the other has not begun (docs/decisions/0010-gangs.md). Knows AutoencoderKLWan's layers (diffusers 0.42).
 
 Shapes: C channels, F latent frames, H and W latent rows and columns, T frames inside the decoder; N video frames, Y and
 X pixels high and wide; y rows of this rank's stripe.
@@ -41,7 +42,7 @@ class Stripes:
     """How the rows of a frame are dealt to the ranks of an axis, and how they meet.
 
     Args:
-        axis: the ranks that decode together.
+        axis: the ranks that decode together, on a group for tensors in host memory.
     """
 
     def __init__(self, axis: Axis) -> None:
@@ -66,7 +67,7 @@ class Stripes:
         above, below = index > 0, index < size - 1
         splits = [int(abs(rank - index) == 1) for rank in range(size)]
         rows = [x[..., 1, :]] * above + [x[..., -2, :]] * below
-        received = iter(self._exchange(torch.stack(rows).contiguous(), splits, splits))
+        received = iter(self._exchange(torch.stack(rows), splits, splits))
         if above:
             x[..., 0, :] = next(received)
         if below:
@@ -77,20 +78,19 @@ class Stripes:
         size = self.axis.size
         scale = x.shape[0] // len(share(self.num_rows, self.axis.index, size))
         counts = [scale * len(share(self.num_rows, rank, size)) for rank in range(size)]
-        send = x[None].expand(size, *x.shape).flatten(0, 1).contiguous()
-        return self._exchange(send, [x.shape[0]] * size, counts)
+        return self._exchange(x.repeat(size, *[1] * (x.ndim - 1)), [x.shape[0]] * size, counts)
 
     def to_first(self, x: Tensor) -> Tensor:
         """This rank's rows [y, ...] to all rows of the frame on the axis's first rank; no rows elsewhere."""
         size, index = self.axis.size, self.axis.index
         scale = x.shape[0] // len(share(self.num_rows, index, size))
         counts = [scale * len(share(self.num_rows, rank, size)) if index == 0 else 0 for rank in range(size)]
-        return self._exchange(x.contiguous(), [x.shape[0]] + [0] * (size - 1), counts)
+        return self._exchange(x, [x.shape[0]] + [0] * (size - 1), counts)
 
     def _exchange(self, send: Tensor, to: list[int], of: list[int]) -> Tensor:
-        assert send.is_contiguous(), "NCCL refuses what gloo copies"
-        started = torch.ops._c10d_functional.all_to_all_single(send, of, to, self.axis.group)
-        return wait(started)
+        on_host = torch.empty(send.shape, dtype=send.dtype, pin_memory=send.is_cuda).copy_(send)
+        started = torch.ops._c10d_functional.all_to_all_single(on_host, of, to, self.axis.group)
+        return wait(started).to(send.device)
 
 
 def stripe(decoder: nn.Module, stripes: Stripes) -> None:
@@ -135,7 +135,7 @@ class StripedDecoder(StreamingDecoder):
 
     Args:
         vae: of this rank; its decoder computes stripes from now on.
-        axis: all ranks of the gang, on a group of their own.
+        axis: all ranks of the gang, on a group of their own for tensors in host memory.
         gang: tells the other ranks what to decode.
     """
 

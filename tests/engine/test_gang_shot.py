@@ -29,7 +29,7 @@ from longtake.engine.config import (
 )
 from longtake.engine.gang import join
 from longtake.engine.gang_failure import GangError
-from longtake.engine.gang_shot import GangRenderer, serve
+from longtake.engine.gang_shot import GangRenderer, resting, serve
 from longtake.engine.latents import LatentLog
 from longtake.engine.random_model import write_random_model
 from longtake.engine.shot import ShotRenderer
@@ -300,3 +300,19 @@ def test_bad_input_under_torchrun_is_said_once(model: Path, tmp_path: Path) -> N
     failed = torchrun(3, "render", str(film), "--out", str(tmp_path / "out"), "--device", "cpu")
     assert failed.returncode != 0
     assert failed.stderr.count("longtake: a gang of 3 (tp=1, sp=3) cannot share 4 heads evenly") == 1
+
+
+def rest_together(rank: int) -> list[list[str]]:
+    done: list[list[str]] = []
+    with join() as gang:
+        for due in (False, rank == 1, True):
+            waited: list[str] = []
+            resting(gang, lambda: waited.append("cache"), lambda: waited.append("decoder"))(due)  # noqa: B023
+            done.append(waited)
+    return done
+
+
+def test_all_ranks_rest_where_one_records() -> None:
+    """A rank whose recording found no room asks for none, and must not leave the others waiting."""
+    both = ["cache", "decoder"]
+    assert run_ranks(rest_together, 2) == [[[], both, both]] * 2

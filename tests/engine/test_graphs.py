@@ -154,10 +154,18 @@ def test_others_rest_before_a_recording_and_only_then(model: CausalWan, contexts
     recorder = Recorded()
     run = make_rollout(make_shot(), model, contexts, recorder)
     rested: list[tuple[int, int]] = []
-    run.settle = lambda: rested.append((run.next_block, len(recorder)))
+    told: list[int] = []
+
+    def rest(due: bool) -> None:
+        told.append(run.next_block)
+        if due:
+            rested.append((run.next_block, len(recorder)))
+
+    run.rest = rest
     film(run)
     # blocks 4 and 8 are the first that look like the one before; both of their recordings come after the rest
     assert rested == [(4, 0), (8, 2)] and len(recorder) == 4
+    assert told == sorted(told) and set(told) == set(range(make_shot().num_blocks)), "the same on each rank of a gang"
 
 
 def test_every_byte_is_counted_and_let_go(model: CausalWan, contexts: list[TextContext]) -> None:

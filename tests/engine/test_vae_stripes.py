@@ -44,7 +44,7 @@ def whole() -> dict[str, Tensor]:
 def decode(rank: int, fast: bool) -> dict[str, Any] | int:
     vae = make_fast(make_vae()) if fast else make_vae()
     with join() as gang:
-        axis = gang.axis()
+        axis = gang.host_axis()
         if not gang.leads:
             worker = StripeWorker(vae, axis, gang)
             worker.join()
@@ -73,7 +73,7 @@ def test_stripes_make_up_the_frames(num_ranks: int, fast: bool) -> None:
 
 def too_few(rank: int) -> None:
     with join() as gang:
-        axis = gang.axis()
+        axis = gang.host_axis()
         if gang.leads:
             StripedDecoder(make_vae(), axis, gang).decode(clip()[:, :, :1])
         else:

@@ -137,8 +137,8 @@ def test_worker_gang_and_director_killed(film_of: Callable[..., Path], tmp_path:
 def test_a_gang_of_two_goes_on_as_one_where_only_one_device_is_left(
     device: str, film_of: Callable[..., Path], tmp_path: Path
 ) -> None:
-    shots = (("a", 300, None),)
-    film = film_of(shots=shots) if device == "cpu" else film_of(shots=shots, model=MINI)
+    tiny, mini = (("a", 300, None),), (("a", 150, None),)  # at 8 and at 16 frames a second
+    film = film_of(shots=tiny) if device == "cpu" else film_of(shots=mini, model=MINI)
     out = tmp_path / "out"
     out.mkdir()
     run = Run(film, out, 1, counts="2", sizes="1,2", device=device)
