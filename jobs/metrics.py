@@ -75,8 +75,10 @@ class GangMetrics:
             self._memory.set(size, {**tags, "name": name})
         for tier, use in record.tiers.items():
             self._tier.set(use.used_bytes, {**tags, "tier": tier})
-            budget = use.budget_bytes
-            self._budget.set(_room(folder) + use.used_bytes if budget is None else budget, {**tags, "tier": tier})
+            room = _room(folder) if use.budget_bytes is None else None
+            budget = use.budget_bytes if room is None else room + use.used_bytes
+            if budget is not None:
+                self._budget.set(budget, {**tags, "tier": tier})
         self._count(self._stages, "stage", {stage: stage for stage in record.stages_s}, record.stages_s, tags)
         for counter, tag, keys in (
             (self._prefetch, "found", _PREFETCH),
@@ -128,7 +130,10 @@ class FarmMetrics:
         self._failures.set(sum(task.num_failures for task in view.shots), tags)
 
 
-def _room(folder: Path) -> int:
-    """Bytes that the folder's file system has room for."""
-    found = os.statvfs(folder)
+def _room(folder: Path) -> int | None:
+    """Bytes that the folder's file system has room for; None while it does not answer: no shot fails for a figure."""
+    try:
+        found = os.statvfs(folder)
+    except OSError:
+        return None
     return found.f_bavail * found.f_frsize
