@@ -246,6 +246,7 @@ class Director:
         holders = {task.gang for film in self._films.values() for task in film.ledger.tasks.values() if task.gang}
         for name in (holders | set(self._idle)) - set(alive):
             self.gang_lost(name)
+        self._starts = {name: starts for name, starts in self._starts.items() if name in alive}
 
     def tick(self) -> list[str]:
         """What time brings: silent gangs lose their tasks, higher priorities preempt.

@@ -21,12 +21,15 @@ from longtake.jobs.fleet import Crewing, muster, parse_name
 from longtake.jobs.gang import DIRECTOR, HEAD, NAMESPACE, GangSpec, launch
 from longtake.jobs.ledger import FilmRecord
 from longtake.jobs.metrics import FarmMetrics
-from longtake.jobs.orders import Action, FilmView, Gang, Leave, Order, Verdict
+from longtake.jobs.orders import Action, FilmView, Gang, Leave, Order, Outcome, Verdict
 from longtake.jobs.publish import Publisher
 from longtake.jobs.rental import RESOURCES, Rental
 from longtake.jobs.states import Failure, Lease, Progress, Task
 from longtake.jobs.wishes import take_wishes
 from longtake.kernels.errors import ConfigError
+
+SETTLED_S = 600.0
+"""A film at its end is let go after so long; its job has done so within seconds, unless it was killed."""
 
 T = TypeVar("T")
 
@@ -47,6 +50,7 @@ class DirectorActor:
         self._heard: dict[str, float] = {}
         self._num_young_deaths, self._no_launch_before = 0, 0.0
         self._rental = Rental()
+        self._settled_since: dict[str, float] = {}
         self._watch: asyncio.Task[None] | None = None
 
     async def submit(self, directory: str, record: FilmRecord, tasks: list[Task]) -> FilmView:
@@ -74,8 +78,7 @@ class DirectorActor:
         """Write the film's last status and let go of its ledger."""
         if any(task.leased for task in self._mind.view(directory).tasks):
             return
-        self._publisher.flush()
-        self._mind.close(directory)
+        self._close(directory)
 
     async def next_order(self, gang: Gang, wait_s: float) -> Order | Leave | None:
         """A task for a gang; waits up to ``wait_s`` for one."""
@@ -141,11 +144,13 @@ class DirectorActor:
         names, hosts = await loop.run_in_executor(None, _cluster)
         self._mind.hosts = hosts
         gangs = {name: gang for name in names if (gang := parse_name(name)) is not None}
+        self._idle_since = {name: since for name, since in self._idle_since.items() if name in gangs}
         self._mourn(set(gangs))
         self._mind.reconcile([*gangs, *self._launched])
         for view in self._mind.views():
             self._fulfil(view.directory)
         self._mind.tick()
+        self._close_settled()
         for view in self._mind.views():
             self._metrics.show(view)  # Ray forgets what is not told again
         for name in self._stuck(set(gangs)):
@@ -154,6 +159,23 @@ class DirectorActor:
         self._woken(None)
         known = [*gangs.values(), *(parse_name(name) for name in self._launched if name not in gangs)]
         await self._launch([gang for gang in known if gang is not None], hosts)
+
+    def _close(self, directory: str) -> None:
+        self._publisher.flush()
+        self._mind.close(directory)
+        self._publisher.forget(directory)
+
+    def _close_settled(self) -> None:
+        now = time.monotonic()
+        settled = [
+            view.directory
+            for view in self._mind.views()
+            if view.outcome is not Outcome.OPEN and not any(task.leased for task in view.tasks)
+        ]
+        self._settled_since = {where: self._settled_since.get(where, now) for where in settled}
+        for directory, since in self._settled_since.items():
+            if now - since > SETTLED_S:
+                self._close(directory)
 
     def _stuck(self, alive: set[str]) -> list[str]:
         """Gangs that said nothing for long: shots of theirs went to others, but they may still hold the folders."""

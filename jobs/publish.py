@@ -28,7 +28,7 @@ class Publisher:
 
     def __init__(self, show: Callable[[FilmView], None] = lambda view: None) -> None:
         self._show = show
-        self._films: dict[str, Film] = {}
+        self._films: dict[str, tuple[str, Film]] = {}  # with the hash of its text
         self._states: dict[str, dict[str, State]] = {}
         self._late: dict[str, FilmView] = {}
         self._written_s: dict[str, float] = {}
@@ -52,14 +52,20 @@ class Publisher:
         for view in list(self._late.values()):
             self._write(view)
 
+    def forget(self, directory: str) -> None:
+        """A film was let go of."""
+        for known in (self._films, self._states, self._late, self._written_s):
+            known.pop(directory, None)
+
     def _write(self, view: FilmView) -> None:
         self._late.pop(view.directory, None)
         self._written_s[view.directory] = time.monotonic()
         self._show(view)
         try:
-            film = self._films.get(view.film.content_hash)
-            if film is None:
-                film = self._films[view.film.content_hash] = parse_film(view.film.toml, view.film.source)
+            known, film = self._films.get(view.directory, (None, None))
+            if film is None or known != view.film.content_hash:
+                film = parse_film(view.film.toml, view.film.source)
+                self._films[view.directory] = (view.film.content_hash, film)
             entries = {task.name: entry_of(task) for task in view.shots}
             StatusFile(Path(view.directory), film).update(entries)
         except LongtakeError as error:

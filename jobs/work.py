@@ -32,6 +32,7 @@ from longtake.offload.lock import FolderLock
 
 RETRY_S = 0.5
 _MAX_MESSAGE = 2000
+_MAX_FILMS = 8
 
 
 class Observe(Protocol):
@@ -183,7 +184,7 @@ class Worker:
         return FILM_NAME
 
     def _job(self, order: Order) -> RenderJob:
-        """The film of an order, resolved once."""
+        """The film of an order; those resolved last are kept."""
         key = (order.lease.film, order.content_hash)
         if key not in self._jobs:
             record = self._record(order.lease.film)
@@ -194,6 +195,8 @@ class Worker:
                 directory=Path(order.lease.film),
                 device=self._device,
             )
+            while len(self._jobs) >= _MAX_FILMS:
+                del self._jobs[next(iter(self._jobs))]
             self._jobs[key] = job
         return self._jobs[key]
 

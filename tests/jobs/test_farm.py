@@ -9,11 +9,12 @@ import pytest
 
 pytest.importorskip("ray")
 
+from longtake.jobs import farm
 from longtake.jobs.farm import DirectorActor
 from longtake.jobs.filmorder import FarmOptions
 from longtake.jobs.gang import GangSpec
-from longtake.jobs.ledger import FilmRecord, Ledger
-from longtake.jobs.orders import Action
+from longtake.jobs.ledger import LEDGER_NAME, FilmRecord, Ledger
+from longtake.jobs.orders import Action, Gang
 from longtake.jobs.states import Task
 from longtake.jobs.status import State
 from longtake.jobs.wishes import WISHES_NAME, make_wish, take_wishes
@@ -60,3 +61,27 @@ def test_a_film_whose_storage_is_gone_keeps_no_gang_from_another(
     asyncio.run(actor._launch([], {"cpu": [2], "cuda": []}))
     assert started == [f"{homes[1]}/.ray"]
     assert len(actor._launched) == 1, "what never began did not die young"
+
+
+def test_what_is_over_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A director lives as long as its cluster: a film that ended, whether released or not, and a gang that went."""
+    monkeypatch.setattr(farm, "_cluster", lambda: ([], {"cpu": [], "cuda": []}))
+    monkeypatch.setattr(farm, "SETTLED_S", -1.0)
+    actor = DirectorActor(FarmOptions())
+    for name in ("released", "left", "open"):
+        (tmp_path / name).mkdir()
+        actor._mind.submit(str(tmp_path / name), RECORD, [Task(name="a")])
+        if name != "open":
+            actor._mind.control(str(tmp_path / name), Action.CANCEL)
+
+    async def gangs_come_and_go() -> None:
+        await actor.release(str(tmp_path / "released"))
+        for number in range(3):
+            await actor.next_order(Gang(name=f"gang-cuda-1-{number}", incarnation="1", device="cuda"), 0.0)
+        await actor._look()
+
+    asyncio.run(gangs_come_and_go())
+    assert [view.directory for view in actor._mind.views()] == [str(tmp_path / "open")]
+    assert list(actor._publisher._states) == list(actor._publisher._films) == [str(tmp_path / "open")]
+    assert not actor._mind._starts and not actor._idle_since and not actor._heard
+    Ledger(tmp_path / "left" / LEDGER_NAME).close()  # and another director may have it
