@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -124,21 +125,22 @@ def status(
     """How far a film is, from its directory: no connection to the cluster is needed."""
     from rich.live import Live
 
-    from longtake.jobs.progress import plain_console
-    from longtake.jobs.status_table import goes_on, read_status, status_table
-    from longtake.jobs.tables import print_table
+    from longtake.jobs.status import read_status
+    from longtake.jobs.status_table import goes_on, status_table
+    from longtake.jobs.tables import print_table, table_console
 
-    data = read_status(directory, shot)
+    now = read_status(directory, shot)
     if as_json:
-        print(json.dumps(data, indent=1))
+        print(json.dumps(now.to_json(), indent=1))
     elif not follow:
-        print_table(status_table(data, time.time()))
+        print_table(status_table(now, time.time()))
     else:
-        with Live(status_table(data, time.time()), console=plain_console(), auto_refresh=False) as live:
-            while goes_on(data, shot):
+        live = Live(status_table(now, time.time()), console=table_console(), auto_refresh=False)
+        with live, contextlib.suppress(KeyboardInterrupt):
+            while goes_on(now, shot):
                 time.sleep(1.0)
-                data = read_status(directory, shot)
-                live.update(status_table(data, time.time()), refresh=True)
+                now = read_status(directory, shot)
+                live.update(status_table(now, time.time()), refresh=True)
 
 
 def pause(directory: RunDirectory, shot: ShotName = None) -> None:
@@ -174,16 +176,17 @@ def logs(
     if not path.exists() and not follow:
         raise ConfigError(f"{path}: no log yet; shots: {', '.join(known)}")
     position = 0
-    while True:
-        if path.exists():
-            with open(path, encoding="utf-8", errors="replace") as file:
-                file.seek(position)
-                sys.stdout.write(file.read())
-                sys.stdout.flush()
-                position = file.tell()
-        if not follow:
-            return
-        time.sleep(0.5)
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            if path.exists():
+                with open(path, encoding="utf-8", errors="replace") as file:
+                    file.seek(position)
+                    sys.stdout.write(file.read())
+                    sys.stdout.flush()
+                    position = file.tell()
+            if not follow:
+                return
+            time.sleep(0.5)
 
 
 def _wish(directory: Path, action: str, shot: str | None) -> None:
@@ -212,9 +215,8 @@ def _known_shots(directory: Path, shot: str | None) -> list[str]:
         ConfigError: no film was submitted there, or it has no such shot.
     """
     from longtake.jobs.ledger import LEDGER_NAME
-    from longtake.jobs.status_table import read_status
+    from longtake.jobs.status import read_status
 
     if not (directory / LEDGER_NAME).exists():
         raise ConfigError(f"{directory}: no film was submitted here; longtake submit FILM.toml --out {directory}")
-    data: dict[str, Any] = read_status(directory, shot)
-    return list(data["shots"])
+    return list(read_status(directory, shot).shots)

@@ -213,7 +213,6 @@ class FilmRenderer:
             state=State.SUCCEEDED,
             blocks_done=config.num_blocks,
             frames_done=config.num_frames,
-            eta_s=None,
             video=f"{name}/{video.name}",
         )
         self._display.shot_done(name, frames_before + config.num_frames, video)
@@ -279,7 +278,10 @@ class FilmRenderer:
         self._display.note(str(film))
 
     def _set(self, name: str, **changes: object) -> None:
-        self._entries[name] = dataclasses.replace(self._entries[name], **changes)  # type: ignore[arg-type]
+        entry = dataclasses.replace(self._entries[name], **changes)  # type: ignore[arg-type]
+        if entry.state not in (State.RUNNING, State.CHECKPOINT):
+            entry = dataclasses.replace(entry, frames_per_s=None, eta_s=None)
+        self._entries[name] = entry
         self._status.update({name: self._entries[name]})
         self._written_s = time.monotonic()
 

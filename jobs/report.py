@@ -8,12 +8,12 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from longtake.jobs.blockrecord import TIERS, BlockRecord, read_records
 from longtake.jobs.pictures import shot_pictures
 from longtake.jobs.quantities import format_bytes, format_duration
 from longtake.jobs.recipe import RECIPE_NAME
+from longtake.jobs.status import FilmStatus, ShotStatus, read_status
 from longtake.jobs.svg import Series, plot
 from longtake.offload.errors import from_os_error
 
@@ -53,43 +53,39 @@ def write_report(directory: Path, out: Path) -> None:
         ConfigError: nothing was rendered there.
         StorageError: the status is damaged, or the page cannot be written.
     """
-    from longtake.jobs.status_table import read_status
-
     status = read_status(directory)
-    shots = [_shot(directory / name, name, entry) for name, entry in status["shots"].items()]
+    shots = [_shot(directory / name, entry) for name, entry in status.shots.items()]
     body = "\n".join([_head(directory, status), *shots])
-    page = _PAGE.format(title=html.escape(status["title"]), style=_STYLE, body=body)
+    page = _PAGE.format(title=html.escape(status.title), style=_STYLE, body=body)
     try:
         out.write_text(page, encoding="utf-8")
     except OSError as error:
         raise from_os_error(error, "writing the report", path=out) from error
 
 
-def _head(directory: Path, status: dict[str, Any]) -> str:
-    rows = []
-    for name, entry in status["shots"].items():
-        hours = entry.get("gpu_hours")
-        rows.append(
-            [
-                name,
-                entry["state"],
-                f"{entry['frames_done']} of {entry['num_frames']}",
-                f"{entry['blocks_done']} of {entry['num_blocks']}",
-                f"{hours:.3f}" if hours is not None else "",
-                str(entry.get("num_starts") or ""),
-                entry["reason"] or "",
-            ]
-        )
-    when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(status["updated_s"]))
-    title = f"<h1>{html.escape(status['title'])}</h1>"
-    note = f'<p class="note">{html.escape(str(directory))}, {status["state"]}, as of {when}</p>'
+def _head(directory: Path, status: FilmStatus) -> str:
+    rows = [
+        [
+            name,
+            entry.state,
+            f"{entry.frames_done} of {entry.num_frames}",
+            f"{entry.blocks_done} of {entry.num_blocks}",
+            f"{entry.gpu_hours:.3f}" if entry.gpu_hours is not None else "",
+            str(entry.num_starts or ""),
+            entry.reason or "",
+        ]
+        for name, entry in status.shots.items()
+    ]
+    when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(status.updated_s))
+    title = f"<h1>{html.escape(status.title)}</h1>"
+    note = f'<p class="note">{html.escape(str(directory))}, {status.state}, as of {when}</p>'
     return title + note + _table(["shot", "state", "frames", "blocks", "device hours", "starts", ""], rows)
 
 
-def _shot(folder: Path, name: str, entry: dict[str, Any]) -> str:
+def _shot(folder: Path, entry: ShotStatus) -> str:
     records = list(read_records(folder))
-    parts = [f"<h2>{html.escape(name)}</h2>", _figures(folder, records)]
-    pictures = shot_pictures(folder, NUM_PICTURES) if entry["blocks_done"] else []
+    parts = [f"<h2>{html.escape(folder.name)}</h2>", _figures(folder, records)]
+    pictures = shot_pictures(folder, NUM_PICTURES) if entry.blocks_done else []
     if pictures:
         tiles = (
             f'<div><img src="{one.data_url}" alt="">{format_duration(round(one.time_s, 1))}</div>' for one in pictures

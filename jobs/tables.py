@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from rich.console import Console
 from rich.table import Table
 
 from longtake.engine.config import ModelSpec
@@ -16,10 +17,15 @@ from longtake.jobs.quantities import format_bytes, format_duration
 PIPE_COLUMNS = 200
 
 
-def print_table(table: Table) -> None:
-    """Print on stdout; where that is no terminal, wide enough that nothing is cut."""
+def table_console() -> Console:
+    """A console for tables on stdout; where that is no terminal, wide enough that nothing is cut."""
     console = plain_console()
-    (console if console.is_terminal else plain_console(PIPE_COLUMNS)).print(table)
+    return console if console.is_terminal else plain_console(PIPE_COLUMNS)
+
+
+def print_table(table: Table) -> None:
+    """Print on stdout."""
+    table_console().print(table)
 
 
 def plan_table(plans: list[ShotPlan], num_gangs: int = 1) -> Table:

@@ -242,6 +242,23 @@ def test_status_says_words_as_they_are(tmp_path: Path, capsys: pytest.CaptureFix
         assert options or reason in said
 
 
+def test_following_until_ctrl_c_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = ShotStatus(state=State.RUNNING, num_blocks=3, num_frames=9)
+    StatusFile(tmp_path, parse_film(FILM)).update({"a": entry})
+    for name in ("ledger.sqlite", "director.log"):
+        (tmp_path / name).write_text("x")
+
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("longtake.jobs.cluster_cli.time.sleep", interrupted)
+    for command in ("status", "logs"):
+        assert cli.run([command, str(tmp_path), "--follow"]) == 0
+        assert not capsys.readouterr().err
+
+
 def test_models(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["models"]) == 0
     assert "mini" in capsys.readouterr().out

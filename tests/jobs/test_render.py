@@ -158,12 +158,16 @@ def test_status_of_a_finished_film(spec: ModelSpec, tmp_path: Path, engine: Fake
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_stop_and_go_on(spec: ModelSpec, tmp_path: Path, engine: FakeEngine, display: Recorder) -> None:
+def test_stop_and_go_on(
+    spec: ModelSpec, tmp_path: Path, engine: FakeEngine, display: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rendering, "STATUS_INTERVAL_S", 0.0)
     work = job(spec, tmp_path)
     assert not run(work, engine, display, stop=lambda: len(engine.rendered) >= 2)
     data = status(tmp_path)
     assert data["state"] == "PAUSED"
     assert (data["shots"]["a"]["state"], data["shots"]["b"]["state"]) == ("PAUSED", "DEPEND")
+    assert data["shots"]["a"]["frames_per_s"] is data["shots"]["a"]["eta_s"] is None, "it is not being rendered"
     assert not (tmp_path / "film.mp4").exists()
     assert run(work, engine, display)
     assert engine.rendered == [("a", 0), ("a", 1), ("a", 2), ("a", 3), ("a", 4), ("b", 0), ("b", 1)]

@@ -2,14 +2,15 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from longtake.jobs.film import Film, parse_film
-from longtake.jobs.status import ShotStatus, State, StatusFile, film_state
-from longtake.kernels.errors import StorageError
+from longtake.jobs.status import ShotStatus, State, StatusFile, film_state, read_status
+from longtake.kernels.errors import ConfigError, StorageError
 
 
 def film(num_shots: int = 2) -> Film:
@@ -89,4 +90,64 @@ def test_a_directory_that_is_gone(tmp_path: Path) -> None:
     ],
 )
 def test_the_films_state(states: list[str], state: State) -> None:
-    assert film_state(states) is state
+    assert film_state([State(name) for name in states]) is state
+
+
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    StatusFile(tmp_path, film()).update({"s0": entry(eta_s=4.5), "s1": entry(State.DEAD, reason="é")})
+    status = read_status(tmp_path)
+    assert (status.title, status.state, list(status.shots)) == ("harbour", State.DEAD, ["s0", "s1"])
+    assert status.shots["s0"] == entry(eta_s=4.5)
+    assert status.to_json() == read(tmp_path)
+    assert list(read_status(tmp_path, "s1").shots) == ["s1"]
+    with pytest.raises(ConfigError, match=r'there is no shot "s3"; known: s0, s1'):
+        read_status(tmp_path, "s3")
+    with pytest.raises(ConfigError, match="nothing was rendered here"):
+        read_status(tmp_path / "nowhere")
+
+
+def _shot(**values: object) -> Callable[[dict[str, Any]], object]:
+    return lambda data: data["shots"]["s0"].update(values)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data.pop("title"),
+        lambda data: data.update(updated_s="yesterday"),
+        lambda data: data.update(updated_s=float("nan")),
+        lambda data: data.update(shots=["s0"]),
+        lambda data: data["shots"].update(s0="RUNNING"),
+        lambda data: data["shots"]["s0"].pop("num_frames"),
+        _shot(state="REHEARSING"),
+        _shot(frames_done="3"),
+        _shot(reason=3),
+        _shot(frames_per_s=float("inf")),
+    ],
+)
+def test_a_damaged_status_is_one_error_and_written_anew(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    StatusFile(tmp_path, film()).update({"s0": entry()})
+    data = read(tmp_path)
+    change(data)
+    (tmp_path / "status.json").write_text(json.dumps(data))
+    with pytest.raises(StorageError, match=r"^the status is damaged; .*writes it anew"):
+        read_status(tmp_path)
+    StatusFile(tmp_path, film()).update({"s0": entry()})
+    assert list(read_status(tmp_path).shots) == ["s0"]
+
+
+def test_of_another_version(tmp_path: Path) -> None:
+    """A later version of the same format may say more; another format is named."""
+    StatusFile(tmp_path, film()).update({"s0": entry(), "s1": entry(gpu_hours=0.5)})
+    data = read(tmp_path)
+    data["colour"] = data["shots"]["s0"]["colour"] = "blue"
+    del data["shots"]["s1"]["gpu_hours"]
+    data["shots"]["s0"]["eta_s"] = 5
+    (tmp_path / "status.json").write_text(json.dumps(data))
+    shots = read_status(tmp_path).shots
+    assert (shots["s0"].eta_s, shots["s1"]) == (5, entry())
+    (tmp_path / "status.json").write_text(json.dumps(data | {"format": 2}))
+    with pytest.raises(ConfigError, match=r"status.json is of format 2, this longtake reads 1; use the version"):
+        read_status(tmp_path)
