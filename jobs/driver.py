@@ -165,7 +165,7 @@ def main() -> int:
         except ConfigError as error:
             print(f"longtake: {error}", file=sys.stderr, flush=True)
             return 2
-        except LongtakeError as error:
+        except (LongtakeError, ConnectionError) as error:  # no director, or one that cannot use the film's ledger
             print(f"longtake: {error}", file=sys.stderr, flush=True)
             return 1
 

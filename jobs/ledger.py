@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from longtake.jobs.states import RetryPolicy, Task
-from longtake.kernels.errors import StorageError
+from longtake.kernels.errors import ConfigError, StorageError
 
 LEDGER_NAME = "ledger.sqlite"
 MAX_EVENTS = 1000
 
 _VERSION = 1
+_MEND = "move it away and submit the film again: what is rendered stays"
 _SQL_TYPES: dict[object, str] = {int: "INTEGER", float: "REAL", bool: "INTEGER"}
 _Row = TypeVar("_Row", bound="Task | FilmRecord")
 
@@ -70,7 +71,8 @@ class Ledger:
         wait_s: how long to wait for a writer that is on its way out.
 
     Raises:
-        StorageError: another director has it, it cannot be read, or it is of a newer version.
+        ConfigError: it is of another version of longtake.
+        StorageError: another director has it, or it cannot be read.
     """
 
     def __init__(self, path: Path, *, wait_s: float = 5.0) -> None:
@@ -90,7 +92,13 @@ class Ledger:
             self._db.close()
             if "locked" in str(error):
                 raise StorageError("another director writes this film's ledger; stop it first", path=path) from error
-            raise StorageError(f"the ledger cannot be read: {error}; restore it from a copy", path=path) from error
+            raise StorageError(f"the ledger cannot be read: {error}; {_MEND}", path=path) from error
+        except ConfigError:
+            self._db.close()
+            raise
+        except (ValueError, TypeError) as error:
+            self._db.close()
+            raise StorageError(f"the ledger holds what no longtake wrote: {error!r}; {_MEND}", path=path) from error
         except BaseException:
             self._db.close()
             raise
@@ -156,7 +164,8 @@ class Ledger:
     def _prepare(self) -> None:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if version > _VERSION:
-            raise StorageError(f"the ledger is of version {version}, this longtake reads {_VERSION}", path=self.path)
+            message = f"the ledger is of version {version}, this longtake reads {_VERSION}; use the newer one, or {_MEND}"
+            raise ConfigError(message, path=self.path)
         with self._transaction():
             self._db.execute(f"CREATE TABLE IF NOT EXISTS film ({_columns(FilmRecord)})")
             self._db.execute(f"CREATE TABLE IF NOT EXISTS task ({_columns(Task)}, PRIMARY KEY (name))")
@@ -166,6 +175,10 @@ class Ledger:
                 "reason TEXT)"
             )
             self._db.execute(f"PRAGMA user_version={_VERSION}")
+        for table, kind in (("film", FilmRecord), ("task", Task)):
+            there = {row[1] for row in self._db.execute(f"PRAGMA table_info({table})")}
+            if there != {field.name for field in dataclasses.fields(kind)}:
+                raise ConfigError(f"the ledger is of another version of longtake; {_MEND}", path=self.path)
 
     def _load_film(self) -> FilmRecord | None:
         rows = self._rows("film")

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import pytest
 from longtake.jobs.ledger import MAX_EVENTS, FilmRecord, Ledger
 from longtake.jobs.states import Task, TaskKind, Want
 from longtake.jobs.status import State
-from longtake.kernels.errors import StorageError
+from longtake.kernels.errors import ConfigError, StorageError
 
 RECORD = FilmRecord(title="Harbour", content_hash="ab", toml="[film]", source="/films/harbour.toml", gang_sizes=(1, 2))
 
@@ -77,6 +78,32 @@ def test_what_is_no_ledger_is_refused(tmp_path: Path) -> None:
         Ledger(path)
     with pytest.raises(StorageError, match="cannot be opened"):
         Ledger(tmp_path / "nowhere" / "ledger.sqlite")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("PRAGMA user_version=2", "is of version 2, this longtake reads 1; use the newer one, or move it away"),
+        ("ALTER TABLE task DROP COLUMN gpu_s", "is of another version of longtake; move it away and submit"),
+        ("ALTER TABLE film ADD COLUMN colour TEXT", "is of another version of longtake; move it away and submit"),
+        ("UPDATE task SET state = 'REHEARSING'", "holds what no longtake wrote: .*REHEARSING.*; move it away"),
+        ("UPDATE task SET after = 's1'", "holds what no longtake wrote"),
+        ("UPDATE film SET gang_sizes = NULL, title = NULL, toml = NULL, priority = 'x'", "holds what no longtake wrote"),
+    ],
+)
+def test_a_ledger_of_another_version_is_one_clear_line(tmp_path: Path, change: str, message: str) -> None:
+    path = tmp_path / "ledger.sqlite"
+    ledger = Ledger(path)
+    ledger.take(RECORD, tasks(2), at_s=1.0)
+    ledger.close()
+    db = sqlite3.connect(path)
+    with db:
+        db.execute(change)
+    db.close()
+    for _ in range(2):  # and it is let go of
+        with pytest.raises((ConfigError, StorageError), match=message) as caught:
+            Ledger(path, wait_s=0.05)
+        assert len(str(caught.value).splitlines()) == 1
 
 
 def test_events_are_bounded(tmp_path: Path) -> None:
