@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,14 @@ class BlockRecord:
 def parse_record(line: bytes) -> BlockRecord | None:
     """A line's record; None for a torn line or one that is none."""
     try:
-        data = json.loads(line) if line.endswith(b"\n") else None
+        data = json.loads(line, parse_constant=_no_number) if line.endswith(b"\n") else None
         return None if data is None else _record(data)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no figure")
 
 
 def _record(data: dict[str, Any]) -> BlockRecord:
@@ -93,14 +98,11 @@ def _tier(data: dict[str, Any], num_ranks: int) -> TierUse:
 
 
 def read_records(folder: Path) -> Iterator[BlockRecord]:
-    """All records of a shot's folder, in order; none where there is no file."""
-    try:
-        with open(folder / METRICS_NAME, "rb") as file:
-            for line in file:
-                if (record := parse_record(line)) is not None:
-                    yield record
-    except FileNotFoundError:
-        return
+    """All records of a shot's folder, in order; none where there is no file that can be read."""
+    with suppress(OSError), open(folder / METRICS_NAME, "rb") as file:
+        for line in file:
+            if (record := parse_record(line)) is not None:
+                yield record
 
 
 def last_record(folder: Path) -> BlockRecord | None:

@@ -212,7 +212,10 @@ def verify(
         return EXIT_DONE
     for line in verifying.mends(verdict):
         print(f"longtake: to mend {line}", file=sys.stderr)
-    return _fail(EXIT_FAILED, f"{len(verdict.damages)} files of {directory} are bad")
+    num_bad = len(verdict.damages)
+    return _fail(
+        EXIT_FAILED, f"{num_bad} file{'s' * (num_bad > 1)} of {directory} {'are' if num_bad > 1 else 'is'} bad"
+    )
 
 
 @app.command()

@@ -164,7 +164,9 @@ class Ledger:
     def _prepare(self) -> None:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if version > _VERSION:
-            message = f"the ledger is of version {version}, this longtake reads {_VERSION}; use the newer one, or {_MEND}"
+            message = (
+                f"the ledger is of version {version}, this longtake reads {_VERSION}; use the newer one, or {_MEND}"
+            )
             raise ConfigError(message, path=self.path)
         with self._transaction():
             self._db.execute(f"CREATE TABLE IF NOT EXISTS film ({_columns(FilmRecord)})")

@@ -55,7 +55,7 @@ class Recipe:
             StorageError: the recipe there is damaged, or none can be written.
         """
         path = directory / RECIPE_NAME
-        existing = _read(path)
+        existing = read_recipe(path)
         if existing is None:
             _write(path, self.to_json())
             return
@@ -74,7 +74,7 @@ class Recipe:
         Raises:
             ConfigError, StorageError: as `keep_in`.
         """
-        existing = _read(directory / RECIPE_NAME)
+        existing = read_recipe(directory / RECIPE_NAME)
         return existing is not None and not self._differences(existing)
 
     def _differences(self, existing: dict[str, Any]) -> list[str]:
@@ -104,22 +104,29 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def read_recipe(path: Path) -> dict[str, Any] | None:
+    """The JSON of a recipe's file; None where there is none.
+
+    Raises:
+        ConfigError: it is of another format.
+        StorageError: it is damaged or cannot be read.
+    """
     try:
-        data: dict[str, Any] = json.loads(path.read_text())
+        data: dict[str, Any] = json.loads(path.read_bytes())
         if data["format"] != FORMAT:
-            raise ConfigError(
-                f"{path} is of format {data['format']}, this longtake reads {FORMAT}; render with --fresh"
-            )
+            message = f"the shot's settings are of format {_short(data['format'])}, this longtake reads {FORMAT}"
+            raise ConfigError(f"{message}; render with --fresh", path=path)
         _essence(data)
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise StorageError(f"{path} cannot be read: {error.strerror}") from error
+        raise StorageError(f"the shot's settings cannot be read: {error.strerror}", path=path) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise StorageError(f"{path} is damaged; render the shot anew with --fresh") from error
+        raise StorageError(
+            "the record of the shot's settings is damaged; render the shot anew with --fresh", path=path
+        ) from error
     return data
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -12,9 +11,10 @@ from pathlib import Path
 from longtake.jobs.blockrecord import TIERS, BlockRecord, read_records
 from longtake.jobs.pictures import shot_pictures
 from longtake.jobs.quantities import format_bytes, format_duration
-from longtake.jobs.recipe import RECIPE_NAME
+from longtake.jobs.recipe import RECIPE_NAME, read_recipe
 from longtake.jobs.status import FilmStatus, ShotStatus, read_status
 from longtake.jobs.svg import Series, plot
+from longtake.kernels.errors import LongtakeError
 from longtake.offload.errors import from_os_error
 
 REPORT_NAME = "report.html"
@@ -100,13 +100,12 @@ def _figures(folder: Path, records: Sequence[BlockRecord]) -> str:
     """What a shot is and how it went, as a table of names and values."""
     rows: list[list[str]] = []
     try:
-        recipe = json.loads((folder / RECIPE_NAME).read_text())
-        config = recipe["config"]
+        config = (read_recipe(folder / RECIPE_NAME) or {})["config"]
         size = f"{config['height']}x{config['width']} at {config['fps']} fps, seed {config['seed']}"
         rows.append(["rendered as", f"{config['model']['name']}, {size}, history in {config['cache']['codec']}"])
         rows += [[f"from {format_duration(beat['at_s'])}", beat["prompt"]] for beat in config["beats"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        rows.append(["rendered as", "its config.json is not there"])
+    except (LongtakeError, ValueError, KeyError, TypeError):
+        rows.append(["rendered as", f"its {RECIPE_NAME} is not there or cannot be read"])
     if records:
         seconds = sorted(record.seconds for record in records)
         last, slow = records[-1], seconds[round(0.9 * (len(seconds) - 1))]

@@ -7,9 +7,9 @@ from them can be read and have all their frames.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Generator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from longtake.engine.latents import LatentLog
 from longtake.engine.segments import SEGMENTS_NAME
 from longtake.engine.shotfolder import LATENTS_NAME
 from longtake.engine.video import probe
-from longtake.jobs.recipe import RECIPE_NAME
-from longtake.jobs.status import FILM_NAME
-from longtake.kernels.errors import ConfigError, StorageError
+from longtake.jobs.recipe import RECIPE_NAME, read_recipe
+from longtake.jobs.status import FILM_NAME, State, read_status
+from longtake.kernels.errors import ConfigError, LongtakeError, StorageError
 from longtake.offload.journal import replay
 from longtake.offload.records import history
 from longtake.offload.run import journals, kept_blocks
@@ -85,7 +85,10 @@ def verify(directory: Path) -> Verdict:
     if not shots:
         raise ConfigError(f"{directory}: no shot was rendered here; name the --out of a render")
     damages = [damage for shot in shots for damage in shot.damages()]
-    damages += _film_damages(directory, sum(shot.config.get("num_frames", 0) for shot in shots))
+    missing = list(_missing_shots(directory, {shot.name for shot in shots}))
+    lengths = [shot.facts.num_frames for shot in shots if shot.facts is not None]
+    is_known = len(lengths) == len(shots) and not missing
+    damages += [*missing, *_film_damages(directory, sum(lengths) if is_known else None)]
     return Verdict(
         shots=tuple(shot.name for shot in shots),
         num_blocks=sum(shot.num_blocks for shot in shots),
@@ -104,13 +107,47 @@ def _is_shot(path: Path) -> bool:
     return not path.name.startswith(".") and ((path / RECIPE_NAME).exists() or (path / "journal").exists())
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Facts:
+    """What a shot's config.json says that its files are checked against."""
+
+    num_frames: int
+    num_heads: int
+    temporal_stride: int
+    block_frames: int
+    continues: bool
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> _Facts:
+        model = config["model"]
+        return cls(
+            num_frames=_count(config["num_frames"]),
+            num_heads=_count(model["transformer"]["num_heads"]),
+            temporal_stride=_count(model["temporal_stride"]),
+            block_frames=_count(model["block_frames"]),
+            continues=bool(config.get("after") or config.get("clip")),
+        )
+
+    def blocks_of(self, num_frames: int) -> int:
+        """Blocks of latents that so many frames of the shot are decoded from; see ShotConfig.num_blocks."""
+        first = 0 if self.continues else 1
+        latents = first + -(-(num_frames - first) // self.temporal_stride) if num_frames else 0
+        return -(-latents // self.block_frames)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{value!r} is no count")
+    return value
+
+
 class _Shot:
     """One shot's folder; the counts are of what `damages` read."""
 
     def __init__(self, directory: Path, name: str) -> None:
         self.directory, self.name, self.folder = directory, name, directory / name
         self.num_blocks = self.num_latents = self.num_segments = 0
-        self.config: dict[str, Any] = {}
+        self.facts: _Facts | None = None
 
     def damages(self) -> Iterator[Damage]:
         """All that is bad."""
@@ -120,24 +157,43 @@ class _Shot:
     def _errors(self) -> Iterator[StorageError]:
         yield from self._recipe_errors()
         yield from verify_history(self.folder)
-        num_shown = 0
-        try:
-            self.num_blocks = kept_blocks(self.folder, self.config["model"]["transformer"]["num_heads"])
-            records = [history(replay(journal).records) for journal in journals(self.folder).values()]
-            self.num_segments = sum(len(record.segments) for record in records)
-            frames = sum(segment.num_frames for record in records for segment in record.segments)
-            num_shown = _blocks_of(frames, self.config)
-        except (StorageError, KeyError, TypeError):
-            pass  # the damage is in the list already
-        yield from self._latent_errors(num_shown)
+        yield from self._latent_errors((yield from self._journal_errors()))
         yield from self._video_errors()
 
     def _recipe_errors(self) -> Iterator[StorageError]:
         path = self.folder / RECIPE_NAME
         try:
-            self.config = dict(json.loads(path.read_text())["config"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            yield StorageError(f"the shot's settings cannot be read: {error}", path=path)
+            recipe = read_recipe(path)
+            if recipe is None:
+                yield StorageError("the shot's settings are not there; render the shot anew with --fresh", path=path)
+            else:
+                self.facts = _Facts.of(recipe["config"])
+        except (ConfigError, StorageError) as error:
+            yield StorageError(str(error.args[0]), path=path)
+        except (ValueError, KeyError, TypeError) as error:
+            yield StorageError(f"the shot's settings are none ({error!r}); render it anew with --fresh", path=path)
+
+    def _journal_errors(self) -> Generator[StorageError, None, int]:
+        """That a finished shot's segments are all listed. Returns the blocks that the listed ones show."""
+        if self.facts is None:
+            return 0
+        try:
+            self.num_blocks = kept_blocks(self.folder, self.facts.num_heads)
+            records = [history(replay(journal).records) for journal in journals(self.folder).values()]
+        except StorageError:
+            return 0  # the damage is in the list already
+        self.num_segments = sum(len(record.segments) for record in records)
+        num_frames = sum(segment.num_frames for record in records for segment in record.segments)
+        if num_frames < self.facts.num_frames and any(self._videos()):
+            yield StorageError(
+                f"it lists segments of {num_frames} frames, and the shot's video of {self.facts.num_frames} is there; "
+                "delete that and render again, to go on from what is listed",
+                path=self.folder / "journal",
+            )
+        return self.facts.blocks_of(num_frames)
+
+    def _videos(self) -> list[Path]:
+        return sorted(self.folder.glob(f"{self.name}.m??"))
 
     def _latent_errors(self, num_shown: int) -> Iterator[StorageError]:
         """Blocks that are there, and those before them or shown by a segment; a run killed may lack the last few."""
@@ -154,14 +210,22 @@ class _Shot:
         yield from log.damages(self.num_latents)
 
     def _video_errors(self) -> Iterator[StorageError]:
-        for path in sorted(self.folder.glob(f"{self.name}.m??")):
-            yield from _video_errors(path, self.config.get("num_frames"))
+        for path in self._videos():
+            yield from _video_errors(path, None if self.facts is None else self.facts.num_frames)
 
 
-def _film_damages(directory: Path, num_frames: int) -> Iterator[Damage]:
+def _missing_shots(directory: Path, there: Collection[str]) -> Iterator[Damage]:
+    """Shots that were finished and have no folder; where the status cannot be read, nobody knows of them."""
+    with suppress(LongtakeError, OSError):
+        for name, entry in read_status(directory).shots.items():
+            if entry.state is State.SUCCEEDED and name not in there:
+                yield Damage(shot=name, file=name, what="the shot was finished, and its folder is not there")
+
+
+def _film_damages(directory: Path, num_frames: int | None) -> Iterator[Damage]:
     path = directory / FILM_NAME
     if path.exists():
-        for error in _video_errors(path, None if num_frames == 0 else num_frames):
+        for error in _video_errors(path, num_frames):
             yield _damage(directory, None, error)
 
 
@@ -192,13 +256,6 @@ def _damage(directory: Path, shot: str | None, error: StorageError) -> Damage:
         layers=layers,
         heads=heads,
     )
-
-
-def _blocks_of(num_frames: int, config: dict[str, Any]) -> int:
-    """Blocks of latents that so many frames of a shot are decoded from; see ShotConfig.num_blocks."""
-    first = 0 if config.get("after") or config.get("clip") else 1
-    latents = first + -(-(num_frames - first) // config["model"]["temporal_stride"]) if num_frames else 0
-    return -(-latents // int(config["model"]["block_frames"]))
 
 
 def _span(span: tuple[int, int]) -> str:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from longtake.jobs import cli
 from longtake.jobs.blockrecord import TIERS, TierUse, last_record, read_records
 
@@ -31,6 +33,18 @@ def test_what_is_no_number_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(line(1, disk_io="pool", up_bytes=7, note=None, more={"a": 1}))
     assert (record := last_record(tmp_path)) is not None
     assert record.totals == {"up_bytes": 7.0}
+
+
+@pytest.mark.parametrize("figure", ["NaN", "1e999", '"x"', "null"])
+def test_lines_without_figures_are_left_out(tmp_path: Path, figure: str) -> None:
+    good = line(1)
+    (tmp_path / "metrics.jsonl").write_text(f'{{"time": 1, "block": 2, "seconds": 1, "frames": {figure}}}\n' + good)
+    assert [record.block for record in read_records(tmp_path)] == [1]
+
+
+def test_a_file_that_cannot_be_read_is_none(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    assert not list(read_records(tmp_path)) and last_record(tmp_path) is None
 
 
 def test_what_the_engine_writes_is_read(tiny_model: Path, tmp_path: Path) -> None:

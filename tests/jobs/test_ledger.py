@@ -88,7 +88,10 @@ def test_what_is_no_ledger_is_refused(tmp_path: Path) -> None:
         ("ALTER TABLE film ADD COLUMN colour TEXT", "is of another version of longtake; move it away and submit"),
         ("UPDATE task SET state = 'REHEARSING'", "holds what no longtake wrote: .*REHEARSING.*; move it away"),
         ("UPDATE task SET after = 's1'", "holds what no longtake wrote"),
-        ("UPDATE film SET gang_sizes = NULL, title = NULL, toml = NULL, priority = 'x'", "holds what no longtake wrote"),
+        (
+            "UPDATE film SET gang_sizes = NULL, title = NULL, toml = NULL, priority = 'x'",
+            "holds what no longtake wrote",
+        ),
     ],
 )
 def test_a_ledger_of_another_version_is_one_clear_line(tmp_path: Path, change: str, message: str) -> None:

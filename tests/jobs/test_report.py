@@ -46,9 +46,16 @@ def run_directory(tmp_path: Path) -> Path:
     folder = tmp_path / "a"
     (folder / "segments").mkdir(parents=True)
     write_video(folder / "segments" / "00000.mp4")
-    config = {"height": 48, "width": 64, "fps": 8, "seed": 1, "model": {"name": "tiny"}, "cache": {"codec": "int4"}}
-    config["beats"] = [{"at_s": 0.0, "prompt": EVIL}]
-    (folder / "config.json").write_text(json.dumps({"config": config}))
+    config = {
+        "height": 48,
+        "width": 64,
+        "fps": 8,
+        "seed": 1,
+        "model": {"name": "tiny", "history": {}},
+        "cache": {"codec": "int4"},
+    }
+    config |= {"history": {}, "beats": [{"at_s": 0.0, "prompt": EVIL}]}
+    (folder / "config.json").write_text(json.dumps({"format": 1, "starts_from": None, "config": config}))
     tiers = {"device": {"used_bytes": 100, "budget_bytes": 200}, "disk": {"used_bytes": 100, "budget_bytes": None}}
     lines = [
         {
