@@ -50,6 +50,16 @@ def probe(path: str | Path) -> VideoInfo:
     return inspect_video(Path(path)).info
 
 
+def count_frames(path: str | Path) -> int:
+    """Count the frames of any video or picture by its packets, no matter who wrote it and when each is shown.
+
+    Raises:
+        StorageError: it is missing, or no video.
+    """
+    with open_video(Path(path)) as (container, stream):
+        return sum(packet.size > 0 for packet in container.demux(stream))
+
+
 def read_frames(path: str | Path) -> Iterator[Frames]:
     """Decode a video file frame by frame: uint8 RGB [Y, X, 3].
 

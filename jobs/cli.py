@@ -138,7 +138,7 @@ def render(
         rendering.make_directory(out)
         device = rendering.check_device(device)
         job = rendering.RenderJob(
-            film=film, configs=_resolve(film), directory=out, device=device, only=shot, fresh=fresh
+            film=film, configs=_resolve(film, place().size), directory=out, device=device, only=shot, fresh=fresh
         )
         finished = _render(job, signals.requested, gang)
         if gang is not None:
@@ -171,6 +171,7 @@ def plan(
     from longtake.jobs import calibration as calibrating
     from longtake.jobs import plan as planning
     from longtake.jobs.film import load_film
+    from longtake.jobs.quantities import format_bytes
     from longtake.jobs.tables import plan_table, print_table
 
     if device not in ("cpu", "cuda"):
@@ -186,6 +187,10 @@ def plan(
         print(
             f"render: on {gpus} device{'s' * (gpus > 1)}, from the rollout benchmark on {known[0].source} ({path.name})"
         )
+        for shot in plans:
+            if shot.lacking_bytes:
+                hint = 'raise cache.disk, or write keep = "needed"'
+                print(f"{shot.name} stops with a full disk budget, {format_bytes(shot.lacking_bytes)} short; {hint}")
         return
     _write_json(json_path, planning.to_json(plans, gpus))
 
@@ -318,8 +323,11 @@ def _write_json(path: Path, data: object) -> None:
         raise ConfigError(f"--json {path}: cannot be written ({error.strerror})") from error
 
 
-def _resolve(film: Film) -> dict[str, ShotConfig]:
+def _resolve(film: Film, num_ranks: int = 1) -> dict[str, ShotConfig]:
     from longtake.engine.weights import read_spec
+    from longtake.jobs.budgets import check_budgets
     from longtake.jobs.resolve import resolve
 
-    return resolve(film, read_spec)
+    configs = resolve(film, read_spec)
+    check_budgets(film, configs, num_ranks)
+    return configs

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from longtake.jobs.film_cluster import MAX_GANG, MAX_PRIORITY
 from longtake.jobs.stopping import StopSignals
 from longtake.kernels.errors import ConfigError
 
@@ -50,24 +51,27 @@ def submit(
     from longtake.jobs.render import check_device
 
     with StopSignals() as signals:
+        if gpus_per_shot is not None and not 1 <= gpus_per_shot <= MAX_GANG:
+            raise ConfigError(f"--gpus-per-shot {gpus_per_shot}: write a number from 1 to {MAX_GANG}")
+        if priority is not None and abs(priority) > MAX_PRIORITY:
+            raise ConfigError(f"--priority {priority}: write a number from {-MAX_PRIORITY} to {MAX_PRIORITY}")
         film = load_film(film_path)
         if address is None:
             device = check_device(device)
-            _check(film)
+            _check(film, gpus_per_shot)
         elif device not in (None, "cpu", "cuda"):
             raise ConfigError(f"--device {device}: unknown device; write cpu or cuda")
-        if gpus_per_shot is not None and not 1 <= gpus_per_shot <= 64:
-            raise ConfigError(f"--gpus-per-shot {gpus_per_shot}: write a number from 1 to 64")
         order = _order(film, out, device or "cuda", gpus_per_shot, priority, rents=address is not None)
         return _submit(order, address, wait, signals)
 
 
-def _check(film: Film) -> None:
+def _check(film: Film, gpus_per_shot: int | None) -> None:
     """Everything that needs the models is wrong here and now rather than in a job."""
     from longtake.engine.weights import read_spec
+    from longtake.jobs.budgets import check_budgets
     from longtake.jobs.resolve import resolve
 
-    resolve(film, read_spec)
+    check_budgets(film, resolve(film, read_spec), gpus_per_shot or film.cluster.gang_sizes[0])
 
 
 def _order(

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from longtake.jobs.budgets import check_budgets
 from longtake.jobs.farm import start_director
 from longtake.jobs.film import parse_film
 from longtake.jobs.filmorder import FilmOrder, order_of_job
@@ -37,12 +38,13 @@ def film_tasks(record: FilmRecord, directory: str) -> list[Task]:
     """A film's tasks: its shots in the order of the film, then their joining.
 
     Raises:
-        ConfigError: see `resolve`.
+        ConfigError: see `resolve` and `check_budgets`.
     """
     from longtake.engine.weights import read_spec
 
     film = parse_film(record.toml, record.source)
     configs = resolve(film, read_spec)
+    check_budgets(film, configs, record.gang_sizes[0])
     job = RenderJob(film=film, configs=configs, directory=Path(directory), device=record.device)
     shots = [
         Task(

@@ -170,7 +170,7 @@ def _read_shot(table: Table, defaults: Settings) -> Shot:
     table.required("prompt", '"pan right slowly"')
     prompt = table.text("prompt", '"pan right slowly"')
     assert prompt is not None
-    after = table.value("after", str, '"arrival"')
+    after = table.text("after", '"arrival"')
     after_blocks = table.integer("after_blocks", minimum=0, maximum=10**6, example="3")
     starts = {key: table.text(key, f'"{key}.mp4"') for key in _START_KEYS}
     if after_blocks is not None and after is None and starts["clip"] is None:
@@ -201,8 +201,6 @@ def _read_time(table: Table, key: str) -> Fraction | None:
     text = table.value(key, str, '"12s"')
     if text is None:
         return None
-    if text.strip().startswith("-"):
-        raise table.error(key, f'{quote(text)} is negative; write {key} = "{text.strip().lstrip("-")}"')
     try:
         seconds = parse_duration(text.strip())
     except ValueError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -207,7 +208,7 @@ def _read_tiers(table: Table) -> tuple[tuple[int, str], ...] | None:
         return None
     tiers = []
     for age, codec in values.items():
-        if not age.isdecimal() or len(age) > 6 or type(codec) is not str or not codec.strip():
+        if re.fullmatch("[0-9]{1,6}", age) is None or type(codec) is not str or not codec.strip():
             message = f'{quote({age: codec})} is no tier; write an age in blocks and a codec, like {{ 2 = "bf16" }}'
             raise table.source.error((*table.path, "tiers", age), message)
         tiers.append((int(age), codec.strip()))

@@ -13,7 +13,7 @@ from operator import mul
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longtake.engine.config import HistoryPolicy, Precision, ShotConfig
+from longtake.engine.config import HistoryPolicy, Keep, Precision, ShotConfig
 from longtake.jobs.calibration import Calibration, choose, film_seconds, shot_seconds
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ class ShotPlan:
         activation_bytes: what else a pass computed in between in the benchmark, by tokens and width; 0 without one.
         host_bytes: the host tier, or the text encoder while prompts are encoded before, whichever is larger.
         disk_bytes: history and latents; videos come on top.
+        lacking_bytes: what the film's disk budget lacks for a history that stays there whole; a render stops when it is
+            full. 0: nothing, or blocks that are not needed are deleted.
         seconds: to render it on one device; None without a benchmark.
         after: the shot that it starts from.
     """
@@ -74,6 +76,7 @@ class ShotPlan:
     activation_bytes: int
     host_bytes: int
     disk_bytes: int
+    lacking_bytes: int
     seconds: float | None
     after: str | None
 
@@ -112,7 +115,8 @@ def plan_shot(
     retrieve = shot.history.policy is HistoryPolicy.RETRIEVE
     if retrieve:
         check_room(shot, timeline, shapes[0], budgets[0], disk=True)
-    kept_bytes = min(history_bytes, shot.cache.disk_bytes or history_bytes)
+    budget_bytes = shot.cache.disk_bytes
+    kept_bytes = history_bytes if budget_bytes is None else min(history_bytes, budget_bytes)
     calibration = choose(calibrations, shot.cache.codec, shot.attention) if calibrations else None
     decoder_weights, vae_bytes = _vae(shot, dtype)
     sizes = [shape.block_bytes for shape in shapes]
@@ -146,6 +150,7 @@ def plan_shot(
         partials_bytes=partials_bytes,
         activation_bytes=round(activations),
         host_bytes=max(sum(map(mul, staging, sizes)), _files_bytes(shot.model.path / "text_encoder")),
+        lacking_bytes=history_bytes - kept_bytes if shot.cache.keep is Keep.ALL else 0,
         disk_bytes=kept_bytes + shot.num_blocks * math.prod(shot.latent_shape) * _LATENT_BYTES,
         seconds=shot_seconds(shot, calibration, decoder_weights) if calibration else None,
         after=shot.after,

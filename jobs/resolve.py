@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -17,7 +16,6 @@ from longtake.engine.config import (
     HistoryConfig,
     HistoryPolicy,
     Keep,
-    MediaConfig,
     ModelSpec,
     Positions,
     Precision,
@@ -31,8 +29,9 @@ from longtake.engine.forms import FormPolicy
 from longtake.engine.timeline import Timeline
 from longtake.jobs.film import Beat, Film, Shot
 from longtake.jobs.film_settings import Prune, Settings
+from longtake.jobs.media import check_length, clip_blocks, read_media, unreadable
 from longtake.jobs.source import quote
-from longtake.kernels.errors import ConfigError, LongtakeError
+from longtake.kernels.errors import ConfigError
 from longtake.offload.chunkfiles import DiskIO
 
 _RETRIEVED = 4  # blocks, unless the film or the model says
@@ -62,7 +61,7 @@ def resolve(film: Film, read_model: ReadModel) -> dict[str, ShotConfig]:
             except ConfigError as error:
                 raise film.source.error(film.key(shot, "model"), str(error)) from error
             except (OSError, ValueError, RuntimeError) as error:
-                raise _unreadable(film, shot, "model", name, "an existing folder", error) from error
+                raise unreadable(film, shot, "model", name, "an existing folder", error) from error
     configs: dict[str, ShotConfig] = {}
     for shot in film.render_order():
         before = configs[shot.after] if shot.after is not None else None
@@ -108,25 +107,39 @@ def _resolve_shot(film: Film, shot: Shot, model: ModelSpec, before: ShotConfig |
         attention=settings.attention or "dense",
         after=shot.after,
         after_blocks=_after_blocks(film, shot, history, before),
-        image=_media(film, shot, "image", shot.image),
-        clip=_media(film, shot, "clip", shot.clip),
-        guide=_media(film, shot, "video", shot.video),
+        image=read_media(film, shot, "image"),
+        clip=read_media(film, shot, "clip"),
+        guide=read_media(film, shot, "video"),
         strength=shot.strength or (0.6 if shot.video is not None else 1.0),
     )
     _check_forms(film, shot, config)
     if config.clip is not None:
-        blocks = _clip_blocks(film, shot, config, config.clip)
-        config = dataclasses.replace(config, after_blocks=blocks)
+        config = dataclasses.replace(config, after_blocks=clip_blocks(film, shot, config, config.clip))
     try:
         Timeline(config, config.after_blocks)
     except ConfigError as error:
         raise film.source.error(film.key(shot, "name"), str(error)) from error
-    if before is not None and (before.model != model or (before.height, before.width) != (height, width)):
-        message = f"{quote(before.name)} has another model or size; a shot starts from latents of its own kind"
-        raise film.source.error(film.key(shot, "after"), message)
+    if before is not None:
+        _check_alike(film, shot, config, before)
     if any(other.after == shot.name for other in film.shots):
         config = dataclasses.replace(config, num_frames=whole_block_frames(config))
+    if config.guide is not None:
+        check_length(film, shot, config, config.guide)
     return config
+
+
+def _check_alike(film: Film, shot: Shot, config: ShotConfig, before: ShotConfig) -> None:
+    """A shot starts from latents of its own kind."""
+    if before.model.name != config.model.name or before.model.path != config.model.path:
+        what = "another model"
+    elif (before.height, before.width) != (config.height, config.width):
+        what = "another size"
+    elif before.model != config.model:
+        what = "weights of another precision"
+    else:
+        return
+    message = f"{quote(before.name)} has {what}; a shot starts from latents of its own kind"
+    raise film.source.error(film.key(shot, "after"), message)
 
 
 def whole_block_frames(config: ShotConfig) -> int:
@@ -192,45 +205,6 @@ def _beat(beat: Beat, fps: int, model: ModelSpec) -> BeatConfig:
         switch=model.switch if beat.switch is None else Switch(beat.switch),
         transition_s=float(beat.transition_s),
     )
-
-
-def _media(film: Film, shot: Shot, key: str, name: str | None) -> MediaConfig | None:
-    """A file that a shot starts from, relative to the film's folder, and the hash of its content."""
-    if name is None:
-        return None
-    try:
-        path = (Path(film.source.path).parent / Path(name).expanduser()).absolute()
-        with path.open("rb") as file:
-            return MediaConfig(path=path, sha256=hashlib.file_digest(file, "sha256").hexdigest())
-    except (OSError, ValueError, RuntimeError) as error:
-        raise _unreadable(film, shot, key, name, "an existing file", error) from error
-
-
-def _unreadable(film: Film, shot: Shot, key: str, name: str, mend: str, error: Exception) -> ConfigError:
-    """What to say of a path that is none: too long, with a NUL, of a user that is not there."""
-    reason = getattr(error, "strerror", None) or str(error)
-    message = f"{quote(name)} cannot be read ({reason}); name {mend}"
-    return film.source.error(film.key(shot, key), message)
-
-
-def _clip_blocks(film: Film, shot: Shot, config: ShotConfig, clip: MediaConfig) -> int:
-    """Blocks of history that a clip makes: as asked, else as many as the window reads, if it is as long."""
-    from longtake.engine.footage import probe  # imports PyAV
-
-    try:
-        frames = probe(clip.path).frames
-    except LongtakeError as error:
-        raise film.source.error(film.key(shot, "clip"), str(error)) from error
-    latents = 1 + (frames - 1) // config.model.temporal_stride
-    there = latents // config.model.block_frames
-    if there == 0:
-        need = 1 + (config.model.block_frames - 1) * config.model.temporal_stride
-        raise film.source.error(film.key(shot, "clip"), f"has {frames} frames; a block of history takes {need}")
-    if shot.after_blocks is not None and shot.after_blocks > there:
-        message = f"{shot.after_blocks} is more than the clip has; write at most {there}"
-        raise film.source.error(film.key(shot, "after_blocks"), message)
-    window = config.history.policy is HistoryPolicy.WINDOW
-    return shot.after_blocks or (min(there, config.history.recent_blocks) if window else there)
 
 
 def _sampler(model: ModelSpec, steps: int | None) -> SamplerConfig:

@@ -98,7 +98,7 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.Captur
     [
         (("prompt", "promt"), [], "film.toml:4: shot.promt: unknown key; did you mean \"prompt\"?"),
         (('prompt = "p"\n', ""), [], "film.toml:1: shot.prompt: missing"),
-        (("2s", "-2s"), [], 'film.toml:3: shot.duration: "-2s" is negative; write duration = "2s"'),
+        (("2s", "-2s"), [], 'film.toml:3: shot.duration: "-2s" is no duration; write it like'),
         (("models/tiny", "minni"), [], "film.toml:5: shot.model: unknown model 'minni': did you mean 'mini'?"),
         (("models/tiny", "models/gone"), [], "film.toml:5: shot.model: unknown model"),
         (("models/tiny", "models/tiny\"\ncodec = \"itn4"), [], "film.toml:6: shot.codec: unknown codec 'itn4'"),

@@ -24,6 +24,7 @@ BAD: list[tuple[str, int, str]] = [
     (SHOT + "cache = { gpu = '6GiB' }\n", 5, "shot.cache.gpu: unknown key; known: device, host, disk"),
     (SHOT + "cache = { tiers = 2 }\n", 5, "shot.cache.tiers: must be a table, not an integer; write tiers = { 2 ="),
     (SHOT + "cache.tiers = { two = 'bf16' }\n", 5, 'shot.cache.tiers.two: {"two": "bf16"} is no tier; write an age'),
+    (SHOT + "cache.tiers = { '\u0662' = 'bf16' }\n", 5, "is no tier; write an age in blocks and a codec"),
     (SHOT + "cache.tiers = { 2 = 16 }\n", 5, 'shot.cache.tiers.2: {"2": 16} is no tier; write an age in blocks'),
     (SHOT + "cache.refresh = 4\n", 5, "shot.cache.refresh: has no meaning without tiers; add tiers or remove it"),
     (SHOT + "cache.first_blocks = 2\n", 5, "shot.cache.first_blocks: has no meaning without first; add first"),
@@ -53,7 +54,7 @@ BAD: list[tuple[str, int, str]] = [
     (SHOT + SHOT.replace('"a"', '"A"'), 6, "names differ in more than case"),
     # durations and prompts
     ("[[shot]]\nname='a'\nprompt='p'", 1, 'shot.duration: missing; add duration = "45s"'),
-    (SHOT.replace("9s", "-9s"), 3, 'shot.duration: "-9s" is negative; write duration = "9s"'),
+    (SHOT.replace("9s", "-9s"), 3, 'shot.duration: "-9s" is no duration; write it like "45s"'),
     (SHOT.replace("9s", "0s"), 3, 'shot.duration: "0s" is zero'),
     (SHOT.replace("9s", "9"), 3, 'write it like "45s"'),
     (SHOT.replace("9s", "200h"), 3, "more than a week; split the shot"),
@@ -66,7 +67,7 @@ BAD: list[tuple[str, int, str]] = [
     (SHOT + "[[shot.beat]]\nprompt='p'", 5, 'shot.beat.at: missing; add at = "12s"'),
     (SHOT + "[[shot.beat]]\nat='1s'", 5, "shot.beat.prompt: missing; add prompt ="),
     (SHOT + "[[shot.beat]]\nat='0s'\nprompt='p'", 6, "shot.beat.at: \"0s\" is zero"),
-    (SHOT + "[[shot.beat]]\nat='-1s'\nprompt='p'", 6, "shot.beat.at: \"-1s\" is negative"),
+    (SHOT + "[[shot.beat]]\nat='-1s'\nprompt='p'", 6, "shot.beat.at: \"-1s\" is no duration"),
     (SHOT + "[[shot.beat]]\nat='9s'\nprompt='p'", 6, "is not before the shot's end (9s); lengthen the shot"),
     (SHOT + "[[shot.beat]]\nat='11s'\nprompt='p'", 6, "is not before the shot's end (9s)"),
     (
@@ -78,6 +79,7 @@ BAD: list[tuple[str, int, str]] = [
     # after
     (SHOT + "after = 'b'", 5, 'shot.after: there is no shot "b"; remove it'),
     (SHOT + "after = 'bb'\n" + SHOT.replace('"a"', '"bbb"'), 5, 'there is no shot "bb"; did you mean "bbb"?'),
+    (SHOT + "after = ''", 5, 'shot.after: is empty; write after = "arrival"'),
     (SHOT + "after = 'a'", 5, "shot.after: the shots wait for each other (a -> a); remove one after"),
     (
         SHOT + "after='c'\n" + SHOT.replace('"a"', '"b"') + "after='a'\n" + SHOT.replace('"a"', '"c"') + "after='b'",

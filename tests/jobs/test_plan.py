@@ -81,6 +81,17 @@ def test_retrieval_keeps_a_little_of_every_block(spec: ModelSpec) -> None:
         plan_film(resolve(parse_film(small), lambda name: spec))
 
 
+@pytest.mark.parametrize(("keep", "lacking"), [("all", 5), ("needed", 0)])
+def test_a_disk_budget_that_a_render_would_fill(spec: ModelSpec, keep: str, lacking: int) -> None:
+    shot = '[[shot]]\nname = "a"\nduration = "5s"\nprompt = "p"\n'
+    whole = plan_film(resolve(parse_film(shot), lambda name: spec))[0]
+    assert (whole.num_blocks, whole.lacking_bytes) == (7, 0)
+    film = f'{shot}cache = {{ disk = "{2 * whole.block_bytes}B", keep = "{keep}" }}\n'
+    plan = plan_film(resolve(parse_film(film), lambda name: spec))[0]
+    assert plan.lacking_bytes == lacking * whole.block_bytes
+    assert whole.disk_bytes - plan.disk_bytes == 5 * whole.block_bytes
+
+
 def test_totals(configs: dict[str, ShotConfig]) -> None:
     plans = plan_film(configs)
     data = to_json(plans)

@@ -1,13 +1,11 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,7 +13,6 @@ from longtake.engine.config import (
     BeatConfig,
     CacheConfig,
     HistoryPolicy,
-    MediaConfig,
     ModelSpec,
     Positions,
     PruneConfig,
@@ -24,7 +21,6 @@ from longtake.engine.config import (
     TierConfig,
     WriteBack,
 )
-from longtake.engine.video import SegmentWriter
 from longtake.jobs.film import parse_film
 from longtake.jobs.resolve import _on_frame, resolve
 from longtake.kernels.errors import ConfigError
@@ -139,7 +135,8 @@ def test_models_are_read_once_and_folders_are_the_films(spec: ModelSpec, tmp_pat
         (SHOT + "cache.important = 'bf16'\n", 5, "shot.cache.important: important is the codec of blocks that pruning"),
         (SHOT + "history.prune = { recent_blocks = 2, merge = [4, 2] }\n", 5, "prune.merge: tokens cannot be merged"),
         (SHOT + 'cache.first = "int8"\nhistory = { policy = "retrieve", retrieved_blocks = 2 }\n', 2, "and prune"),
-        (SHOT + NEXT + "size = [64, 64]\n", 9, 'shot.after: "a" has another model or size'),
+        (SHOT + NEXT + "size = [64, 64]\n", 9, 'shot.after: "a" has another size; a shot starts'),
+        (SHOT + NEXT + 'weights = "fp8"\n', 9, 'shot.after: "a" has weights of another precision; a shot'),
         (SHOT + NEXT + "after_blocks = 8\n", 10, 'shot.after_blocks: 8 is more than "a" has; write at most 7'),
     ],
 )  # fmt: skip
@@ -202,32 +199,6 @@ def test_switches_are_the_models_unless_a_beat_says(spec: ModelSpec) -> None:
     config = resolved(SHOT + beats + 'transition = "1s"\n', recaching)["a"]
     assert [beat.switch for beat in config.beats] == [Switch.KEEP, Switch.RECACHE, Switch.FLUSH]
     assert [beat.transition_s for beat in config.beats] == [0.0, 0.0, 1.0]
-
-
-def test_what_a_shot_starts_from(spec: ModelSpec, tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(b"picture")
-    path = str(tmp_path / "film.toml")
-    config = resolve(parse_film(SHOT + 'image = "a.png"\n', path), lambda name: spec)["a"]
-    assert config.image == MediaConfig(path=tmp_path / "a.png", sha256=hashlib.sha256(b"picture").hexdigest())
-    assert (config.continues, config.num_latents, config.after_blocks) == (False, 21, 0)
-    config = resolve(parse_film(SHOT + 'video = "a.png"\n', path), lambda name: spec)["a"]
-    assert (config.guide is not None, config.strength) == (True, 0.6)
-    with pytest.raises(ConfigError, match=r'film.toml:5: shot.image: "b.png" cannot be read \(No such file'):
-        resolve(parse_film(SHOT + 'image = "b.png"\n', path), lambda name: spec)
-    with pytest.raises(ConfigError, match=r"film.toml:5: shot.clip: "):
-        resolve(parse_film(SHOT + 'clip = "a.png"\n', path), lambda name: spec)
-
-
-@pytest.mark.parametrize(("wanted", "blocks"), [("", 3), ("after_blocks = 2\n", 2)])
-def test_a_clip_is_history(spec: ModelSpec, tmp_path: Path, wanted: str, blocks: int) -> None:
-    with SegmentWriter(tmp_path / "c.mp4", fps=16, size=(96, 160)) as writer:
-        writer.write(torch.zeros(40, 96, 160, 3, dtype=torch.uint8))
-    film = parse_film(SHOT + 'clip = "c.mp4"\n' + wanted, str(tmp_path / "film.toml"))
-    config = resolve(film, lambda name: spec)["a"]
-    assert (config.continues, config.after_blocks, config.num_latents) == (True, blocks, 20)
-    film = parse_film(SHOT + 'clip = "c.mp4"\nafter_blocks = 4\n', str(tmp_path / "film.toml"))
-    with pytest.raises(ConfigError, match="4 is more than the clip has; write at most 3"):
-        resolve(film, lambda name: spec)
 
 
 def test_settings_that_exclude_each_other_name_the_shot(spec: ModelSpec) -> None:
