@@ -278,10 +278,10 @@ def make_tensor_codec(name: str, geometry: BlockGeometry, side: Side) -> TensorC
         split: TensorCodec = spatial.tensor_codec(name, geometry, side)
         return split
     if name not in _FAMILIES:
-        nearest = difflib.get_close_matches(name, _FAMILIES, n=1, cutoff=0.0)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else ""
+        nearest = difflib.get_close_matches(name.lower(), _FAMILIES, n=1)
+        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
         raise ConfigError(
-            f"unknown codec {name!r}: {hint} Known: {', '.join(codec_names())}; or 'k=NAME,v=NAME', or 'CENTRE+REST'."
+            f"unknown codec {name!r}: {hint}Known: {', '.join(codec_names())}; or 'k=NAME,v=NAME', or 'CENTRE+REST'."
         )
     family = importlib.import_module(f"longtake.kernels.{_FAMILIES[name]}")
     make: Callable[[str, BlockGeometry, Side], TensorCodec] = family.tensor_codec

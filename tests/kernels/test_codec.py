@@ -150,6 +150,10 @@ def test_mixed_codec_uses_one_for_keys_and_one_for_values() -> None:
 def test_unknown_names_are_helped() -> None:
     with pytest.raises(ConfigError, match="did you mean 'bf16'"):
         make_codec("bf61", MINI)
+    with pytest.raises(ConfigError, match="did you mean 'int4'"):
+        make_codec("INT4", MINI)
+    with pytest.raises(ConfigError, match="unknown codec '': Known: bf16"):
+        make_codec("int4+", MINI)
     with pytest.raises(ConfigError, match="k=NAME,v=NAME"):
         make_codec("k=bf16", MINI)
 
