@@ -167,7 +167,7 @@ class Gang:
 
     def host_axis(self) -> Axis:
         """All ranks, in order, on a process group of their own for tensors in host memory; every rank calls it, at the
-        same point. Any thread may use it beside the model's collectives: two orders of NCCL's would meet."""
+        same point. Unlike NCCL's, it may be used by one thread beside another's collectives."""
         if self.size == 1:
             return Axis()
         group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=self._timeout_s))

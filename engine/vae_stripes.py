@@ -1,20 +1,19 @@
 """VAE decoding spread over the ranks of a gang: each decodes a stripe of rows, equal to the decode of the whole.
 
-A convolution needs one row of either neighbour: it is exchanged before each of them, so nothing is computed twice and
-no seam can be seen (a tile with overlap would be another picture: the decoder sees the whole frame). Its one attention
-reads the keys and values of all rows. What a stripe's layers remember of earlier latents is the stripe's own, so the
-decoder's state is split too.
+The decoder's first layers stand at the latents' own size, where one of them attends over the whole frame. They are a
+few hundredths of the work, so every rank computes them whole. Behind them there are 3x3 convolutions only: each block
+of layers is given the rows that the stripe's pixels depend on, its own and a few beyond, which a neighbour computes as
+well. No rank needs another's rows, no seam can be seen, and nothing but finished frames travels, through host memory::
 
-    rank 0   emitter -> StripedDecoder --latents--> all        rows 0..14   -+
-    rank 1                      StripeWorker (a thread)        rows 15..29  -+- halo rows -> frames to rank 0
+    rank 0   emitter -> StripedDecoder --latents--> all        rows 0..14    -+
+    rank 1                      StripeWorker (a thread)        rows 15..29   -+- frames to rank 0
     rank 2                      ...
 
-Rank 0 says what is decoded and when, so that the others need not know why. Rows travel through host memory, over gloo:
-the rollout's collectives are NCCL's, and those of a second thread would be a second order of them, in which each GPU
-waits for what the other has not begun (docs/decisions/0010-gangs.md). Knows AutoencoderKLWan's layers (diffusers 0.42).
+Rank 0 says what is decoded and when, so that the others need not know why. Why rows are computed twice rather than
+exchanged: docs/decisions/0010-gangs.md. Knows AutoencoderKLWan's layers (diffusers 0.42).
 
-Shapes: C channels, F latent frames, H and W latent rows and columns, T frames inside the decoder; N video frames, Y and
-X pixels high and wide; y rows of this rank's stripe.
+Shapes: C channels, F latent frames, H and W latent rows and columns; N video frames, Y and X pixels high and wide; y
+rows of this rank's stripe.
 """
 
 from __future__ import annotations
@@ -25,9 +24,8 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanCausalConv3d
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanDecoder3d, WanResample
 from torch import Tensor, nn
 
 from longtake.engine.gang import Gang
@@ -38,99 +36,103 @@ from longtake.kernels.errors import ConfigError
 _DECODE, _WARM_UP, _RESET, _END = "decode", "warm_up", "reset", "end"
 
 
-class Stripes:
-    """How the rows of a frame are dealt to the ranks of an axis, and how they meet.
+class Stripe:
+    """Makes a VAE's decoder compute a stripe of rows: cuts what its layers are given, and what it returns.
 
     Args:
-        axis: the ranks that decode together, on a group for tensors in host memory.
+        decoder: changed in place.
+        index: of the stripe.
+        count: stripes of a frame.
     """
 
-    def __init__(self, axis: Axis) -> None:
-        self.axis = axis
-        self.num_rows = 0
+    def __init__(self, decoder: WanDecoder3d, index: int, count: int) -> None:
+        self._blocks, self._index, self._count = list(decoder.up_blocks), index, count
+        self._cuts: list[slice] = []
+        for number, block in enumerate(self._blocks):
+            block.register_forward_pre_hook(partial(self._cut_input, number))
+        decoder.register_forward_hook(self._cut_output)
 
-    def own(self, latents_CFHW: Tensor) -> Tensor:
-        """This rank's rows of latents; what is decoded from now on has as many rows as these.
+    def of(self, num_rows: int) -> range:
+        """This stripe of a frame of so many latent rows; what is decoded from now on has as many.
 
         Raises:
-            ConfigError: there are fewer rows than ranks.
+            ConfigError: there are fewer rows than stripes.
         """
-        self.num_rows = latents_CFHW.shape[2]
-        if self.num_rows < self.axis.size:
-            raise ConfigError(f"{self.num_rows} latent rows cannot be decoded by {self.axis.size} processes")
-        rows = share(self.num_rows, self.axis.index, self.axis.size)
-        return latents_CFHW[:, :, rows.start : rows.stop]
+        if num_rows < self._count:
+            raise ConfigError(f"{num_rows} latent rows cannot be decoded by {self._count} processes")
+        own = share(num_rows, self._index, self._count)
+        scale, given, self._cuts = 1, range(num_rows), []
+        for block, reach in zip(self._blocks, reaches(self._blocks), strict=True):
+            needed = range(max(0, own.start * scale - reach), min(num_rows * scale, own.stop * scale + reach))
+            self._cuts.append(slice(needed.start - given.start, needed.stop - given.start))
+            factor = 2 if _upsamples(block) else 1
+            scale, given = factor * scale, range(factor * needed.start, factor * needed.stop)
+        self._cuts.append(slice(own.start * scale - given.start, own.stop * scale - given.start))
+        return own
 
-    def fill_halo(self, x: Tensor) -> None:
-        """Fill the outer rows of [..., 1 + y + 1, X] with the neighbours' nearest ones; the frame's edges stay."""
-        size, index = self.axis.size, self.axis.index
-        above, below = index > 0, index < size - 1
-        splits = [int(abs(rank - index) == 1) for rank in range(size)]
-        rows = [x[..., 1, :]] * above + [x[..., -2, :]] * below
-        received = iter(self._exchange(torch.stack(rows), splits, splits))
-        if above:
-            x[..., 0, :] = next(received)
-        if below:
-            x[..., -1, :] = next(received)
+    def _cut_input(self, number: int, block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return inputs[0][..., self._cuts[number], :], *inputs[1:]
 
-    def all_rows(self, x: Tensor) -> Tensor:
-        """This rank's rows [y, ...] to all rows of the frame, on every rank."""
-        size = self.axis.size
-        scale = x.shape[0] // len(share(self.num_rows, self.axis.index, size))
-        counts = [scale * len(share(self.num_rows, rank, size)) for rank in range(size)]
-        return self._exchange(x.repeat(size, *[1] * (x.ndim - 1)), [x.shape[0]] * size, counts)
-
-    def to_first(self, x: Tensor) -> Tensor:
-        """This rank's rows [y, ...] to all rows of the frame on the axis's first rank; no rows elsewhere."""
-        size, index = self.axis.size, self.axis.index
-        scale = x.shape[0] // len(share(self.num_rows, index, size))
-        counts = [scale * len(share(self.num_rows, rank, size)) if index == 0 else 0 for rank in range(size)]
-        return self._exchange(x, [x.shape[0]] + [0] * (size - 1), counts)
-
-    def _exchange(self, send: Tensor, to: list[int], of: list[int]) -> Tensor:
-        on_host = torch.empty(send.shape, dtype=send.dtype, pin_memory=send.is_cuda).copy_(send)
-        started = torch.ops._c10d_functional.all_to_all_single(on_host, of, to, self.axis.group)
-        return wait(started).to(send.device)
+    def _cut_output(self, decoder: nn.Module, inputs: tuple[Any, ...], video: Tensor) -> Tensor:
+        return video[..., self._cuts[-1], :]
 
 
-def stripe(decoder: nn.Module, stripes: Stripes) -> None:
-    """Make a VAE's decoder compute stripes, in place: every layer that looks beyond its rows asks the neighbours."""
-    for module in decoder.modules():
-        if isinstance(module, WanCausalConv3d):
-            if module.kernel_size[1] > 1:
-                module._conv_forward = partial(_bordered_conv, stripes)
-        elif isinstance(module, WanAttentionBlock):
-            module.forward = partial(_attention, module, stripes)
-        elif isinstance(module, nn.Conv2d) and module.kernel_size[0] > 1:
-            module._conv_forward = partial(_conv, module, stripes)  # type: ignore[method-assign]
+def reaches(blocks: list[nn.Module]) -> list[int]:
+    """Rows beyond a stripe's own, at their own size, that the decoder's upsampling blocks need on either side.
+
+    Each 3x3 convolution of a block's own size needs one more; one behind its upsampling half a row, rounded up.
+    """
+    reach, found = 1, list[int]()  # the last convolution, behind all blocks
+    for block in reversed(blocks):
+        if _upsamples(block):
+            reach = (reach + 2) // 2
+        convolutions = [m for m in block.modules() if isinstance(m, WanCausalConv3d) and m.kernel_size[1] > 1]
+        reach += len(convolutions)
+        found.insert(0, reach)
+    return found
 
 
-def _bordered_conv(stripes: Stripes, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The convolution itself, of a chunk that has its past before it and a border of zeros around each frame."""
-    stripes.fill_halo(x)
-    return F.conv3d(x, weight, bias)
+def _upsamples(block: nn.Module) -> bool:
+    return any(isinstance(module, WanResample) for module in block.modules())
 
 
-def _conv(conv: nn.Conv2d, stripes: Stripes, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if conv.padding != (0, 0):  # the fast decoder's frames come with their border
-        x = F.pad(x, (1, 1, 1, 1))
-    stripes.fill_halo(x)
-    return F.conv2d(x, weight, bias)
+def gather(frames_NyX3: Tensor, axis: Axis, num_rows: int, own: range) -> Tensor:
+    """Stripes to whole frames [N, Y, X, 3] in host memory on the axis's first rank; no rows elsewhere.
+
+    Args:
+        frames_NyX3: this rank's.
+        axis: all ranks, on a group for tensors in host memory.
+        num_rows: latent rows of a frame.
+        own: those of this rank.
+    """
+    send_yNX3 = frames_NyX3.transpose(0, 1).contiguous()
+    on_host = torch.empty(send_yNX3.shape, dtype=torch.uint8, pin_memory=send_yNX3.is_cuda).copy_(send_yNX3)
+    scale, first = len(on_host) // len(own), axis.index == 0
+    counts = [scale * len(share(num_rows, rank, axis.size)) if first else 0 for rank in range(axis.size)]
+    to = [len(on_host)] + [0] * (axis.size - 1)
+    rows_YNX3 = wait(torch.ops._c10d_functional.all_to_all_single(on_host, counts, to, axis.group))
+    return rows_YNX3.transpose(0, 1).contiguous()
 
 
-def _attention(block: WanAttentionBlock, stripes: Stripes, x: Tensor) -> Tensor:
-    batch, channels, frames, rows, columns = x.shape
-    flat = x.permute(0, 2, 1, 3, 4).reshape(batch * frames, channels, rows, columns)
-    q, k, v = block.to_qkv(block.norm(flat)).permute(2, 0, 3, 1).chunk(3, dim=-1)  # y, T, X, C
-    k, v = stripes.all_rows(torch.cat((k, v), dim=-1)).chunk(2, dim=-1)
-    q, k, v = (part.transpose(0, 1).flatten(1, 2)[:, None] for part in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)
-    out = block.proj(out.reshape(batch * frames, channels, rows, columns))
-    result: Tensor = out.view(batch, frames, channels, rows, columns).permute(0, 2, 1, 3, 4) + x
-    return result
+class _Striped(StreamingDecoder):
+    """A decoder of this rank's stripes, with what makes frames of them."""
+
+    def __init__(self, vae: AutoencoderKLWan, axis: Axis) -> None:
+        super().__init__(vae)
+        self._axis = axis
+        self._stripe = Stripe(vae.decoder, axis.index, axis.size)
+
+    def decode(self, latents_CFHW: Tensor) -> Tensor:
+        num_rows = latents_CFHW.shape[2]
+        own = self._stripe.of(num_rows)
+        return gather(super().decode(latents_CFHW), self._axis, num_rows, own)
+
+    def warm_up(self, latents_CFHW: Tensor) -> None:
+        self._stripe.of(latents_CFHW.shape[2])
+        super().warm_up(latents_CFHW)
 
 
-class StripedDecoder(StreamingDecoder):
+class StripedDecoder(_Striped):
     """A StreamingDecoder whose work is shared by a gang; made on rank 0, with a StripeWorker on every other one.
 
     Args:
@@ -140,19 +142,17 @@ class StripedDecoder(StreamingDecoder):
     """
 
     def __init__(self, vae: AutoencoderKLWan, axis: Axis, gang: Gang) -> None:
-        super().__init__(vae)
-        self._gang, self._stripes = gang, Stripes(axis)
-        stripe(vae.decoder, self._stripes)
+        super().__init__(vae, axis)
+        self._gang = gang
 
     def decode(self, latents_CFHW: Tensor) -> Tensor:
-        """As StreamingDecoder's: whole frames."""
+        """As StreamingDecoder's: whole frames, in host memory."""
         self._gang.post((_DECODE, latents_CFHW.cpu()))
-        frames_NyX3 = super().decode(self._stripes.own(latents_CFHW))
-        return self._stripes.to_first(frames_NyX3.transpose(0, 1)).transpose(0, 1).contiguous()
+        return super().decode(latents_CFHW)
 
     def warm_up(self, latents_CFHW: Tensor) -> None:
         self._gang.post((_WARM_UP, latents_CFHW.cpu()))
-        super().warm_up(self._stripes.own(latents_CFHW))
+        super().warm_up(latents_CFHW)
 
     def reset(self) -> None:
         self._gang.post((_RESET, None))
@@ -171,8 +171,7 @@ class StripeWorker:
     """
 
     def __init__(self, vae: AutoencoderKLWan, axis: Axis, gang: Gang) -> None:
-        self._decoder, self._gang, self._stripes = StreamingDecoder(vae), gang, Stripes(axis)
-        stripe(vae.decoder, self._stripes)
+        self._decoder, self._gang = _Striped(vae, axis), gang
         self._thread = threading.Thread(target=self._work, name="stripes", daemon=True)
         self._thread.start()
 
@@ -192,7 +191,6 @@ class StripeWorker:
         if what == _RESET:
             self._decoder.reset()
         elif what == _WARM_UP:
-            self._decoder.warm_up(self._stripes.own(latents_CFHW))
+            self._decoder.warm_up(latents_CFHW)
         else:
-            frames_NyX3 = self._decoder.decode(self._stripes.own(latents_CFHW))
-            self._stripes.to_first(frames_NyX3.transpose(0, 1))
+            self._decoder.decode(latents_CFHW)

@@ -10,10 +10,11 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from longtake.engine import vae_stripes
 from longtake.engine.gang import join
 from longtake.engine.vae import StreamingDecoder
 from longtake.engine.vae_fast import make_fast
-from longtake.engine.vae_stripes import StripedDecoder, StripeWorker
+from longtake.engine.vae_stripes import Stripe, StripedDecoder, StripeWorker, reaches
 from longtake.kernels.errors import ConfigError
 from tests.engine.gangs import run_ranks
 
@@ -67,8 +68,48 @@ def test_stripes_make_up_the_frames(num_ranks: int, fast: bool) -> None:
         assert found[0][name].shape == expected[name].shape
         off = np.abs(found[0][name].astype(int) - expected[name].numpy().astype(int))
         assert off.max() <= 1 and (off > 0).mean() < 1e-3  # a rounding at the edge between two of 256 levels
-    state = [found[0]["state"], *found[1:]]
-    assert sum(state) == int(expected["state"])  # what is remembered is split, too
+    assert all(state < int(expected["state"]) for state in (found[0]["state"], *found[1:]))
+
+
+TALL = {"base_dim": 4, "z_dim": 4, "num_res_blocks": 2, "temperal_downsample": [False, True, True]}
+RESIDUAL = {**TALL, "is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "decoder_base_dim": 4}
+
+
+def tall_decoder(config: dict[str, Any], fast: bool = False) -> StreamingDecoder:
+    torch.manual_seed(4)
+    scale = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+    vae: Any = AutoencoderKLWan(dim_mult=[1, 1, 1, 1], **config, **scale)
+    vae = vae.double().eval().requires_grad_(False)
+    return StreamingDecoder(make_fast(vae) if fast else vae)
+
+
+def stacked(latents: Tensor, config: dict[str, Any], fast: bool) -> Tensor:
+    """Frames of three stripes, each decoded by itself."""
+    frames = []
+    for index in range(3):
+        decoder = tall_decoder(config, fast)
+        Stripe(decoder.vae.decoder, index, 3).of(latents.shape[2])
+        frames.append(torch.cat(list(decoder.pieces(latents)), dim=1))
+    return torch.cat(frames, dim=2)
+
+
+@pytest.mark.parametrize(("config", "fast"), [(TALL, False), (RESIDUAL, False), (TALL, True)])
+def test_a_stripe_needs_nothing_beyond_its_reach(
+    config: dict[str, Any], fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A frame so tall that most rows of it are cut from what a stripe's layers see."""
+    latents = torch.randn(4, 3, 44, 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    whole = torch.cat(list(tall_decoder(config, fast).pieces(latents)), dim=1)
+    assert whole.std() > 1e-3
+    atol = 1e-6 if fast else 1e-12  # the fast layers have float32 inside
+    torch.testing.assert_close(stacked(latents, config, fast), whole, rtol=0, atol=atol)
+    exact = reaches(list(tall_decoder(config).vae.decoder.up_blocks))
+    for number in range(len(exact)):
+        less = [reach - (index == number) for index, reach in enumerate(exact)]
+        monkeypatch.setattr(vae_stripes, "reaches", lambda _, less=less: less)
+        assert (stacked(latents, config, fast) - whole).abs().max() > 1e-12, (
+            f"{exact[number]} rows are more than needed"
+        )
 
 
 def too_few(rank: int) -> None:
