@@ -46,8 +46,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-cluster_cli.register(app)
-
 FilmPath = Annotated[Path, typer.Argument(metavar="FILM.toml", help="The film; docs/film.md has every key.")]
 
 JsonPath = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write it as JSON; - is stdout.")]
@@ -65,7 +63,7 @@ def run(arguments: list[str]) -> int:
     try:
         code = app(arguments, standalone_mode=False)
     except _USAGE_ERRORS as error:
-        return _fail(EXIT_BAD_INPUT, f"{error.format_message()} See longtake --help.")
+        return _fail(EXIT_BAD_INPUT, f"{error.format_message().rstrip('.')}; see longtake --help")
     except LockedError as error:  # nothing is wrong with the input: the same command works when the other one is done
         return _fail(EXIT_FAILED, str(error))
     except ConfigError as error:
@@ -302,6 +300,9 @@ def bench(context: typer.Context) -> int:
     module = importlib.import_module(f"longtake.engine.bench_{arguments[0]}")
     run_bench: Callable[[list[str]], int | None] = module.main
     return run_bench(arguments[1:]) or EXIT_DONE
+
+
+cluster_cli.register(app)
 
 
 def bench_names() -> list[str]:

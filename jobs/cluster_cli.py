@@ -48,7 +48,7 @@ def submit(
 ) -> int:
     """Render a film on a Ray cluster; submitting it again continues it."""
     from longtake.jobs.film import load_film
-    from longtake.jobs.render import check_device
+    from longtake.jobs.render import check_device, make_directory
 
     with StopSignals() as signals:
         if gpus_per_shot is not None and not 1 <= gpus_per_shot <= MAX_GANG:
@@ -57,6 +57,7 @@ def submit(
             raise ConfigError(f"--priority {priority}: write a number from {-MAX_PRIORITY} to {MAX_PRIORITY}")
         film = load_film(film_path)
         if address is None:
+            make_directory(out)
             device = check_device(device)
             _check(film, gpus_per_shot)
         elif device not in (None, "cpu", "cuda"):

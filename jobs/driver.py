@@ -81,15 +81,14 @@ def follow(order: FilmOrder, *, stop: Callable[[], bool], say: Print, interval_s
     start_director(order.options)
     director = RayDirector()
     view = _call(director, "submit", order.directory, order.record, tasks)
-    teller = _Teller(say)
+    teller = Teller(say)
     while view.outcome is Outcome.OPEN:
         teller.tell(view)
         if stop():
             return _pause(director, order.directory, say)
         time.sleep(interval_s)
         view = _call(director, "view", order.directory)
-    teller.tell(view)
-    say(summary(view))
+    teller.tell(view, is_last=True)
     _call(director, "release", order.directory)
     for task in view.tasks:
         if task.state is State.DEAD:
@@ -123,25 +122,25 @@ def _call(director: RayDirector, method: str, *arguments: object) -> FilmView:
             time.sleep(0.5)
 
 
-class _Teller:
-    """Prints changes of state at once, and a line of progress now and then."""
+class Teller:
+    """Prints changes of state at once, and a line of progress now and then, unless it says what the last one said."""
 
-    def __init__(self, say: Print) -> None:
-        self._say = say
+    def __init__(self, say: Print, clock: Callable[[], float] = time.monotonic) -> None:
+        self._say, self._clock = say, clock
         self._states: dict[str, State] = {}
-        self._told_s = 0.0
+        self._told, self._told_s = "", float("-inf")
 
-    def tell(self, view: FilmView) -> None:
-        """Print what is new."""
+    def tell(self, view: FilmView, *, is_last: bool = False) -> None:
+        """Print what is new; at the end, the progress in any case."""
         for task in view.tasks:
             if self._states.get(task.name) is not task.state:
                 reason = f" ({task.reason})" if task.reason else ""
                 self._say(f"{task.name}: {task.state}{reason}")
                 self._states[task.name] = task.state
-        now = time.monotonic()
-        if now - self._told_s >= LINE_INTERVAL_S:
-            self._told_s = now
-            self._say(summary(view))
+        line, now = summary(view), self._clock()
+        if is_last or (line != self._told and now - self._told_s >= LINE_INTERVAL_S):
+            self._told, self._told_s = line, now
+            self._say(line)
 
 
 def summary(view: FilmView) -> str:
@@ -162,7 +161,7 @@ def main() -> int:
     order = order_of_job()
     with StopSignals() as signals:
         try:
-            ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False)
+            ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
             return follow(order, stop=signals.requested, say=lambda line: print(line, flush=True))
         except ConfigError as error:
             print(f"longtake: {error}", file=sys.stderr, flush=True)

@@ -78,8 +78,8 @@ def test_no_command_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["render"], "Missing argument 'FILM.toml'."),
-        (["render", "film.toml"], "Missing option '--out'."),
+        (["render"], "Missing argument 'FILM.toml'; see longtake"),
+        (["render", "film.toml"], "Missing option '--out'; see longtake --help"),
         (["rendre"], "No such command 'rendre'. Did you mean 'render'?"),
         (["render", "film.toml", "--out", "x", "--freshh"], "No such option: --freshh"),
         (["render", "nowhere.toml", "--out", "x"], "nowhere.toml: cannot be read (No such file or directory)"),
