@@ -1,9 +1,9 @@
 """VAE decoding spread over the ranks of a gang: each decodes a stripe of rows, equal to the decode of the whole.
 
 The decoder's first layers stand at the latents' own size, where one of them attends over the whole frame. They are a
-few hundredths of the work, so every rank computes them whole. Behind them there are 3x3 convolutions only: each block
-of layers is given the rows that the stripe's pixels depend on, its own and a few beyond, which a neighbour computes as
-well. No rank needs another's rows, no seam can be seen, and nothing but finished frames travels, through host memory::
+few hundredths of the work, so every rank computes them whole. Behind them there are 3x3 convolutions only: each stage
+is given the rows that the stripe's pixels depend on, its own and a few beyond, which a neighbour computes as well. No
+rank needs another's rows, no seam can be seen, and nothing but finished frames travels, through host memory::
 
     rank 0   emitter -> StripedDecoder --latents--> all        rows 0..14    -+
     rank 1                      StripeWorker (a thread)        rows 15..29   -+- frames to rank 0
@@ -25,7 +25,12 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanDecoder3d, WanResample
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    WanCausalConv3d,
+    WanDecoder3d,
+    WanResample,
+    WanResidualUpBlock,
+)
 from torch import Tensor, nn
 
 from longtake.engine.gang import Gang
@@ -37,7 +42,7 @@ _DECODE, _WARM_UP, _RESET, _END = "decode", "warm_up", "reset", "end"
 
 
 class Stripe:
-    """Makes a VAE's decoder compute a stripe of rows: cuts what its layers are given, and what it returns.
+    """Makes a VAE's decoder compute a stripe of rows: cuts what its stages are given, and what it returns.
 
     Args:
         decoder: changed in place.
@@ -46,10 +51,10 @@ class Stripe:
     """
 
     def __init__(self, decoder: WanDecoder3d, index: int, count: int) -> None:
-        self._blocks, self._index, self._count = list(decoder.up_blocks), index, count
+        self._stages, self._index, self._count = stages(decoder), index, count
         self._cuts: list[slice] = []
-        for number, block in enumerate(self._blocks):
-            block.register_forward_pre_hook(partial(self._cut_input, number))
+        for number, stage in enumerate(self._stages):
+            stage.register_forward_pre_hook(partial(self._cut_input, number))
         decoder.register_forward_hook(self._cut_output)
 
     def of(self, num_rows: int) -> range:
@@ -60,40 +65,58 @@ class Stripe:
         """
         if num_rows < self._count:
             raise ConfigError(f"{num_rows} latent rows cannot be decoded by {self._count} processes")
-        own = share(num_rows, self._index, self._count)
+        own = dealt(num_rows, self._index, self._count)
         scale, given, self._cuts = 1, range(num_rows), []
-        for block, reach in zip(self._blocks, reaches(self._blocks), strict=True):
-            needed = range(max(0, own.start * scale - reach), min(num_rows * scale, own.stop * scale + reach))
+        for stage, reach in zip(self._stages, reaches(self._stages), strict=True):
+            needed = range(max(given.start, own.start * scale - reach), min(given.stop, own.stop * scale + reach))
             self._cuts.append(slice(needed.start - given.start, needed.stop - given.start))
-            factor = 2 if _upsamples(block) else 1
+            factor = 2 if _upsamples(stage) else 1
             scale, given = factor * scale, range(factor * needed.start, factor * needed.stop)
         self._cuts.append(slice(own.start * scale - given.start, own.stop * scale - given.start))
         return own
 
-    def _cut_input(self, number: int, block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _cut_input(self, number: int, stage: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return inputs[0][..., self._cuts[number], :], *inputs[1:]
 
     def _cut_output(self, decoder: nn.Module, inputs: tuple[Any, ...], video: Tensor) -> Tensor:
         return video[..., self._cuts[-1], :]
 
 
-def reaches(blocks: list[nn.Module]) -> list[int]:
-    """Rows beyond a stripe's own, at their own size, that the decoder's upsampling blocks need on either side.
+def dealt(num_rows: int, index: int, count: int) -> range:
+    """The rows of a stripe, at least one: at the frame's edges, where only one neighbour's are needed, a few more.
 
-    Each 3x3 convolution of a block's own size needs one more; one behind its upsampling half a row, rounded up.
+    A neighbour costs Wan2.1's decoder as much work as 2.2 rows (floating point operations at 60 x 104 latents).
     """
-    reach, found = 1, list[int]()  # the last convolution, behind all blocks
-    for block in reversed(blocks):
-        if _upsamples(block):
+    more = min(2, (num_rows - count) // 2)
+    inner = share(num_rows - 2 * more, index, count)
+    return range(more + inner.start if index else 0, more + inner.stop if index < count - 1 else num_rows)
+
+
+def stages(decoder: WanDecoder3d) -> list[nn.Module]:
+    """What follows the layers of the latents' size, in parts as small as a shortcut around them allows."""
+    found: list[nn.Module] = []
+    for block in decoder.up_blocks:
+        found += [block] if isinstance(block, WanResidualUpBlock) else [*block.resnets, *(block.upsamplers or ())]
+    return found
+
+
+def reaches(stages: list[nn.Module]) -> list[int]:
+    """Rows beyond a stripe's own, at their own size, that the decoder's stages need on either side.
+
+    Each 3x3 convolution of a stage's own size needs one more; one behind its upsampling half a row, rounded up.
+    """
+    reach, found = 1, list[int]()  # the last convolution, behind all stages
+    for stage in reversed(stages):
+        if _upsamples(stage):
             reach = (reach + 2) // 2
-        convolutions = [m for m in block.modules() if isinstance(m, WanCausalConv3d) and m.kernel_size[1] > 1]
+        convolutions = [m for m in stage.modules() if isinstance(m, WanCausalConv3d) and m.kernel_size[1] > 1]
         reach += len(convolutions)
         found.insert(0, reach)
     return found
 
 
-def _upsamples(block: nn.Module) -> bool:
-    return any(isinstance(module, WanResample) for module in block.modules())
+def _upsamples(stage: nn.Module) -> bool:
+    return any(isinstance(module, WanResample) for module in stage.modules())
 
 
 def gather(frames_NyX3: Tensor, axis: Axis, num_rows: int, own: range) -> Tensor:
@@ -108,7 +131,7 @@ def gather(frames_NyX3: Tensor, axis: Axis, num_rows: int, own: range) -> Tensor
     send_yNX3 = frames_NyX3.transpose(0, 1).contiguous()
     on_host = torch.empty(send_yNX3.shape, dtype=torch.uint8, pin_memory=send_yNX3.is_cuda).copy_(send_yNX3)
     scale, first = len(on_host) // len(own), axis.index == 0
-    counts = [scale * len(share(num_rows, rank, axis.size)) if first else 0 for rank in range(axis.size)]
+    counts = [scale * len(dealt(num_rows, rank, axis.size)) if first else 0 for rank in range(axis.size)]
     to = [len(on_host)] + [0] * (axis.size - 1)
     rows_YNX3 = wait(torch.ops._c10d_functional.all_to_all_single(on_host, counts, to, axis.group))
     return rows_YNX3.transpose(0, 1).contiguous()

@@ -14,7 +14,7 @@ from longtake.engine import vae_stripes
 from longtake.engine.gang import join
 from longtake.engine.vae import StreamingDecoder
 from longtake.engine.vae_fast import make_fast
-from longtake.engine.vae_stripes import Stripe, StripedDecoder, StripeWorker, reaches
+from longtake.engine.vae_stripes import Stripe, StripedDecoder, StripeWorker, dealt, reaches, stages
 from longtake.kernels.errors import ConfigError
 from tests.engine.gangs import run_ranks
 
@@ -103,13 +103,24 @@ def test_a_stripe_needs_nothing_beyond_its_reach(
     assert whole.std() > 1e-3
     atol = 1e-6 if fast else 1e-12  # the fast layers have float32 inside
     torch.testing.assert_close(stacked(latents, config, fast), whole, rtol=0, atol=atol)
-    exact = reaches(list(tall_decoder(config).vae.decoder.up_blocks))
+    exact = reaches(stages(tall_decoder(config).vae.decoder))
     for number in range(len(exact)):
         less = [reach - (index == number) for index, reach in enumerate(exact)]
         monkeypatch.setattr(vae_stripes, "reaches", lambda _, less=less: less)
         assert (stacked(latents, config, fast) - whole).abs().max() > 1e-12, (
             f"{exact[number]} rows are more than needed"
         )
+
+
+@pytest.mark.parametrize(("num_rows", "count"), [(60, 4), (60, 3), (7, 4), (5, 4), (4, 4), (9, 2), (6, 1)])
+def test_every_row_is_dealt_once(num_rows: int, count: int) -> None:
+    parts = [dealt(num_rows, index, count) for index in range(count)]
+    assert [row for part in parts for row in part] == list(range(num_rows))
+    assert all(parts)
+
+
+def test_stripes_at_the_edges_are_larger() -> None:
+    assert [len(dealt(60, index, 4)) for index in range(4)] == [16, 14, 14, 16]
 
 
 def too_few(rank: int) -> None:
