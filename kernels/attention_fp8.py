@@ -1,46 +1,55 @@
-"""Attention with FP8 keys and values: the scratch they stand in, the plain twin, and the wrapper.
+"""Attention with keys and values in 8 bits: the scratch they stand in, the plain twin, and the wrapper.
 
-Keys are e4m3 [H, X, D]. Values are e4m3 with tokens contiguous, [H, D, X], which is how Hopper's FP8 matrix product
-wants them; or, where FP8 weights cost quality, bfloat16 [H, X, D] ("BF16 P.V"). Scale and centre: scaling.py.
+Keys are e4m3 [H, X, D], or int8 with a scale for each row. Values are e4m3 with tokens contiguous, [H, D, X], which is
+how Hopper's FP8 matrix product wants them; or, where FP8 weights cost quality, bfloat16 [H, X, D] ("BF16 P.V"). Scale
+and centre: scaling.py.
 
 What FP8 costs: a key's or value's rounding is relative, at most 2^-4 of what is left after centring, and averages out
-over channels and tokens; queries have one scale each; weights are rounded after scaling by 2^8.
+over channels and tokens; queries have one scale each; weights are rounded after scaling by 2^8. In int8, queries and
+keys are rounded by 1/254 of their row's largest channel: four times finer for Gaussian rows (SageAttention2, arXiv
+2411.10958, has both; its scales span several rows).
 
 Shape legend: H heads, T query tokens, X rows of the scratch, D head dim.
 """
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from longtake.kernels.errors import ConfigError
-from longtake.kernels.grid import FP8, FP8_MAX, to_fp8
+from longtake.kernels.grid import FP8, FP8_MAX, to_fp8, to_int8_rows
 from longtake.kernels.head_dims import HEAD_DIMS
 from longtake.kernels.layout import align
 from longtake.kernels.scaling import Scaling
 
 P_SHIFT = 8.0
+HOPPER_ROWS = 128  # queries of one of attention_hopper.py's programs
+_PROCESSORS = 132  # of an H100 or H200; not asked for, so that the same keys give the same bits
+_LEAST_SPLIT_KEYS = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fp8Scratch:
-    """Dense keys and values of one chunk of one layer, in FP8.
+    """Dense keys and values of one chunk of one layer, in 8 bits.
 
     Args:
-        k_HXD: e4m3 [H, X, D].
+        k_HXD: e4m3 or int8 [H, X, D].
         v_HXD: as rows, whatever lies behind: e4m3 with tokens contiguous (with channels contiguous for
             FlashAttention-3), or bfloat16 with channels contiguous.
+        k_scale_HX: float32, of int8 keys.
     """
 
     k_HXD: Tensor
     v_HXD: Tensor
+    k_scale_HX: Tensor | None = None
     num_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
-        stored = (self.k_HXD.untyped_storage(), self.v_HXD.untyped_storage())
+        stored = (x.untyped_storage() for x in (self.k_HXD, self.v_HXD, self.k_scale_HX) if x is not None)
         object.__setattr__(self, "num_bytes", sum(s.nbytes() for s in stored))
 
     @property
@@ -55,19 +64,21 @@ def fp8_scratch(
     head_dim: int,
     device: torch.device,
     *,
+    keys_int8: bool = False,
     values_fp8: bool = True,
     turned: bool = True,
 ) -> Fp8Scratch:
     """Allocate a scratch of at least num_rows rows (a multiple of 16); FP8 values stand turned, tokens contiguous."""
     rows = align(num_rows)
-    k_HXD = torch.empty((num_heads, rows, head_dim), dtype=FP8, device=device)
+    k_HXD = torch.empty((num_heads, rows, head_dim), dtype=torch.int8 if keys_int8 else FP8, device=device)
+    k_scale_HX = torch.empty((num_heads, rows), dtype=torch.float32, device=device) if keys_int8 else None
     if values_fp8 and not turned:
-        v_HXD = torch.empty_like(k_HXD)
+        v_HXD = torch.empty((num_heads, rows, head_dim), dtype=FP8, device=device)
     elif values_fp8:
         v_HXD = torch.empty((num_heads, head_dim, rows), dtype=FP8, device=device).transpose(1, 2)
     else:
         v_HXD = torch.empty((num_heads, rows, head_dim), dtype=torch.bfloat16, device=device)
-    return Fp8Scratch(k_HXD=k_HXD, v_HXD=v_HXD)
+    return Fp8Scratch(k_HXD=k_HXD, v_HXD=v_HXD, k_scale_HX=k_scale_HX)
 
 
 def attend_reference(
@@ -75,10 +86,15 @@ def attend_reference(
 ) -> tuple[Tensor, Tensor]:
     """The plain twin of `attend_fp8`: the same roundings, softmax written out in float32."""
     q, scale = q_HTD.float(), q_HTD.shape[-1] ** -0.5
-    top = q.abs().amax(-1, keepdim=True)
-    q_scale = torch.where(top > 0, top * (1.0 / FP8_MAX), torch.ones_like(top))
     k, v = scratch.k_HXD[:, :num_keys].float(), scratch.v_HXD[:, :num_keys].float()
-    q8 = to_fp8(q / q_scale).float() * (q_scale * k_scaling.scale_H[:, None, None] * scale)
+    if k_scaling.rows_HX is None:
+        top = q.abs().amax(-1, keepdim=True)
+        q_scale = torch.where(top > 0, top * (1.0 / FP8_MAX), torch.ones_like(top))
+        q8 = to_fp8(q / q_scale).float() * (q_scale * k_scaling.scale_H[:, None, None] * scale)
+    else:
+        codes, q_scale = to_int8_rows(q)
+        q8 = codes.float() * (q_scale.unsqueeze(-1) * scale)
+        k = k * k_scaling.rows_HX[:, :num_keys, None]
     score_HTX = q8 @ k.transpose(1, 2)
     top = score_HTX.amax(-1, keepdim=True)
     weight = torch.exp(score_HTX - top)
@@ -103,7 +119,7 @@ def attend_fp8(
         q_HTD: [H, T, D] float32, bfloat16 or float16, turned to its positions.
         scratch: keys and values; rows from num_keys on are not read (or not used).
         k_scaling, v_scaling: what its rows were stored with; v_scaling is not used for bfloat16 values, which are
-            stored as they are.
+            stored as they are. k_scaling has the scales of the scratch's rows where its keys are int8.
         num_keys: rows in use.
 
     Returns:
@@ -123,13 +139,29 @@ def attend_fp8(
         return torch.zeros_like(q_HTD), q_HTD.new_full((num_heads, num_tokens), float("-inf"), dtype=torch.float32)
     if not q_HTD.is_cuda or head_dim not in HEAD_DIMS:
         return attend_reference(q_HTD, scratch, k_scaling, v_scaling, num_keys)
-    from longtake.kernels import attention_fp8_triton
+    q_HTD = q_HTD if q_HTD.stride(-1) == 1 else q_HTD.contiguous()
+    kernels = "attention_hopper" if runs_on_hopper(scratch) else "attention_fp8_triton"
+    attend = importlib.import_module(f"longtake.kernels.{kernels}").attend
+    out: tuple[Tensor, Tensor] = attend(q_HTD, scratch.k_HXD, scratch.v_HXD, k_scaling, v_scaling, num_keys)
+    return out
 
-    return attention_fp8_triton.attend(
-        q_HTD if q_HTD.stride(-1) == 1 else q_HTD.contiguous(),
-        scratch.k_HXD,
-        scratch.v_HXD,
-        k_scaling,
-        v_scaling,
-        num_keys,
-    )
+
+def hopper_splits(num_heads: int, num_queries: int, num_keys: int) -> int:
+    """Parts of the keys that attention_hopper.py sums apart: 2 where one leaves many processors idle at the end."""
+    programs = num_heads * -(-num_queries // HOPPER_ROWS)
+    rounds_of_one, rounds_of_two = -(-programs // _PROCESSORS), -(-2 * programs // _PROCESSORS) / 2
+    return 2 if rounds_of_two < 0.95 * rounds_of_one and num_keys >= _LEAST_SPLIT_KEYS else 1
+
+
+def hopper_partial_bytes(num_heads: int, num_queries: int, head_dim: int, num_keys: int, itemsize: int) -> int:
+    """Bytes that a call with splits takes meanwhile: outputs, in elements of that many bytes, and lse of each."""
+    splits = hopper_splits(num_heads, num_queries, num_keys)
+    return 0 if splits == 1 else splits * num_heads * num_queries * (head_dim * itemsize + torch.float32.itemsize)
+
+
+def runs_on_hopper(scratch: Fp8Scratch) -> bool:
+    """Whether attention over a scratch is attention_hopper.py's, for that generation's matrix products."""
+    device = scratch.k_HXD.device
+    if scratch.k_HXD.dtype != torch.int8 or not scratch.values_fp8 or device.type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(device) == (9, 0)

@@ -1,9 +1,9 @@
-"""The two ways to attend history: in the model's own type, or in FP8. Each owns its scratch.
+"""The ways to attend history: in the model's own type, or in 8 bits. Each owns its scratch.
 
 An AttentionPath is what the engine drives, layer by layer; it knows how rows stand in the scratch, the engine knows
 which blocks to read and where they go:
 
-    path.begin(q, k, v, rotary)                        the block's own, before RoPE: turned, and in FP8 calibrated
+    path.begin(q, k, v, rotary)                        the block's own, before RoPE: turned, in 8 bits calibrated
     for chunk in chunks:
         path.write_history(pages, slots, rotary)       rows 0 .. n of the scratch; other codecs' blocks at later rows
         path.write_own(n)                              with the last chunk: the block's own K/V behind them
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from longtake.kernels import flash3
 from longtake.kernels.attention import attend
-from longtake.kernels.attention_fp8 import attend_fp8, fp8_scratch
+from longtake.kernels.attention_fp8 import attend_fp8, fp8_scratch, hopper_partial_bytes, runs_on_hopper
 from longtake.kernels.codec import Codec
 from longtake.kernels.errors import ConfigError
 from longtake.kernels.head_dims import fits_kernels
@@ -151,12 +151,13 @@ class DensePath(AttentionPath):
 
 
 class Fp8Path(AttentionPath):
-    """Rows in e4m3 (values in bfloat16 if asked), centred and scaled by what the block's own K/V need.
+    """Rows in e4m3 (keys in int8, values in bfloat16 if asked), centred and scaled by what the block's own K/V need.
 
     Args:
         codec, num_heads, num_rows: as above.
         dtype: of the model.
         device: of the model; on a CPU the plain twins run.
+        keys_int8: int8 keys, each with its own scale, or e4m3.
         values_fp8: e4m3 values, or bfloat16.
         centred: take each channel's mean away before rounding.
         turned: whether FP8 values stand with tokens contiguous.
@@ -170,16 +171,19 @@ class Fp8Path(AttentionPath):
         dtype: torch.dtype,
         device: torch.device,
         *,
+        keys_int8: bool = False,
         values_fp8: bool = True,
         centred: bool = True,
         turned: bool = True,
     ) -> None:
         super().__init__(codec, num_heads, num_rows)
-        self.name = "fp8" if values_fp8 else "fp8-bf16v"
+        self.name = ("int8" if keys_int8 else "fp8") + ("" if values_fp8 else "-bf16v")
         self.dtype = dtype
         self.centred = centred
         dim = codec.geometry.head_dim
-        self.scratch = fp8_scratch(num_heads, num_rows, dim, device, values_fp8=values_fp8, turned=turned)
+        self.scratch = fp8_scratch(
+            num_heads, num_rows, dim, device, keys_int8=keys_int8, values_fp8=values_fp8, turned=turned
+        )
         self._scaling: tuple[Scaling, Scaling] | None = None
 
     @property
@@ -192,7 +196,7 @@ class Fp8Path(AttentionPath):
 
     def _calibrate(self, q_HTD: Tensor, k_THD: Tensor, v_THD: Tensor) -> None:
         k_scaling, v_scaling = calibrate_all((k_THD, v_THD), num_centred=2 if self.centred else 0)
-        self._scaling = (k_scaling, v_scaling)
+        self._scaling = (k_scaling.with_rows(self.scratch.k_scale_HX), v_scaling)
 
     def write_history(
         self, pages_GHP: Tensor, slots_N: Tensor, rotary: Turns, *, codec: Codec | None = None, row: int = 0
@@ -204,7 +208,7 @@ class Fp8Path(AttentionPath):
             rotary,
             self.scratch.k_HXD[:, row:],
             self.scratch.v_HXD[:, row:],
-            k_scaling=k_scaling,
+            k_scaling=k_scaling.from_row(row),
             v_scaling=v_scaling if self.scratch.values_fp8 else None,
         )
 
@@ -219,6 +223,12 @@ class Fp8Path(AttentionPath):
     def attend(self, num_rows: int) -> tuple[Tensor, Tensor]:
         k_scaling, v_scaling = self._scalings()
         return attend_fp8(self._begun()[0], self.scratch, k_scaling, v_scaling, num_rows)
+
+    def partial_bytes(self, num_queries: int) -> int:
+        if not runs_on_hopper(self.scratch):
+            return 0
+        dim = self.codec.geometry.head_dim
+        return hopper_partial_bytes(self.num_heads, num_queries, dim, self.num_rows, self.dtype.itemsize)
 
     def finish(self) -> None:
         super().finish()
@@ -261,11 +271,11 @@ class Flash3Fp8Path(Fp8Path):
 
 
 def store(rows: Sequence[tuple[Tensor, Scaling, Tensor]], first_row: int) -> None:
-    """Write one or two of a block's own tensors into FP8 scratches; on a GPU in one launch.
+    """Write one or two of a block's own tensors into 8-bit scratches; on a GPU in one launch.
 
     Args:
         rows: of each, x_THD ([T, H, D] any float type), the scaling of its scratch, and that: e4m3 [H, X, D], channels
-            or tokens contiguous.
+            or tokens contiguous, or int8, rows contiguous.
         first_row: of the T rows.
     """
     if fits_kernels(*(x_THD for x_THD, _, _ in rows)):
@@ -274,12 +284,12 @@ def store(rows: Sequence[tuple[Tensor, Scaling, Tensor]], first_row: int) -> Non
         scaling_triton.store(rows, first_row)
         return
     for x_THD, scaling, out_HXD in rows:
-        out_HXD[:, first_row : first_row + x_THD.shape[0]] = scaling.store(x_THD.transpose(0, 1))
+        scaling.store_into(x_THD.transpose(0, 1), out_HXD, first_row)
 
 
 def path_names() -> list[str]:
     """What make_path knows."""
-    return ["dense", "fp8", "fp8-bf16v"]
+    return ["dense", "int8", "fp8", "fp8-bf16v"]
 
 
 def make_path(
@@ -295,7 +305,7 @@ def make_path(
     """Make an attention path by name.
 
     Args:
-        name: "dense"; "fp8"; or "fp8-bf16v", e4m3 keys with bfloat16 values.
+        name: "dense"; "int8", int8 keys with e4m3 values; "fp8"; or "fp8-bf16v", e4m3 keys with bfloat16 values.
         codec: of the history.
         num_heads: of this rank.
         num_rows: of the scratch.
@@ -313,8 +323,9 @@ def make_path(
         return DensePath(codec, num_heads, num_rows, dtype, device, use_flash3=bool(use_flash3))
     if name == "fp8" and (has_flash3 if use_flash3 is None else use_flash3):
         return Flash3Fp8Path(codec, num_heads, num_rows, dtype, device)
-    if name in ("fp8", "fp8-bf16v"):
-        return Fp8Path(codec, num_heads, num_rows, dtype, device, values_fp8=name == "fp8")
+    if name in path_names():
+        keys_int8, values_fp8 = name == "int8", name != "fp8-bf16v"
+        return Fp8Path(codec, num_heads, num_rows, dtype, device, keys_int8=keys_int8, values_fp8=values_fp8)
     nearest = difflib.get_close_matches(name, path_names(), n=1, cutoff=0.0)
     raise ConfigError(
         f"unknown attention path {name!r}: did you mean {nearest[0]!r}? Known: {', '.join(path_names())}."

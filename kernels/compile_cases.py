@@ -16,6 +16,7 @@ import triton.language as tl
 from longtake.kernels import (
     arena_triton,
     attention_fp8_triton,
+    attention_hopper,
     attention_triton,
     dense_triton,
     fp8_rows_triton,
@@ -203,8 +204,10 @@ def transform_cases() -> Iterator[Case]:
         sizes, places = transform_triton.tiling(codec), transform_triton.places(codec)
         for what, pairs in rotated.items():
             for outs, target, fp8 in outputs(what, dim):
-                launch = transform_triton.default_launch(scaled=fp8["SCALED"], turned=fp8["TURNED"])
-                constants = {"PT": pairs, "K": codec.num_tiles, "TILES": launch.tiles, "C": launch.channels,
+                launch = transform_triton.default_launch(
+                    scaled=fp8["SCALED"], turned=fp8["TURNED"], int8=outs["out"] == "*i8"
+                )
+                constants = {"PT": pairs, "K": codec.num_tiles, "TILES": launch.tiles, "C": min(launch.channels, dim),
                              "tokens_per_frame": math.prod(grid or (tokens,)), **sizes, **places, **fp8,
                              "ALIGN": scaling_triton.token_alignment(tokens)}  # fmt: skip
                 yield Case(
@@ -238,12 +241,14 @@ def transform_cases() -> Iterator[Case]:
 
 
 def outputs(what: str, dim: int) -> Iterator[tuple[dict[str, str], str, dict[str, Any]]]:
-    """Types, suffix of the name and constants of materialise into bfloat16 and into FP8 rows."""
+    """Types, suffix of the name and constants of materialise into bfloat16, into FP8 rows, and keys into int8."""
     align = 8 if dim == 128 else 4
     yield ARENA, "", {"SCALED": False, "TURNED": False, "ALIGN": align, "stride_od": 1}
     turned = what == "v"
     stride = {"stride_ox": 1} if turned else {"stride_od": 1}
     yield ARENA | {"out": "*fp8e4nv"}, " fp8", {"SCALED": True, "TURNED": turned, "ALIGN": align, **stride}
+    if not turned:
+        yield ARENA | {"out": "*i8"}, " int8", {"SCALED": True, "TURNED": turned, "ALIGN": align, **stride}
 
 
 def fp8_cases() -> Iterator[Case]:
@@ -255,23 +260,25 @@ def fp8_cases() -> Iterator[Case]:
         **dict.fromkeys(("stride_qh", "stride_qt", "stride_kh", "stride_kx", "stride_vh", "stride_oh"), "i32"),
         **dict.fromkeys(("stride_vd", "stride_vx", "stride_ot", "num_queries", "num_keys"), "i32"),
     }  # fmt: skip
-    for dim, turned in product((64, 128), (True, False)):
+    int8 = {"q8": "*i8", "k": "*i8"}
+    for dim, turned, keys in product((64, 128), (True, False), ("", " int8")):
         value = tl.float8e4nv if turned else tl.bfloat16
         yield Case(
-            name=f"attend {dim}{'' if turned else ' bf16v'}",
+            name=f"attend {dim}{'' if turned else ' bf16v'}{keys}",
             kernel=attention_fp8_triton.attend_kernel,
-            types=attend if turned else attend | {"v": "*bf16"},
+            types=attend | (int8 if keys else {}) | ({} if turned else {"v": "*bf16"}),
             constants={"D": dim, "BM": attention_fp8_triton.ROWS, "BN": attention_fp8_triton.COLUMNS,
-                       "TURNED": turned, "DOT": tl.float8e4nv, "P_TYPE": value, "PV_DOT": value,
+                       "TURNED": turned, "DOT": tl.int8 if keys else tl.float8e4nv, "P_TYPE": value, "PV_DOT": value,
                        "STAGES": attention_fp8_triton.STAGES, "stride_vx" if turned else "stride_vd": 1},
             options={"num_warps": attention_fp8_triton.WARPS},
         )  # fmt: skip
     for dim in (64, 128):
-        for by_head in (False, True):
+        yield hopper_case(dim)
+        for by_head, types in ((False, attend), (True, attend), (False, attend | int8)):
             yield Case(
-                name=f"queries {dim}{' by head' * by_head}",
+                name=f"queries {dim}{' by head' * by_head}{' int8' * (types['q8'] == '*i8')}",
                 kernel=attention_fp8_triton.quantise_queries_kernel,
-                types=attend,
+                types=types,
                 constants={"D": dim, "ROWS": attention_fp8_triton.QUERY_ROWS, "BY_HEAD": by_head},
             )
         for centred in (0, 2):
@@ -303,6 +310,27 @@ def fp8_cases() -> Iterator[Case]:
             constants={"WIDTH": width, "MAIN": main, "REST": rest, "FLOOR": 1e-12},
             options={"num_warps": fp8_rows_triton.num_warps(width)},
         )
+
+
+def hopper_case(dim: int) -> Case:
+    """Attention over int8 keys by its roles of warps."""
+    launch = attention_hopper.DEFAULT_LAUNCH
+    narrow, wide = attention_hopper.layout_of(dim), attention_hopper.layout_of(launch.columns)
+    half = attention_hopper.HALF.value
+    types = dict.fromkeys(("q_scale", "k_scale", "shift", "v_scale", "v_centre", "lse"), "*fp32")
+    types |= dict.fromkeys(("stride_os", "stride_oh", "stride_ot", "num_heads", "num_queries", "num_keys"), "i32")
+    types |= {"out": "*bf16", "rows": "i32", "softmax_scale": "fp32",
+              "q_desc": f"tensordesc<i8{[half, dim]},{narrow!r}>",
+              "k_desc": f"tensordesc<i8{[launch.columns, dim]},{narrow!r}>",
+              "v_desc": f"tensordesc<fp8e4nv{[dim, launch.columns]},{wide!r}>"}  # fmt: skip
+    return Case(
+        name=f"attend {dim} hopper",
+        kernel=attention_hopper.attend_kernel,
+        types=types,
+        constants={"D": dim, "BN": launch.columns, "STAGES": launch.stages, "SPLITS": 2,
+                   "REGISTERS": launch.registers},
+        options={"num_warps": attention_hopper.WARPS},
+    )  # fmt: skip
 
 
 def other_cases() -> Iterator[Case]:

@@ -21,6 +21,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from longtake.kernels.compile_cases import UNALIGNED, Case, cases, fp8_cases, other_cases, transform_cases
 
@@ -36,9 +37,10 @@ def compile_case(case: Case) -> Any:
             constants[(i,)] = case.constants[name]
         else:
             signature[name] = case.types[name]
-            if name not in UNALIGNED:
+            if name not in UNALIGNED and not signature[name].startswith("tensordesc"):
                 attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    kind = GluonASTSource if case.kernel.is_gluon() else ASTSource
+    source = kind(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=case.options)
 
 

@@ -1,4 +1,4 @@
-"""FP8 in Triton: calibration, the store at the end of every materialise kernel, and the store of a block's own K or V.
+"""8 bits in Triton: calibration, the store at the end of every materialise kernel, and that of a block's own K or V.
 
 Shape legend: T tokens, H heads, D head dim, R rows of a tile.
 """
@@ -40,20 +40,40 @@ def put(tile, out, head, row_R, live_R, stride_oh, stride_ox, stride_od, D: tl.c
 
 
 @triton.jit
+def round_to_int8(tile):
+    """Nearest integers of float32 up to 2^22 in size, ties to even, in the low byte: 1.5 * 2^23 leaves no fraction."""
+    return (tile + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def put_int8(tile, out, scale, head, row_R, live_R, stride_oh, D: tl.constexpr):
+    """Store a float32 tile [R, D] into int8 rows of a head, contiguous ones, and each row's scale into scale [H, X]."""
+    largest = tl.max(tl.abs(tile), 1)
+    unit = tl.where(largest > 0, largest * (1.0 / 127.0), 1.0)
+    tl.store(scale + head.to(tl.int64) * (stride_oh // D) + row_R, unit, mask=live_R)
+    place = out + head.to(tl.int64) * stride_oh + row_R[:, None] * D + tl.arange(0, D)[None, :]
+    tl.store(place, round_to_int8(tile * (1.0 / unit)[:, None]), mask=live_R[:, None])
+
+
+@triton.jit
 def emit(
     tile, out, head, row_R, live_R, stride_oh, stride_ox, stride_od, centre, scale,
     D: tl.constexpr, SCALED: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
     """Store a float32 tile [R, D] into rows of a head, in out's type; SCALED: as (tile - centre) / scale, clamped.
 
-    TURNED: as `put`.
+    scale is [H], to be read, for e4m3; for int8 as in `put_int8`. TURNED: as `put`.
     """
     column = tl.arange(0, D)
     if SCALED:
         tile = tile - tl.load(centre + head * D + column)[None, :]
-        tile = tile * (1.0 / tl.load(scale + head))
-        tile = tl.clamp(tile, -448.0, 448.0)
-    put(tile, out, head, row_R, live_R, stride_oh, stride_ox, stride_od, D, TURNED)
+    if SCALED and out.dtype.element_ty == tl.int8:
+        put_int8(tile, out, scale, head, row_R, live_R, stride_oh, D)
+    else:
+        if SCALED:
+            tile = tile * (1.0 / tl.load(scale + head))
+            tile = tl.clamp(tile, -448.0, 448.0)
+        put(tile, out, head, row_R, live_R, stride_oh, stride_ox, stride_od, D, TURNED)
 
 
 @triton.jit
@@ -129,6 +149,11 @@ def token_alignment(*counts: int) -> int:
     return math.gcd(16, *counts)
 
 
+def scales(scaling: Scaling) -> Tensor:
+    """What kernels take as scale: read for e4m3, written for int8."""
+    return scaling.scale_H if scaling.rows_HX is None else scaling.rows_HX
+
+
 def calibrate(tensors: Sequence[Tensor], num_centred: int) -> tuple[Scaling, ...]:
     """Triton twin of scaling.calibrate, for up to three tensors in one launch.
 
@@ -150,17 +175,17 @@ def calibrate(tensors: Sequence[Tensor], num_centred: int) -> tuple[Scaling, ...
 
 
 def store(rows: Sequence[tuple[Tensor, Scaling, Tensor]], first_row: int) -> None:
-    """Write one or two of a block's own tensors into FP8 scratches, in one launch.
+    """Write one or two of a block's own tensors into 8-bit scratches, in one launch.
 
     Args:
         rows: of each, x_THD ([T, H, D] of one shape, D 64 or 128, channels contiguous), the scaling of its scratch,
-            and that, e4m3 [H, X, D]; channels or tokens contiguous.
+            and that: e4m3 [H, X, D], channels or tokens contiguous, or int8, rows contiguous.
         first_row: of the T rows.
     """
     tokens, num_heads, dim = rows[0][0].shape
     sides, turned = [], []
     for x_THD, scaling, out_HXD in (rows[0], rows[-1]):
-        sides += [x_THD, out_HXD, scaling.centre_HD, scaling.scale_H, *x_THD.stride()[:2], *out_HXD.stride()]
+        sides += [x_THD, out_HXD, scaling.centre_HD, scales(scaling), *x_THD.stride()[:2], *out_HXD.stride()]
         turned.append(out_HXD.stride(2) != 1)
     store_kernel[(triton.cdiv(tokens, STORE_ROWS), num_heads, len(rows))](
         *sides, first_row, tokens,

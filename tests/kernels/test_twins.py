@@ -13,7 +13,7 @@ import torch
 from longtake.kernels.attention import merge_reference
 from longtake.kernels.rotary import apply_rotary
 from longtake.kernels.scaling import calibrate_reference
-from tests.kernels.twins import close, close_fp8, run_interpreted, structured, tables
+from tests.kernels.twins import close, close_fp8, close_int8, run_interpreted, structured, tables
 
 ATTENDED = [  # queries, keys, channels; steps of 128 keys: full ones and a part of one, full ones, a part
     (180, 540, 64),
@@ -48,10 +48,18 @@ def check_scaling(tokens: int, dim: int, device: str, dtype: torch.dtype) -> Non
         for tensor, scaling, out in rows:
             close_fp8(out[:, 8 : 8 + tokens], scaling.store(tensor.transpose(0, 1)))
             assert out[:, :8].float().isnan().all() and out[:, 8 + tokens :].float().isnan().all()
+    codes, plain_codes = (torch.full((3, tokens + 16, dim), 77, dtype=torch.int8, device=device) for _ in range(2))
+    scales, plain_scales = (torch.zeros(3, tokens + 16, device=device) for _ in range(2))
+    scalings[0].with_rows(plain_scales).store_into(tensors[0].transpose(0, 1), plain_codes, 8)
+    values = torch.empty(3, dim, tokens + 16, dtype=torch.float8_e4m3fn, device=device).mT
+    keys = (tensors[0], scalings[0].with_rows(scales), codes)
+    scaling_triton.store((keys, (tensors[1], scalings[1], values)), 8)
+    close_int8((codes, scales), (plain_codes, plain_scales), 0.999, 0.0)
+    close_fp8(values[:, 8 : 8 + tokens], scalings[1].store(tensors[1].transpose(0, 1)))
 
 
-def check_attend_fp8(queries: int, keys: int, dim: int, values: str, device: str, dtype: torch.dtype) -> None:
-    """values: "fp8" or "bf16"; the scratch's rows that are not in use are NaN."""
+def check_attend_fp8(queries: int, keys: int, dim: int, name: str, device: str, dtype: torch.dtype) -> None:
+    """name: as of the path; the scratch's rows that are not in use are NaN, or in int8 as large as can be."""
     from longtake.kernels import attention_fp8, attention_fp8_triton
 
     heads = 2
@@ -59,16 +67,25 @@ def check_attend_fp8(queries: int, keys: int, dim: int, values: str, device: str
     k, v = (torch.randn(keys, heads, dim, generator=g).to(device, dtype) + 2 for _ in range(2))
     q = torch.randn(queries, heads, dim, generator=g).to(device, dtype).transpose(0, 1)
     scalings = calibrate_reference(k), calibrate_reference(v)
-    fp8 = values == "fp8"
-    scratch = attention_fp8.fp8_scratch(heads, keys + 9, dim, torch.device(device), values_fp8=fp8)
-    for rows in (scratch.k_HXD, scratch.v_HXD):
-        rows.copy_(torch.full(rows.shape, torch.nan, device=device))
-    scratch.k_HXD[:, :keys] = scalings[0].store(k.transpose(0, 1))
+    fp8, int8 = not name.endswith("bf16v"), name.startswith("int8")
+    scratch = attention_fp8.fp8_scratch(heads, keys + 9, dim, torch.device(device), keys_int8=int8, values_fp8=fp8)
+    for rows in (scratch.k_HXD, scratch.v_HXD, scratch.k_scale_HX):
+        if rows is not None:
+            rows.copy_(torch.full(rows.shape, 127 if rows.dtype == torch.int8 else torch.nan, device=device))
+    scalings = scalings[0].with_rows(scratch.k_scale_HX), scalings[1]
+    scalings[0].store_into(k.transpose(0, 1), scratch.k_HXD, 0)
     scratch.v_HXD[:, :keys] = scalings[1].store(v.transpose(0, 1)) if fp8 else v.transpose(0, 1)
     want, want_lse = attention_fp8.attend_reference(q, scratch, *scalings, keys)
-    got, lse = attention_fp8_triton.attend(q, scratch.k_HXD, scratch.v_HXD, *scalings, keys)
-    close(got, want, "attention" if device == "cuda" else "attention interpreted")
-    torch.testing.assert_close(lse, want_lse, rtol=0, atol=0.05)
+    given = (q, scratch.k_HXD, scratch.v_HXD, *scalings, keys)
+    results = [attention_fp8_triton.attend(*given)]
+    if device == "cuda" and attention_fp8.runs_on_hopper(scratch):
+        from longtake.kernels import attention_hopper
+
+        whole, parts = (attention_hopper.HopperLaunch(splits=splits) for splits in (1, 2))
+        results += [attention_hopper.attend(*given, launch) for launch in ((whole, parts) if keys > 128 else (whole,))]
+    for got, lse in results:
+        close(got, want, "attention" if device == "cuda" else "attention interpreted")
+        torch.testing.assert_close(lse, want_lse, rtol=0, atol=0.05)
 
 
 def check_queries(tokens: int, dim: int, device: str, dtype: torch.dtype) -> None:
@@ -221,10 +238,10 @@ def test_scaling_kernels_equal_their_twins(tokens: int, dim: int, dtype: torch.d
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("values", ["fp8", "bf16"])
+@pytest.mark.parametrize("name", ["int8", "fp8", "fp8-bf16v"])
 @pytest.mark.parametrize(("queries", "keys", "dim"), ATTENDED)
-def test_fp8_attention_kernel_equals_its_twin(queries: int, keys: int, dim: int, values: str) -> None:
-    check_attend_fp8(queries, keys, dim, values, "cuda", torch.bfloat16)
+def test_fp8_attention_kernel_equals_its_twin(queries: int, keys: int, dim: int, name: str) -> None:
+    check_attend_fp8(queries, keys, dim, name, "cuda", torch.bfloat16)
 
 
 @pytest.mark.gpu
@@ -269,9 +286,9 @@ def main() -> None:
     check_norm_silu(24, "cpu", torch.float32)
     check_vae_layers(24, "cpu", torch.float32)
     check_vae_layers(192, "cpu", torch.float32)
-    for keys, values in itertools.product((150, 256, 100), ("fp8", "bf16")):
-        check_attend_fp8(77, keys, 64, values, "cpu", torch.float32)
-        print("ok attention", keys, values)
+    for keys, name in itertools.product((150, 256, 100), ("int8", "fp8", "fp8-bf16v")):
+        check_attend_fp8(77, keys, 64, name, "cpu", torch.float32)
+        print("ok attention", keys, name)
 
 
 if __name__ == "__main__":
