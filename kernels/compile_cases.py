@@ -287,7 +287,8 @@ def fp8_cases() -> Iterator[Case]:
                 kernel=scaling_triton.calibrate_kernel,
                 types={**dict.fromkeys("xyz", "*bf16"), "centre": "*fp32", "scale": "*fp32", "sampled": "i32",
                        **sides("xyz", "stride_t", "stride_h"), "stride": "i32"},
-                constants={"D": dim, "CENTRED": centred, "ROWS": scaling_triton.CALIBRATE_ROWS, "TARGET": 56.0},
+                constants={"D": dim, "CENTRED": centred, "ROWS": scaling_triton.CALIBRATE_ROWS, "TARGET": 56.0,
+                           "LEAST": 0.125},
                 options={"num_warps": scaling_triton.CALIBRATE_WARPS},
             )  # fmt: skip
         for turned in (False, True):

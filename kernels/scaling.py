@@ -5,6 +5,11 @@ a constant taken from all values is added to the output. So what is common to al
 of K, costs none of e4m3's three mantissa bits. The numbers come from a sample of the block's own tokens: the history is
 scaled by them too, with room for values eight times as large; beyond that they are clamped.
 
+A centre much smaller than its channel's values is left where it is: it would save no bit, and values that stand on a
+grid of their own (bfloat16's, a 4-bit codec's) would, moved by a constant, all be rounded a little more up or down.
+On Gaussian values that was an error of 0.001 of their spread in every channel's mean (int4's: 0.0003), which no number
+of keys averages out, against 0.00014 of 37,440 tokens' roundings.
+
 Keys in int8 have a scale a row instead, found when the row is written: a grid of even steps, unlike e4m3, has no room
 to spare for louder tokens.
 
@@ -23,6 +28,7 @@ from longtake.kernels.grid import FP8_MAX, power_of_two_unit, to_fp8, to_int8_ro
 from longtake.kernels.head_dims import fits_kernels
 
 ROOM = 8.0
+LEAST_CENTRE = 0.125  # of a channel's largest value
 SAMPLED_TOKENS = 512
 
 
@@ -115,6 +121,7 @@ def calibrate_all(tensors: Sequence[Tensor], *, num_centred: int) -> tuple[Scali
 def calibrate_reference(x_THD: Tensor, *, centred: bool = True) -> Scaling:
     """The plain twin of `calibrate`."""
     sample = x_THD[:: sample_stride(x_THD.shape[0])].float()
-    centre_HD = sample.mean(0) if centred else torch.zeros_like(sample[0])
+    mean_HD, none = sample.mean(0), torch.zeros_like(sample[0])
+    centre_HD = torch.where(mean_HD.abs() >= LEAST_CENTRE * sample.abs().amax(0), mean_HD, none) if centred else none
     largest_H = (sample - centre_HD).abs().amax((0, 2))
     return Scaling(centre_HD=centre_HD, scale_H=power_of_two_unit(largest_H, FP8_MAX / ROOM))

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longtake.kernels.grid import FP8_MAX
-from longtake.kernels.scaling import ROOM, Scaling, sample_stride
+from longtake.kernels.scaling import LEAST_CENTRE, ROOM, Scaling, sample_stride
 
 CALIBRATE_ROWS, CALIBRATE_WARPS = 256, 16  # few programs, each bound by waiting for its loads: wide ones
 STORE_ROWS = 64
@@ -79,10 +79,11 @@ def emit(
 @triton.jit
 def calibrate_kernel(
     x, y, z, centre, scale, x_stride_t, x_stride_h, y_stride_t, y_stride_h, z_stride_t, z_stride_h, sampled, stride,
-    D: tl.constexpr, CENTRED: tl.constexpr, ROWS: tl.constexpr, TARGET: tl.constexpr,
+    D: tl.constexpr, CENTRED: tl.constexpr, ROWS: tl.constexpr, TARGET: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
-    """Of one head of x, y or z: mean of each channel (0 but for the first CENTRED tensors), then the power of two that
-    brings the largest distance from it to TARGET or below."""
+    """Of one head of x, y or z: mean of each channel (0 but for the first CENTRED tensors, and where it is less than
+    LEAST of the channel's largest), then the power of two that brings the largest distance from it to TARGET or below.
+    """
     head, which = tl.program_id(0), tl.program_id(1)
     stride_t, stride_h = x_stride_t, x_stride_h
     if which == 1:
@@ -93,13 +94,17 @@ def calibrate_kernel(
         stride_t, stride_h = z_stride_t, z_stride_h
     column = tl.arange(0, D)[None, :]
     mean = tl.zeros((D,), tl.float32)
+    most = tl.zeros((D,), tl.float32)
     if which < CENTRED:
         total = tl.zeros((ROWS, D), tl.float32)
         for first in range(0, sampled, ROWS):
             row = first + tl.arange(0, ROWS)
             place = x + (row * stride).to(tl.int64)[:, None] * stride_t + head * stride_h + column
-            total += tl.load(place, mask=(row < sampled)[:, None], other=0.0).to(tl.float32)
+            tile = tl.load(place, mask=(row < sampled)[:, None], other=0.0).to(tl.float32)
+            total += tile
+            most = tl.maximum(most, tl.max(tl.abs(tile), 0))
         mean = tl.sum(total, 0) / sampled
+        mean = tl.where(tl.abs(mean) >= LEAST * most, mean, 0.0)
     largest = tl.zeros((ROWS, D), tl.float32)
     for first in range(0, sampled, ROWS):
         row = first + tl.arange(0, ROWS)
@@ -169,7 +174,8 @@ def calibrate(tensors: Sequence[Tensor], num_centred: int) -> tuple[Scaling, ...
     calibrate_kernel[(num_heads, len(tensors))](
         x, y, z, centre, scale, x.stride(0), x.stride(1), y.stride(0), y.stride(1), z.stride(0), z.stride(1),
         triton.cdiv(tokens, stride), stride,
-        D=dim, CENTRED=num_centred, ROWS=CALIBRATE_ROWS, TARGET=FP8_MAX / ROOM, num_warps=CALIBRATE_WARPS,
+        D=dim, CENTRED=num_centred, ROWS=CALIBRATE_ROWS, TARGET=FP8_MAX / ROOM, LEAST=LEAST_CENTRE,
+        num_warps=CALIBRATE_WARPS,
     )  # fmt: skip
     return tuple(Scaling(centre_HD=c, scale_H=s) for c, s in zip(centre, scale, strict=True))
 
