@@ -8,8 +8,8 @@ bound by that: 5 TB/s out of L2 on an H200. Here a program takes 128 queries pas
     warp  8      asks TMA for the next keys and values, STAGES steps ahead
 
 O is summed in float32, outside the tensor cores, whose FP8 sums keep about 14 bits. Int8 sums are exact. Two splits of
-the keys, merged by log-sum-exp, where that fills the GPU's last round of programs better: a question of sizes only, so
-the same inputs give the same bits. Source for the roles of the warps: Shah et al., FlashAttention-3 (arXiv 2407.08608).
+many keys, merged by log-sum-exp, fill the GPU's last round of programs better (attention_fp8.hopper_splits). Source for
+the roles of the warps: Shah et al., FlashAttention-3 (arXiv 2407.08608).
 
 Shape legend: H heads, T query tokens, X key tokens, D head dim, BN keys of a step, S splits.
 """
@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from longtake.kernels.attention import merge
-from longtake.kernels.attention_fp8 import HOPPER_ROWS, hopper_splits
+from longtake.kernels.attention_fp8 import hopper_splits
 from longtake.kernels.attention_fp8_triton import quantise_each
 from longtake.kernels.scaling import Scaling
 
@@ -37,6 +37,7 @@ P_SHIFT = gl.constexpr(8.0)  # as in attention_fp8.py
 LN2 = gl.constexpr(0.6931471805599453)
 LOG2E = 1.4426950408889634
 HALF = gl.constexpr(64)  # queries of four warps
+ROWS = 128  # of a program
 WARPS = 4  # that the kernel is built for; the others are asked for inside
 
 
@@ -215,7 +216,7 @@ def attend(
     """As attention_fp8_triton.attend, for int8 keys and e4m3 values with tokens contiguous."""
     num_heads, num_queries, dim = q_HTD.shape
     device, rows = q_HTD.device, k_HXD.shape[1]
-    splits = hopper_splits(num_heads, num_queries, num_keys) if launch.splits is None else launch.splits
+    splits = hopper_splits(num_keys) if launch.splits is None else launch.splits
     assert k_scaling.rows_HX is not None and v_HXD.stride(1) == 1, "int8 keys and turned values"
     out_STHD = torch.empty((splits, num_queries, num_heads, dim), dtype=q_HTD.dtype, device=device)
     lse_SHT = torch.empty((splits, num_heads, num_queries), dtype=torch.float32, device=device)
@@ -225,7 +226,7 @@ def attend(
     k_desc = TensorDescriptor(k_HXD, [num_heads * rows, dim], [dim, 1], [launch.columns, dim], narrow)
     # rows not in use may be NaN: beyond num_keys TMA fills in zeros
     v_desc = TensorDescriptor(v_HXD, [num_heads * dim, num_keys], [rows, 1], [dim, launch.columns], wide)
-    attend_kernel[(splits * num_heads * triton.cdiv(num_queries, HOPPER_ROWS),)](
+    attend_kernel[(splits * num_heads * triton.cdiv(num_queries, ROWS),)](
         q_desc, k_desc, v_desc, q_scale_HT, k_scaling.rows_HX, shift_HT, v_scaling.scale_H, v_scaling.centre_HD,
         out_STHD, lse_SHT, out_STHD.stride(0), out_STHD.stride(2), out_STHD.stride(1),
         num_heads, num_queries, num_keys, rows, dim**-0.5 * LOG2E,

@@ -201,7 +201,7 @@ def test_equals_one_softmax_over_everything(
 
 def test_fp8_attention_over_forms(model: CausalWan, contexts: list[TextContext]) -> None:
     films = []
-    for attention in ("dense", "fp8", "fp8-bf16v"):
+    for attention in ("dense", "int8", "fp8", "fp8-bf16v"):
         shot = replace(shot_with(*CASES["merge"]), attention=attention)
         run = Rollout(shot, model, contexts, open_cache(shot, torch.device("cpu")))
         films.append(torch.stack([run.step() for _ in range(run.total_blocks)]))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from longtake.kernels import synthetic
 from longtake.kernels.attention import attend_reference, merge
-from longtake.kernels.attention_fp8 import attend_fp8, fp8_scratch
+from longtake.kernels.attention_fp8 import attend_fp8, fp8_scratch, hopper_partial_bytes, hopper_splits
 from longtake.kernels.attention_path import AttentionPath, make_path, path_names
 from longtake.kernels.codec import BlockGeometry, make_codec
 from longtake.kernels.errors import ConfigError
@@ -99,6 +99,13 @@ def test_no_keys_and_wrong_shapes() -> None:
         attend_fp8(q[:2], scratch, *scalings, 300)
     with pytest.raises(ConfigError, match="do not fit a scratch"):
         attend_fp8(q, scratch, *scalings, 305)
+
+
+def test_splits_depend_on_keys_alone_and_are_counted() -> None:
+    assert [hopper_splits(keys) for keys in (1, 8191, 8192, 131040)] == [1, 1, 2, 2]
+    assert hopper_partial_bytes(3, 10, 64, 8192, 2) == 2 * 3 * 10 * (64 * 2 + 4)
+    assert hopper_partial_bytes(3, 10, 64, 8191, 2) == 0
+    assert make_path("int8", make_codec("int4", MINI), 2, 9000, torch.bfloat16, CPU).partial_bytes(10) == 0
 
 
 def run_path(path: AttentionPath, chunk: int, arena: Tensor, history: synthetic.History) -> Tensor:
