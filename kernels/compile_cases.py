@@ -291,12 +291,12 @@ def fp8_cases() -> Iterator[Case]:
                            "LEAST": 0.125},
                 options={"num_warps": scaling_triton.CALIBRATE_WARPS},
             )  # fmt: skip
-        for turned in (False, True):
+        for turned, keys in ((False, "fp8e4nv"), (True, "fp8e4nv"), (True, "i8")):
             yield Case(
-                name=f"store {dim}{' turned' * turned}",
+                name=f"store {dim}{' turned' * turned}{' int8' * (keys == 'i8')}",
                 kernel=scaling_triton.store_kernel,
                 types={"x": "*bf16", "y": "*bf16", "first_row": "i32", "tokens": "i32",
-                       **dict.fromkeys(("out_x", "out_y"), "*fp8e4nv"),
+                       "out_x": f"*{keys}", "out_y": "*fp8e4nv",
                        **dict.fromkeys(("centre_x", "scale_x", "centre_y", "scale_y"), "*fp32"),
                        **sides("xy", "stride_t", "stride_h", "stride_oh", "stride_ox", "stride_od")},
                 constants={"D": dim, "X_TURNED": False, "Y_TURNED": turned, "ROWS": scaling_triton.STORE_ROWS,
