@@ -25,7 +25,13 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from longtake.kernels.attention import merge
@@ -170,6 +176,7 @@ def attend_kernel(
         mbarrier.init(v_ready.index(i), count=1)
         mbarrier.init(k_free.index(i), count=2)  # both halves have read it
         mbarrier.init(v_free.index(i), count=2)
+    fence_async_shared()  # TMA is to find the barriers ready
     mbarrier.expect(q_ready.index(0), 2 * HALF * D)
     q_line = (line + first_query).to(gl.int32)
     tma.async_copy_global_to_shared(q_desc, [q_line, 0], q_ready.index(0), q_bufs.index(0))
