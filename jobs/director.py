@@ -99,7 +99,7 @@ class Director:
             old = ledger.film
             record = dataclasses.replace(record, submitted_s=old.submitted_s if old else self._wall())
             kept = [taken_over(task, ledger.tasks.get(task.name)) for task in tasks]
-            ledger.take(record, kept, at_s=self._wall())
+            ledger.take(record, kept)
         except BaseException:
             if directory not in self._films:
                 ledger.close()
@@ -107,7 +107,7 @@ class Director:
         film = self._films.get(directory) or OpenFilm(directory, ledger, record, self._clock())
         film.record = record
         self._films[directory] = film
-        self._save(film, [], "")
+        self._save(film, [])
         self._preempt()
         return film.view()
 
@@ -154,7 +154,7 @@ class Director:
         names = [shot] if shot is not None else list(tasks)
         if shot is not None and action is Action.RETRY:
             names += [task.name for task in tasks.values() if task.kind is TaskKind.JOIN]
-        self._save(film, [_ACTIONS[action](tasks[name]) for name in names], action)
+        self._save(film, [_ACTIONS[action](tasks[name]) for name in names])
         self._preempt()
         return film.view()
 
@@ -184,7 +184,7 @@ class Director:
             granted = grant(
                 task, gang=gang.name, incarnation=gang.incarnation, num_devices=gang.num_devices, now_s=self._wall()
             )
-            self._save(film, [granted], "granted")
+            self._save(film, [granted])
             film.heard_s[task.name] = film.counted_s[task.name] = film.saved_s[task.name] = self._clock()
             self._idle.pop(gang.name, None)
             return self._order(film, granted, gang)
@@ -210,7 +210,7 @@ class Director:
         now = self._clock()
         if now - film.saved_s.get(task.name, -math.inf) >= self._progress_s:
             film.saved_s[task.name] = now
-            self._save(film, [changed], "")
+            self._save(film, [changed])
         else:
             film.ledger.hold(changed)
             self._publish(film.view())
@@ -218,11 +218,11 @@ class Director:
 
     def stopped(self, lease: Lease) -> bool:
         """A gang has stopped at a block boundary. False: the lease was lost before."""
-        return self._end(lease, stopped, "stopped")
+        return self._end(lease, stopped)
 
     def finish(self, lease: Lease, video: str | None = None) -> bool:
         """A gang has finished its task. False: the lease was lost before."""
-        return self._end(lease, lambda task: finished(task, video=video, now_s=self._wall()), "finished")
+        return self._end(lease, lambda task: finished(task, video=video, now_s=self._wall()))
 
     def fail(self, lease: Lease, failure: Failure) -> bool:
         """A gang's try failed. False: the lease was lost before."""
@@ -327,7 +327,7 @@ class Director:
             reason = None if self._can_be_held(film) else f"waits for a host with {film.record.gang_sizes[0]} {kind}"
             if reason != task.reason and (reason is not None or str(task.reason).startswith("waits for a host")):
                 with _no_hold_up():
-                    self._save(film, [dataclasses.replace(task, reason=reason)], "")
+                    self._save(film, [dataclasses.replace(task, reason=reason)])
 
     def _others_fit(self, gang: Gang) -> bool:
         """Whether another idle gang could take the most urgent task, which this one cannot."""
@@ -341,30 +341,30 @@ class Director:
         film.counted_s[task.name] = now
         return spent * task.num_devices
 
-    def _end(self, lease: Lease, change: Callable[[Task], Task], event: str) -> bool:
+    def _end(self, lease: Lease, change: Callable[[Task], Task]) -> bool:
         held = self._leased(lease)
         if held is None:
             return False
         film, task = held
         spent = dataclasses.replace(task, gpu_s=task.gpu_s + self._gpu_s(film, task))
-        self._save(film, [change(spent)], event)
+        self._save(film, [change(spent)])
         return True
 
     def _fail(self, film: OpenFilm, task: Task, failure: Failure) -> None:
         spent = dataclasses.replace(task, gpu_s=task.gpu_s + self._gpu_s(film, task))
-        self._save(film, [failed(spent, failure, film.record.policy, self._wall())], f"failed: {failure.kind}")
+        self._save(film, [failed(spent, failure, film.record.policy, self._wall())])
 
     def _give_up(self, film: OpenFilm, task: Task, signature: str, message: str) -> None:
         """Take a task from a gang that is not there any more."""
         with _no_hold_up():
             self._fail(film, task, Failure(kind=FailureKind.CRASH, signature=signature, message=message))
 
-    def _save(self, film: OpenFilm, changed: Sequence[Task], event: str) -> None:
+    def _save(self, film: OpenFilm, changed: Sequence[Task]) -> None:
         """Make tasks durable, with those that wait for them, and tell."""
         tasks = {**film.ledger.tasks, **{task.name: task for task in changed}}
         succeeded = {name for name, task in tasks.items() if task.state is State.SUCCEEDED}
         settled = [depending(task, ready=succeeded.issuperset(task.after)) for task in tasks.values()]
-        film.ledger.save(settled, at_s=self._wall(), event=event)
+        film.ledger.save(settled)
         self._publish(film.view())
 
     def _preempt(self) -> None:
@@ -385,7 +385,8 @@ class Director:
                 return
             victim, task = min(running, key=lambda pair: (pair[0].record.priority, -(pair[1].started_s or 0)))
             with _no_hold_up():
-                self._save(victim, [ask(task, Want.REQUEUE)], f"preempted by {film.record.title}")
+                asked = dataclasses.replace(ask(task, Want.REQUEUE), reason=f"makes room for {film.record.title}")
+                self._save(victim, [asked])
 
 
 @contextlib.contextmanager

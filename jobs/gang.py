@@ -156,9 +156,6 @@ class GangActor:
         self._me = ray.get_runtime_context().current_actor
         threading.Thread(target=self._run, args=(spec,), name="gang", daemon=True).start()
 
-    def ping(self) -> None:
-        """Answers while the gang is there."""
-
     def _run(self, spec: GangSpec) -> None:
         try:
             fit(spec)

@@ -1,7 +1,7 @@
 """DIR/ledger.sqlite: all that the director knows about one film, so that it can die at any instruction.
 
-One row a task with a column a field of `Task`, one row for the film, and the last events for people. A change is on the
-disk before anyone hears of it: WAL, synchronous=FULL, one transaction a change.
+One row a task with a column a field of `Task`, and one row for the film; what happened is in DIR/director.log. A change
+is on the disk before anyone hears of it: WAL, synchronous=FULL, one transaction a change.
 
 One writer: the file is opened in SQLite's exclusive mode, which needs no memory shared between processes and therefore
 works on network storage too. A second director waits and then fails; a dead one's lock goes with its process. Everybody
@@ -24,7 +24,6 @@ from longtake.jobs.states import RetryPolicy, Task
 from longtake.kernels.errors import ConfigError, StorageError
 
 LEDGER_NAME = "ledger.sqlite"
-MAX_EVENTS = 1000
 
 _VERSION = 1
 _MEND = "move it away and submit the film again: what is rendered stays"
@@ -108,7 +107,7 @@ class Ledger:
     tasks: dict[str, Task]
     """As on the disk, by name, in the film's order."""
 
-    def take(self, film: FilmRecord, tasks: Iterable[Task], *, at_s: float) -> None:
+    def take(self, film: FilmRecord, tasks: Iterable[Task]) -> None:
         """Set or replace the film and its tasks, all or nothing, and forget those that it does not have.
 
         Raises:
@@ -120,11 +119,11 @@ class Ledger:
             self._insert("film", film)
             gone = [(name,) for name in self.tasks if name not in wanted]
             self._db.executemany("DELETE FROM task WHERE name = ?", gone)
-            self._write([task for task in wanted.values() if self.tasks.get(task.name) != task], at_s, "submitted")
+            self._write(task for task in wanted.values() if self.tasks.get(task.name) != task)
         self.film, self.tasks = film, wanted
 
-    def save(self, tasks: Iterable[Task], *, at_s: float, event: str = "") -> None:
-        """Make tasks durable, all or none, with one event each if there is one.
+    def save(self, tasks: Iterable[Task]) -> None:
+        """Make tasks durable, all or none.
 
         Raises:
             StorageError: nothing was changed.
@@ -133,29 +132,18 @@ class Ledger:
         if not changed:
             return
         with self._transaction():
-            self._write(changed, at_s, event)
+            self._write(changed)
         self.tasks.update((task.name, task) for task in changed)
         if any(task.position != index for index, task in enumerate(self.tasks.values())):
             self.tasks = dict(sorted(self.tasks.items(), key=lambda item: item[1].position))
 
-    def _write(self, tasks: Iterable[Task], at_s: float, event: str) -> None:
+    def _write(self, tasks: Iterable[Task]) -> None:
         for task in tasks:
             self._insert("task", task)
-            if event:
-                note = (at_s, task.name, event, str(task.state), task.epoch, task.gang, task.reason)
-                self._db.execute("INSERT INTO event VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)", note)
-        if event:
-            self._db.execute("DELETE FROM event WHERE id <= (SELECT max(id) FROM event) - ?", (MAX_EVENTS,))
 
     def hold(self, task: Task) -> None:
         """Take a task's progress into memory; it reaches the disk with the task's next `save`."""
         self.tasks[task.name] = task
-
-    def events(self, limit: int = 100) -> list[dict[str, Any]]:
-        """The last events, oldest first."""
-        names = ("at_s", "task", "event", "state", "epoch", "gang", "reason")
-        rows = self._db.execute(f"SELECT {', '.join(names)} FROM event ORDER BY id DESC LIMIT ?", (limit,)).fetchall()
-        return [dict(zip(names, row, strict=True)) for row in reversed(rows)]
 
     def close(self) -> None:
         """Let go of the file."""
@@ -171,11 +159,6 @@ class Ledger:
         with self._transaction():
             self._db.execute(f"CREATE TABLE IF NOT EXISTS film ({_columns(FilmRecord)})")
             self._db.execute(f"CREATE TABLE IF NOT EXISTS task ({_columns(Task)}, PRIMARY KEY (name))")
-            self._db.execute(
-                "CREATE TABLE IF NOT EXISTS event "
-                "(id INTEGER PRIMARY KEY, at_s REAL, task TEXT, event TEXT, state TEXT, epoch INTEGER, gang TEXT, "
-                "reason TEXT)"
-            )
             self._db.execute(f"PRAGMA user_version={_VERSION}")
         for table, kind in (("film", FilmRecord), ("task", Task)):
             there = {row[1] for row in self._db.execute(f"PRAGMA table_info({table})")}

@@ -9,11 +9,11 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import mul
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longtake.engine.config import HistoryPolicy, Keep, Precision, ShotConfig
+from longtake.engine.timeline import Timeline
 from longtake.jobs.calibration import Calibration, choose, film_seconds, shot_seconds
 
 if TYPE_CHECKING:
@@ -103,29 +103,17 @@ def plan_shot(
     import torch
 
     from longtake.engine.retrieval import summary_bytes
-    from longtake.engine.shotcache import cache_budgets, check_room, kv_shape, shot_forms
-    from longtake.engine.timeline import Timeline
+    from longtake.engine.shotcache import shot_forms
 
     dtype: torch.dtype = getattr(torch, dtype_name)
-    geometry = shot.model.transformer
-    timeline = Timeline(shot, shot.after_blocks)
-    budgets = cache_budgets(shot, timeline)
-    shapes = [kv_shape(shot, form=form) for form in range(len(budgets))]
-    history_bytes = sum(len(timeline.kept(form)) * shape.block_bytes for form, shape in enumerate(shapes))
-    retrieve = shot.history.policy is HistoryPolicy.RETRIEVE
-    if retrieve:
-        check_room(shot, timeline, shapes[0], budgets[0], disk=True)
-    budget_bytes = shot.cache.disk_bytes
-    kept_bytes = history_bytes if budget_bytes is None else min(history_bytes, budget_bytes)
+    geometry, timeline = shot.model.transformer, Timeline(shot, shot.after_blocks)
     calibration = choose(calibrations, shot.cache.codec, shot.attention) if calibrations else None
     decoder_weights, vae_bytes = _vae(shot, dtype)
-    sizes = [shape.block_bytes for shape in shapes]
-    staging = [budget.num_host_frames(shape, disk=True) for budget, shape in zip(budgets, shapes, strict=True)]
-    arenas = [budget.num_frames(shape) for budget, shape in zip(budgets, shapes, strict=True)]
+    codec, retrieve = shot_forms(shot)[0].codec, shot.history.policy is HistoryPolicy.RETRIEVE
     dense_block = 2 * 2 * shot.tokens_per_block * geometry.dim * geometry.num_layers
-    codec = shot_forms(shot)[0].codec
     scratch_bytes, partials_bytes = _attention(shot, codec, dtype, timeline.max_own_blocks * shot.tokens_per_block)
     activations = calibration.activation_bytes * shot.tokens_per_block * geometry.dim if calibration else 0
+    history = _history(shot, timeline)
     return ShotPlan(
         name=shot.name,
         model=shot.model.name,
@@ -139,21 +127,50 @@ def plan_shot(
         num_prefix_blocks=shot.after_blocks,
         attended_blocks=timeline.max_attended,
         bits_per_element=codec.bits_per_element,
-        block_bytes=sizes[0],
-        history_bytes=history_bytes,
+        block_bytes=history.block_bytes,
+        history_bytes=history.all_bytes,
         dense_history_bytes=timeline.num_entries * dense_block,
-        arena_bytes=sum(map(mul, arenas, sizes)),
+        arena_bytes=history.arena_bytes,
         scratch_bytes=scratch_bytes,
         weights_bytes=_weights_bytes(shot, dtype),
         summary_bytes=summary_bytes(timeline.num_entries, geometry.num_heads, geometry.head_dim) if retrieve else 0,
         vae_bytes=vae_bytes,
         partials_bytes=partials_bytes,
         activation_bytes=round(activations),
-        host_bytes=max(sum(map(mul, staging, sizes)), _files_bytes(shot.model.path / "text_encoder")),
-        lacking_bytes=history_bytes - kept_bytes if shot.cache.keep is Keep.ALL else 0,
-        disk_bytes=kept_bytes + shot.num_blocks * math.prod(shot.latent_shape) * _LATENT_BYTES,
+        host_bytes=max(history.host_bytes, _files_bytes(shot.model.path / "text_encoder")),
+        lacking_bytes=history.all_bytes - history.disk_bytes if shot.cache.keep is Keep.ALL else 0,
+        disk_bytes=history.disk_bytes + shot.num_blocks * math.prod(shot.latent_shape) * _LATENT_BYTES,
         seconds=shot_seconds(shot, calibration, decoder_weights) if calibration else None,
         after=shot.after,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _History:
+    """Bytes of a shot's payloads: of a block, of all, and in each tier."""
+
+    block_bytes: int
+    all_bytes: int
+    arena_bytes: int
+    host_bytes: int
+    disk_bytes: int
+
+
+def _history(shot: ShotConfig, timeline: Timeline) -> _History:
+    from longtake.engine.shotcache import cache_budgets, check_room, kv_shape
+
+    budgets = cache_budgets(shot, timeline)
+    shapes = [kv_shape(shot, form=form) for form in range(len(budgets))]
+    if shot.history.policy is HistoryPolicy.RETRIEVE:
+        check_room(shot, timeline, shapes[0], budgets[0], disk=True)
+    all_bytes = sum(len(timeline.kept(form)) * shape.block_bytes for form, shape in enumerate(shapes))
+    tiers = list(zip(budgets, shapes, strict=True))
+    return _History(
+        block_bytes=shapes[0].block_bytes,
+        all_bytes=all_bytes,
+        arena_bytes=sum(budget.num_frames(shape) * shape.block_bytes for budget, shape in tiers),
+        host_bytes=sum(budget.num_host_frames(shape, disk=True) * shape.block_bytes for budget, shape in tiers),
+        disk_bytes=all_bytes if shot.cache.disk_bytes is None else min(all_bytes, shot.cache.disk_bytes),
     )
 
 

@@ -113,7 +113,11 @@ def test_a_higher_priority_takes_a_gang_at_a_block_boundary(tmp_path: Path) -> N
     mind.finish(urgent)
     order(mind.next_order(OTHER))  # joins the urgent film
     low_task = mind.view(low).tasks[1]
-    assert (low_task.num_failures, low_task.blocks_done) == (0, 1)
+    assert (low_task.num_failures, low_task.blocks_done, low_task.reason) == (0, 1, "makes room for high")
+    assert order(mind.next_order(Gang(name="g3", incarnation="1"))).lease == dataclasses.replace(
+        second, epoch=second.epoch + 1, gang="g3"
+    )
+    assert mind.view(low).tasks[1].reason is None
 
 
 def test_an_idle_gang_makes_preemption_needless(tmp_path: Path) -> None:
@@ -293,10 +297,10 @@ def test_a_ledger_that_cannot_be_written_holds_up_no_other_film(
         order(mind.next_order(gang))
     plain = Ledger.save
 
-    def save(self: Ledger, tasks: Iterable[Task], *, at_s: float, event: str = "") -> None:
+    def save(self: Ledger, tasks: Iterable[Task]) -> None:
         if self.path.parent.name == "bad":
             raise StorageError("the ledger cannot be written: disk I/O error", path=self.path)
-        plain(self, tasks, at_s=at_s, event=event)
+        plain(self, tasks)
 
     with monkeypatch.context() as patched:
         patched.setattr(Ledger, "save", save)

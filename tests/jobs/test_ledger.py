@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import random
 import signal
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from longtake.jobs.ledger import MAX_EVENTS, FilmRecord, Ledger
+from longtake.jobs.ledger import FilmRecord, Ledger
 from longtake.jobs.states import Task, TaskKind, Want
 from longtake.jobs.status import State
 from longtake.kernels.errors import ConfigError, StorageError
@@ -44,7 +43,7 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     )
     ledger = Ledger(tmp_path / "ledger.sqlite")
     assert ledger.film is None
-    ledger.take(RECORD, [full, *tasks(1)], at_s=3.0)
+    ledger.take(RECORD, [full, *tasks(1)])
     ledger.close()
     again = Ledger(tmp_path / "ledger.sqlite")
     assert again.film == RECORD
@@ -52,11 +51,7 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     assert list(again.tasks) == ["s0", "arrival"]
     kept = again.tasks["arrival"]
     assert isinstance(kept.state, State) and isinstance(kept.want, Want) and isinstance(kept.gpu_s, float)
-    assert [(event["task"], event["state"]) for event in again.events()] == [
-        ("s0", "WAITING"),
-        ("arrival", "CHECKPOINT"),
-    ]
-    again.take(RECORD, tasks(1), at_s=4.0)
+    again.take(RECORD, tasks(1))
     again.close()
     assert list(Ledger(tmp_path / "ledger.sqlite").tasks) == ["s0"]
 
@@ -97,7 +92,7 @@ def test_what_is_no_ledger_is_refused(tmp_path: Path) -> None:
 def test_a_ledger_of_another_version_is_one_clear_line(tmp_path: Path, change: str, message: str) -> None:
     path = tmp_path / "ledger.sqlite"
     ledger = Ledger(path)
-    ledger.take(RECORD, tasks(2), at_s=1.0)
+    ledger.take(RECORD, tasks(2))
     ledger.close()
     db = sqlite3.connect(path)
     with db:
@@ -109,14 +104,6 @@ def test_a_ledger_of_another_version_is_one_clear_line(tmp_path: Path, change: s
         assert len(str(caught.value).splitlines()) == 1
 
 
-def test_events_are_bounded(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "ledger.sqlite")
-    ledger.save(
-        [dataclasses.replace(task, state=State.PAUSED) for task in tasks(MAX_EVENTS + 50)], at_s=1.0, event="paused"
-    )
-    assert len(ledger.events(limit=10**6)) == MAX_EVENTS
-
-
 _WRITER = """
 import dataclasses, sys
 from pathlib import Path
@@ -126,7 +113,7 @@ ledger = Ledger(Path(sys.argv[1]))
 task = ledger.tasks.get("a", Task(name="a"))
 while True:
     task = dataclasses.replace(task, epoch=task.epoch + 1)
-    ledger.save([task, dataclasses.replace(task, name="b", position=1)], at_s=1.0, event="x")
+    ledger.save([task, dataclasses.replace(task, name="b", position=1)])
     sys.stdout.write(f"{task.epoch}\\n")
     sys.stdout.flush()
 """
