@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,17 +75,17 @@ def read_calibrations(path: Path) -> list[Calibration]:
     Raises:
         ConfigError: it is no file of ``longtake bench rollout``.
     """
+    hint = "longtake bench rollout --json FILE makes one"
     try:
-        data = json.loads(path.read_text())
-        runs = data["results"] if data["benchmark"] == "rollout" else None
-        if runs is None:
-            raise ConfigError(f"{path}: this is bench {data['benchmark']}; write longtake bench rollout --json {path}")
-        found = [_calibration(run, _hardware(data["environment"])) for run in runs]
+        data = json.loads(path.read_bytes())
+        kind = data["benchmark"]
+        found = [_calibration(run, _hardware(data["environment"])) for run in data["results"] if kind == "rollout"]
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        hint = f"write longtake bench rollout --json {path}"
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); {hint}") from error
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ConfigError(f"{path}: no file of longtake bench rollout ({error!r}); {hint}") from error
+    if kind != "rollout" or not found:
+        raise ConfigError(f"{path}: this is bench {kind} with {len(data['results'])} results; {hint}")
     decode_s = next((one.decode_s for one in found if one.decode_s), 0.0)  # only the first run decodes
     return [dataclasses.replace(one, decode_s=one.decode_s or decode_s) for one in found]
 
@@ -117,6 +118,8 @@ def _calibration(run: dict[str, Any], hardware: str) -> Calibration:
     named = result.get("ledger", {}).get("bytes_by_name", {})
     spare = named.get("activations", result["memory_bytes"].get("recorded_passes", 0))
     seconds = result["seconds_a_block"]["median"] / stages["block"]
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"a block took {seconds} of its stages")
     return Calibration(
         source=f"{hardware}, {config.get('model') or config['geometry']} at {shot.height}x{shot.width}",
         codec=shot.cache.codec,

@@ -9,10 +9,11 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longtake.engine.config import HistoryPolicy, Keep, Precision, ShotConfig
+from longtake.engine.config import HistoryPolicy, Keep, ModelConfig, Precision, ShotConfig
 from longtake.engine.timeline import Timeline
 from longtake.jobs.calibration import Calibration, choose, film_seconds, shot_seconds
 
@@ -108,7 +109,7 @@ def plan_shot(
     dtype: torch.dtype = getattr(torch, dtype_name)
     geometry, timeline = shot.model.transformer, Timeline(shot, shot.after_blocks)
     calibration = choose(calibrations, shot.cache.codec, shot.attention) if calibrations else None
-    decoder_weights, vae_bytes = _vae(shot, dtype)
+    decoder_weights, vae_bytes = _vae(shot.model.path / "vae", *shot.latent_shape[-2:], dtype)
     codec, retrieve = shot_forms(shot)[0].codec, shot.history.policy is HistoryPolicy.RETRIEVE
     dense_block = 2 * 2 * shot.tokens_per_block * geometry.dim * geometry.num_layers
     scratch_bytes, partials_bytes = _attention(shot, codec, dtype, timeline.max_own_blocks * shot.tokens_per_block)
@@ -132,7 +133,7 @@ def plan_shot(
         dense_history_bytes=timeline.num_entries * dense_block,
         arena_bytes=history.arena_bytes,
         scratch_bytes=scratch_bytes,
-        weights_bytes=_weights_bytes(shot, dtype),
+        weights_bytes=_weights_bytes(geometry, shot.model.weights.precision, dtype),
         summary_bytes=summary_bytes(timeline.num_entries, geometry.num_heads, geometry.head_dim) if retrieve else 0,
         vae_bytes=vae_bytes,
         partials_bytes=partials_bytes,
@@ -191,32 +192,32 @@ def _attention(shot: ShotConfig, codec: Codec, dtype: torch.dtype, own_tokens: i
     return path.num_bytes, partial_bytes(*sizes) if shot.attention == "fp8" and dtype == torch.bfloat16 else 0
 
 
-def _weights_bytes(shot: ShotConfig, dtype: torch.dtype) -> int:
+@cache
+def _weights_bytes(model: ModelConfig, precision: Precision, dtype: torch.dtype) -> int:
     import torch
 
     from longtake.engine.fp8_linear import quantise_linears
     from longtake.engine.model import CausalWan
 
     with torch.device("meta"):
-        model = CausalWan(shot.model.transformer).cast(dtype)
-        if shot.model.weights.precision is Precision.FP8:
-            quantise_linears(model)
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+        transformer = CausalWan(model).cast(dtype)
+        if precision is Precision.FP8:
+            quantise_linears(transformer)
+    return sum(p.numel() * p.element_size() for p in transformer.parameters())
 
 
-def _vae(shot: ShotConfig, dtype: torch.dtype) -> tuple[int | None, int]:
+@cache
+def _vae(folder: Path, height: int, width: int, dtype: torch.dtype) -> tuple[int | None, int]:
     """(weights of the VAE's decoder, bytes of the VAE and its decoder's state); (None, 0) if it is not here."""
     import torch
     from diffusers import AutoencoderKLWan
 
     from longtake.engine.vae import decoder_state_bytes
 
-    folder = shot.model.path / "vae"
     if not (folder / "config.json").is_file():
         return None, 0
     with torch.device("meta"):
         vae = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(folder, local_files_only=True))
-    _, _, height, width = shot.latent_shape
     weights = sum(p.numel() for p in vae.parameters()) * dtype.itemsize
     state = decoder_state_bytes(vae, height, width) * dtype.itemsize // torch.float32.itemsize
     return sum(p.numel() for p in vae.decoder.parameters()), weights + state

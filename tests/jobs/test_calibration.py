@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,6 +72,31 @@ def test_what_is_no_calibration(text: str, tmp_path: Path) -> None:
         read_calibrations(path)
     with pytest.raises(ConfigError, match="cannot be read"):
         read_calibrations(tmp_path / "nowhere.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data.update(benchmark="film"), "this is bench film with 3 results; longtake bench"),
+        (lambda data: data.update(results=[]), "this is bench rollout with 0 results; longtake bench"),
+        (lambda data: data.pop("environment"), "no file of longtake bench rollout"),
+        (lambda data: data["results"][0]["result"]["stages_s"].update(block=0), "no file of longtake bench rollout"),
+        (lambda data: data["results"][0]["result"]["seconds_a_block"].update(median=-1), "a block took -"),
+        (lambda data: data["results"][0]["result"]["seconds_a_block"].update(median=float("nan")), "a block took nan"),
+        (lambda data: data["results"][0]["config"].update(geometry="9b"), "no file of longtake bench rollout"),
+    ],
+)
+def test_a_file_of_another_benchmark_or_version(
+    change: Callable[[dict[str, Any]], object], message: str, tmp_path: Path
+) -> None:
+    data = json.loads((SHIPPED / "rollout_h200.json").read_text())
+    change(data)
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(ConfigError) as caught:
+        read_calibrations(path)
+    assert str(caught.value).startswith(f"{path}: ") and message in str(caught.value)
+    assert str(caught.value).count(str(path)) == 1, "it is said once"
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

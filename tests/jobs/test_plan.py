@@ -9,6 +9,7 @@ from longtake.engine.config import ModelSpec, ShotConfig
 from longtake.engine.model import CausalWan
 from longtake.engine.presets import preset_spec
 from longtake.engine.shotcache import open_cache
+from longtake.engine.weights import read_spec
 from longtake.jobs.film import parse_film
 from longtake.jobs.plan import plan_film, plan_shot, to_json
 from longtake.jobs.resolve import resolve
@@ -79,6 +80,22 @@ def test_retrieval_keeps_a_little_of_every_block(spec: ModelSpec) -> None:
     small = film % "retrieve" + f'cache = {{ disk = "{retrieve.history_bytes - 1}B" }}\n'
     with pytest.raises(CapacityError, match=f"give the disk {retrieve.history_bytes:,} bytes"):
         plan_film(resolve(parse_film(small), lambda name: spec))
+
+
+def test_what_shots_share_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A film of hundreds of shots is planned in seconds."""
+    counted: list[tuple[int, int]] = []
+
+    def count(vae: object, height: int, width: int) -> int:
+        counted.append((height, width))
+        return 0
+
+    monkeypatch.setattr("longtake.engine.vae.decoder_state_bytes", count)
+    shots = [
+        f'[[shot]]\nname = "s{i}"\nduration = "1s"\nprompt = "p"\nsize = [112, {176 + i // 2 * 16}]' for i in range(4)
+    ]
+    assert len(plan_film(resolve(parse_film("\n".join(shots)), read_spec))) == 4
+    assert counted == [(14, 22), (14, 24)]
 
 
 @pytest.mark.parametrize(("keep", "lacking"), [("all", 5), ("needed", 0)])
