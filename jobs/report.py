@@ -23,7 +23,8 @@ _STAGES = ("prepare", "denoise", "commit", "decode", "write")
 _STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;max-width:1240px;margin:2em auto;padding:0 1em;color:#1f2937;background:#fff}
 h1{margin:0}h2{margin:2em 0 .4em;border-bottom:1px solid #e5e7eb}.note{color:#6b7280}
-table{border-collapse:collapse;margin:.6em 0}td,th{padding:.15em .8em .15em 0;text-align:right;white-space:nowrap}
+table{border-collapse:collapse;margin:.6em 0}
+td,th{padding:.15em .8em .15em 0;text-align:right;white-space:nowrap;vertical-align:top}
 td:first-child,th:first-child,td.l{text-align:left}td.l+td.l{white-space:normal}
 th{color:#6b7280;font-weight:500}
 .sheet{display:flex;flex-wrap:wrap;gap:6px}.sheet div{font-size:12px;color:#6b7280}.sheet img{display:block}
@@ -64,6 +65,7 @@ def write_report(directory: Path, out: Path) -> None:
 
 
 def _head(directory: Path, status: FilmStatus) -> str:
+    names = ("shot", "state", "frames", "blocks", "device hours", "starts", "")
     rows = [
         [
             name,
@@ -76,10 +78,11 @@ def _head(directory: Path, status: FilmStatus) -> str:
         ]
         for name, entry in status.shots.items()
     ]
+    told = [index for index in range(len(names)) if any(row[index] for row in rows)]
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(status.updated_s))
     title = f"<h1>{html.escape(status.title)}</h1>"
     note = f'<p class="note">{html.escape(str(directory))}, {status.state}, as of {when}</p>'
-    return title + note + _table(["shot", "state", "frames", "blocks", "device hours", "starts", ""], rows)
+    return title + note + _table([names[index] for index in told], [[row[index] for index in told] for row in rows])
 
 
 def _shot(folder: Path, entry: ShotStatus) -> str:
@@ -103,6 +106,8 @@ def _figures(folder: Path, records: Sequence[BlockRecord]) -> str:
         config = (read_recipe(folder / RECIPE_NAME) or {})["config"]
         size = f"{config['height']}x{config['width']} at {config['fps']} fps, seed {config['seed']}"
         rows.append(["rendered as", f"{config['model']['name']}, {size}, history in {config['cache']['codec']}"])
+        if config.get("after"):
+            rows.append(["goes on after", f"{config['after']}, with {config['after_blocks']} blocks of it"])
         rows += [[f"from {format_duration(beat['at_s'])}", beat["prompt"]] for beat in config["beats"]]
     except (LongtakeError, ValueError, KeyError, TypeError):
         rows.append(["rendered as", f"its {RECIPE_NAME} is not there or cannot be read"])
@@ -145,15 +150,15 @@ def _plots(records: Sequence[BlockRecord]) -> list[str]:
     block = line("block", [record.seconds for record in records])
     return [
         _plot("Seconds a block, by stage", [block, *(line(name, stage(name)) for name in stages)], _seconds),
-        _plot("History by tier", [*used, *budgets], lambda size: format_bytes(round(size))),
+        _plot("History by tier", [*used, *budgets], _bytes, base=1024),
         _plot("Waiting for the disk, seconds a block", [*stalls, lag], _seconds),
         _plot("Blocks of history read", read, lambda count: f"{count:.3g}"),
-        _plot("Disk, bytes a block", disk, lambda size: format_bytes(round(size))),
+        _plot("Disk, bytes a block", disk, _bytes, base=1024),
     ]
 
 
-def _plot(title: str, series: Sequence[Series], y_text: Callable[[float], str]) -> str:
-    return plot(title, series, x_name="block", y_text=y_text)
+def _plot(title: str, series: Sequence[Series], y_text: Callable[[float], str], base: int = 1000) -> str:
+    return plot(title, series, x_name="block", y_text=y_text, y_base=base)
 
 
 def _growth(records: Sequence[BlockRecord], total: Callable[[BlockRecord], float]) -> list[float]:
@@ -176,6 +181,10 @@ def _budget(record: BlockRecord, tier: str) -> float:
 
 def _seconds(value: float) -> str:
     return f"{value:.3g} s"
+
+
+def _bytes(size: float) -> str:
+    return format_bytes(round(size))
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[str]], *, left: bool = False) -> str:

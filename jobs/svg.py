@@ -22,7 +22,9 @@ class Series:
     dashed: bool = False
 
 
-def plot(title: str, series: Sequence[Series], *, x_name: str, y_text: Callable[[float], str]) -> str:
+def plot(
+    title: str, series: Sequence[Series], *, x_name: str, y_text: Callable[[float], str], y_base: int = 1000
+) -> str:
     """A figure with a caption and a legend; a note in its place where there is nothing to draw.
 
     Args:
@@ -30,14 +32,15 @@ def plot(title: str, series: Sequence[Series], *, x_name: str, y_text: Callable[
         series: lines; those without points are left out.
         x_name: what x counts.
         y_text: writes a value at the y axis, which begins at 0.
+        y_base: of the units that it writes in, so that the axis ends at a round number: 1000, or 1024 for bytes.
     """
     drawn = [one for one in series if one.points]
-    if not any(y for one in drawn for _, y in one.points):
+    if not any(y > 0 for one in drawn for _, y in one.points):
         note = "none" if drawn else "nothing was recorded"
         return f'<figure><figcaption>{html.escape(title)}</figcaption><p class="note">{note}</p></figure>'
     xs = [x for one in drawn for x, _ in one.points]
     low, high = min(xs), max(max(xs), min(xs) + 1)
-    top = _nice(max(y for one in drawn for _, y in one.points))
+    top = _nice(max(y for one in drawn for _, y in one.points), y_base)
 
     def place(x: float, y: float) -> str:
         across = _LEFT + (x - low) / (high - low) * (WIDTH - _LEFT - _RIGHT)
@@ -68,10 +71,11 @@ def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return [max(points[first : first + size], key=lambda point: point[1]) for first in range(0, len(points), size)]
 
 
-def _nice(most: float) -> float:
-    """The round number at or above a value."""
-    unit = 10.0 ** math.floor(math.log10(most))
-    return next(unit * step for step in (1, 1.5, 2, 3, 4, 5, 6, 8, 10) if unit * step >= most * (1 - 1e-12))
+def _nice(most: float, base: int) -> float:
+    """The round number at or above a value, in units of a power of ``base``; its quarters are round as well."""
+    scale = float(base) ** math.floor(math.log(most, base))
+    unit = scale * 10.0 ** math.floor(math.log10(most / scale))
+    return next(unit * step for step in (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12) if unit * step >= most * (1 - 1e-12))
 
 
 def _axes(low: float, high: float, top: float, x_name: str, y_text: Callable[[float], str]) -> list[str]:

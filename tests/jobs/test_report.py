@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -152,3 +153,25 @@ def test_plots() -> None:
     assert "&lt;a&gt;" in text and "<circle" in text
     assert "nothing was recorded" in plot("t", [], x_name="x", y_text=str)
     assert "none" in plot("t", [Series(name="a", points=[(1.0, 0.0)])], x_name="x", y_text=str)
+    assert "none" in plot("t", [Series(name="a", points=[(1.0, -5.0)])], x_name="x", y_text=str)
+
+
+@pytest.mark.parametrize("size", [300, 1000, 1023, 600 << 10, 1023 << 10, 5 << 20, 3 << 30])
+def test_an_axis_of_bytes_ends_at_a_round_number(size: int) -> None:
+    text = plot("t", [Series(name="a", points=[(1.0, size)])], x_name="x", y_text=repr, y_base=1024)
+    top = max(float(label) for label in re.findall(r'text-anchor="end">([0-9.]+)</text>', text))
+    unit = 1024.0 ** math.floor(math.log(size, 1024))
+    assert size <= top <= 1.5 * size and (top / unit * 2).is_integer()
+
+
+def test_columns_that_nothing_fills_are_left_out(tmp_path: Path) -> None:
+    directory = run_directory(tmp_path)
+    write_report(directory, tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert "<th>device hours</th>" in text and "<th>starts</th>" not in text
+    assert "goes on after</td>" not in text
+    config = json.loads((directory / "a" / "config.json").read_text())
+    config["config"] |= {"after": "z", "after_blocks": 3}
+    (directory / "a" / "config.json").write_text(json.dumps(config))
+    write_report(directory, tmp_path / "page.html")
+    assert "z, with 3 blocks of it" in (tmp_path / "page.html").read_text()
