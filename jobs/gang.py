@@ -34,6 +34,8 @@ CALL_TIMEOUT_S = 10.0
 _TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's Train page
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    # for room that Ray still believes in after a host is gone; then it looks again how many workers have room
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
 
