@@ -105,7 +105,7 @@ class AttentionPath(ABC):
 
 
 class DensePath(AttentionPath):
-    """Rows in the model's own type, attended by PyTorch's kernels.
+    """Rows in the model's own type, attended by PyTorch's kernels or FlashAttention-3.
 
     Args:
         codec, num_heads, num_rows: as above.
@@ -311,7 +311,7 @@ def make_path(
         num_rows: of the scratch.
         dtype: of the model.
         device: of the model.
-        use_flash3: FlashAttention-3 for "dense" and "fp8"; None: for "fp8" where it is there.
+        use_flash3: FlashAttention-3 for "dense" in bfloat16 and for "fp8"; None: where it is there.
 
     Raises:
         ConfigError: no such path, or FlashAttention-3 is asked for where it is not.
@@ -319,9 +319,11 @@ def make_path(
     has_flash3 = flash3.available(device, codec.geometry.head_dim)
     if use_flash3 and not has_flash3:
         raise ConfigError("FlashAttention-3 needs a Hopper GPU, head dims of 64 or 128, and one of its packages.")
+    use_flash3 = has_flash3 if use_flash3 is None else use_flash3
     if name == "dense":
-        return DensePath(codec, num_heads, num_rows, dtype, device, use_flash3=bool(use_flash3))
-    if name == "fp8" and (has_flash3 if use_flash3 is None else use_flash3):
+        use_flash3 = use_flash3 and dtype == torch.bfloat16
+        return DensePath(codec, num_heads, num_rows, dtype, device, use_flash3=use_flash3)
+    if name == "fp8" and use_flash3:
         return Flash3Fp8Path(codec, num_heads, num_rows, dtype, device)
     if name in path_names():
         keys_int8, values_fp8 = name == "int8", name != "fp8-bf16v"

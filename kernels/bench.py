@@ -39,7 +39,7 @@ from longtake.kernels.scaling import calibrate
 
 DEFAULT_CODECS = "bf16,int8,int4,rtn2,lt2"
 SPLITS = (1, 2, 4, 8, 16, 32)
-FP8_PATHS = ("int8", "fp8", "fp8-bf16v", "fp8/flash3")  # the last where FlashAttention-3 is installed
+PATHS = ("int8", "fp8", "fp8-bf16v", "dense/flash3", "fp8/flash3")  # FlashAttention-3's where it is installed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,9 +113,9 @@ def measure_codec(
     both, chunks = clock(lambda: case.read(arena, slots)), clock(lambda: case.read_chunks(arena, slots, chunk))
     written = 2 * case.k_HXD.numel() * case.k_HXD.element_size()
     paths: dict[str, Any] = {}
-    for name in fp8_paths(case):
+    for name in paths_here(case):
         with survive(failed, f"{label} {name}"):
-            paths[name] = measure_fp8(case, name, (arena, slots), dense_ms, (got, want), clock)
+            paths[name] = measure_path(case, name, (arena, slots), dense_ms, (got, want), clock)
     return {
         "bits_per_element": case.codec.bits_per_element,
         "encode_block": asdict(encode),
@@ -132,13 +132,13 @@ def measure_codec(
     }
 
 
-def fp8_paths(case: Case) -> list[str]:
+def paths_here(case: Case) -> list[str]:
     """What can be measured here."""
     has_flash3 = flash3.available(case.q_HTD.device, case.q_HTD.shape[-1])
-    return [name for name in FP8_PATHS if has_flash3 or "/" not in name]
+    return [name for name in PATHS if has_flash3 or "/" not in name]
 
 
-def measure_fp8(
+def measure_path(
     case: Case,
     name: str,
     history: tuple[Tensor, Tensor],
@@ -146,11 +146,11 @@ def measure_fp8(
     outputs: tuple[Tensor, Tensor],
     clock: Clock,
 ) -> dict[str, Any]:
-    """One FP8 path over a codec's pages.
+    """One path over a codec's pages.
 
     Args:
         case: what is attended.
-        name: of the path; FP8 attention is our own kernel's, or, as PATH/flash3, FlashAttention-3's.
+        name: of the path; attention is our own kernel's, or, as PATH/flash3, FlashAttention-3's.
         history: the arena and its slots.
         dense_ms: of dense attention.
         outputs: the codec's output through bfloat16, and the exact one.
@@ -169,13 +169,13 @@ def measure_fp8(
         return path.attend(rows)[0]
 
     begin()
-    fp8 = read()
+    found = read()
     unpack, attention = clock(lambda: path.write_history(*history, case.rotary)), clock(lambda: path.attend(rows))
     both = clock(read)
-    # scratch bytes of the rows written: one for a key, one or two for a value
-    written = rows * want.shape[0] * want.shape[2] * (3 if kind == "fp8-bf16v" else 2)
+    # scratch bytes of the rows written: one or two for a key, and for a value
+    written = rows * want.shape[0] * want.shape[2] * {"dense": 4, "fp8-bf16v": 3}.get(kind, 2)
     flop = 4 * want.shape[0] * want.shape[1] * rows * want.shape[2]
-    own_error, added = relative_error(got, want), relative_error(fp8, got)
+    own_error, added = relative_error(got, want), relative_error(found, got)
     return {
         "begin": asdict(clock(begin)),
         "write_own": asdict(clock(lambda: path.write_own(rows))),
@@ -185,9 +185,9 @@ def measure_fp8(
         "attend_TFLOP_per_s": flop / attention.median_ms / 1e9,
         "materialise_and_attend": asdict(both),
         "ratio_to_dense": both.median_ms / dense_ms,
-        "output_relative_error": relative_error(fp8, want),
+        "output_relative_error": relative_error(found, want),
         "fp8_difference": added,
-        "error_growth": relative_error(fp8, want) / own_error - 1 if own_error else None,
+        "error_growth": relative_error(found, want) / own_error - 1 if own_error else None,
     }
 
 

@@ -37,14 +37,14 @@ def test_report_holds_every_case_and_the_setting(tmp_path: Path) -> None:
 def test_what_fails_costs_no_other_case_its_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = bench.measure_fp8
+    whole = bench.measure_path
 
     def broken(case: bench.Case, name: str, *rest: Any) -> dict[str, Any]:
         if name == "fp8":
             raise RuntimeError("no such kernel")
         return whole(case, name, *rest)
 
-    monkeypatch.setattr(bench, "measure_fp8", broken)
+    monkeypatch.setattr(bench, "measure_path", broken)
     target = tmp_path / "kernels.json"
     options = [*SMALL.split()[:-1], "bf17,int4", "--kinds", "noise", "--blocks", "2"]
     assert bench.main(["--json", str(target), *options]) == 1

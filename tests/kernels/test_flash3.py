@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -108,6 +109,31 @@ def test_a_path_attends_history_and_own_block(plain: None) -> None:
     path.finish()
     with pytest.raises(AssertionError, match=r"begin\(\) comes first"):
         path.attend(540)
+
+
+@pytest.mark.parametrize(("dtype", "flash"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_dense_history_is_attended_by_it_where_it_is(
+    dtype: torch.dtype, flash: bool, plain: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec = make_codec("bf16", BlockGeometry(num_tokens=180, head_dim=64))
+    results, calls = [], 0
+
+    def counted(*arguments: Any, **scales: Any) -> tuple[Tensor, ...]:
+        nonlocal calls
+        calls += 1
+        return plain_operator(*arguments, **scales)
+
+    monkeypatch.setattr(flash3, "_operator", lambda: counted)
+    for there in (False, True):
+        monkeypatch.setattr(flash3, "available", lambda device, dim, there=there: there)
+        path = make_path("dense", codec, 2, 540, dtype, CPU)
+        q, k, v = (torch.randn(180, 2, 64, generator=torch.Generator().manual_seed(n)).to(dtype) for n in range(3))
+        path.begin(q, k, v, rotary_table([6, 7, 8], 6, 10, 64))
+        path.write_own(0)
+        results.append(path.attend(180))
+        assert calls == (flash and there)
+    assert results[1][0].dtype == dtype and relative(results[1][0], results[0][0]) < 1e-2
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=1e-2)
 
 
 def test_it_is_refused_where_it_is_not() -> None:
