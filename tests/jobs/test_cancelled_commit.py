@@ -41,13 +41,13 @@ class Farm:
         join_task = Task(name=JOIN_NAME, kind=TaskKind.JOIN, position=1, after=("a",), state=State.DEPEND)
         self.mind.submit(self.where, record, [Task(name="a", num_blocks=NUM_BLOCKS), join_task])
         self.is_cancelled, self.told = False, threading.Event()
-        self._num_done = 0
+        self._num_done, self.client = 0, Direct(self.mind)
         self._stop: Callable[[], bool] = lambda: False
         self._nudge: Callable[[], None] = lambda: None
         renderer: tuple[RenderShot, Join] = engine()
         self._render_shot = renderer[0]
         self.worker = Worker(
-            client=Direct(self.mind),
+            client=self.client,
             gang=Gang(name="g", incarnation="1"),
             device="cpu",
             lease_s=600.0,
@@ -82,7 +82,8 @@ class Farm:
 
     def cancel(self) -> None:
         """Cancel the shot, and wait until its renderer would hear of it at the next boundary."""
-        self.mind.control(self.where, Action.CANCEL, "a")
+        with self.client.lock:
+            self.mind.control(self.where, Action.CANCEL, "a")
         self._nudge()
         wait_for(self._stop)
         self.told.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -85,26 +86,31 @@ def test_a_director_out_of_reach_ends_the_lease_early() -> None:
 
 
 class Direct:
-    """The director's mind, without Ray in between."""
+    """The director's mind, without Ray in between: one call at a time, as an actor has it."""
 
     def __init__(self, mind: Director) -> None:
-        self.mind = mind
+        self.mind, self.lock = mind, threading.Lock()
 
     def next_order(self, gang: Gang) -> Order | Leave | None:
-        answer = self.mind.next_order(gang)
+        with self.lock:
+            answer = self.mind.next_order(gang)
         return Leave() if answer is None else answer
 
     def heartbeat(self, lease: Lease, progress: Progress) -> Verdict:
-        return self.mind.heartbeat(lease, progress)
+        with self.lock:
+            return self.mind.heartbeat(lease, progress)
 
     def stopped(self, lease: Lease) -> bool:
-        return self.mind.stopped(lease)
+        with self.lock:
+            return self.mind.stopped(lease)
 
     def finish(self, lease: Lease, video: str | None) -> bool:
-        return self.mind.finish(lease, video)
+        with self.lock:
+            return self.mind.finish(lease, video)
 
     def fail(self, lease: Lease, failure: Failure) -> bool:
-        return self.mind.fail(lease, failure)
+        with self.lock:
+            return self.mind.fail(lease, failure)
 
 
 class Farm:
