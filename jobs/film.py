@@ -24,10 +24,12 @@ from longtake.jobs.toml_lines import TomlPath
 SWITCHES = ("keep", "recache", "flush", "cut")
 MAX_DURATION_S = 7 * 24 * 3600
 MAX_NAME = 64
+MAX_TITLE = 120
 _FILM_KEYS = ("title", "cluster", *SETTINGS_KEYS)
 _START_KEYS = ("image", "clip", "video")
 _SHOT_KEYS = ("name", "duration", "prompt", "beat", "after", "after_blocks", *_START_KEYS, "strength", *SETTINGS_KEYS)
 _BEAT_KEYS = ("at", "prompt", "switch", "transition")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # a terminal or a log would act on these
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
 
@@ -133,7 +135,10 @@ def parse_film(text: str, path: str = "film.toml") -> Film:
 def _read_film(source: Source) -> Film:
     root = Table(source, (), ("film", "shot"))
     table = Table(source, ("film",), _FILM_KEYS)
-    title = table.text("title", '"Harbour"') or Path(source.path).stem
+    title = table.text("title", '"Harbour"') or Path(source.path).stem[:MAX_TITLE]
+    if len(title) > MAX_TITLE or _CONTROL.search(title) is not None:
+        message = f'{quote(title)} is no title; write a line of at most {MAX_TITLE} characters, like title = "Harbour"'
+        raise table.error("title", message)
     defaults = read_settings(table, Settings())
     num_shots = root.num_tables("shot")
     if num_shots == 0:
