@@ -122,10 +122,10 @@ def _submit(order: FilmOrder, address: str | None, wait: bool, signals: StopSign
 
 
 def status(
-    directory: RunDirectory,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The --out of render or submit.")],
     shot: ShotName = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep it up to date until Ctrl-C.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="status.json as it is.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, like status.json.")] = False,
 ) -> None:
     """How far a film is, from its directory: no connection to the cluster is needed."""
     from rich.live import Live

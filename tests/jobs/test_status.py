@@ -151,3 +151,9 @@ def test_of_another_version(tmp_path: Path) -> None:
     (tmp_path / "status.json").write_text(json.dumps(data | {"format": 2}))
     with pytest.raises(ConfigError, match=r"status.json is of format 2, this longtake reads 1; use the version"):
         read_status(tmp_path)
+
+
+def test_the_docs_show_a_status(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "running.md").read_text()
+    (tmp_path / "status.json").write_text(text.split("```json\n")[1].split("```")[0])
+    assert read_status(tmp_path).shots["arrival"].blocks_done == 3
