@@ -340,6 +340,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--work", type=Path, help="a folder on the disk to be measured; default: temporary files'")
     options = parser.parse_args(arguments)
+    if options.disk_blocks < 2:
+        parser.error(f"--disk-blocks {options.disk_blocks}: a rate needs two blocks or more")
     bench = TiersBench(
         geometry=options.geometry,
         codec=options.codec,

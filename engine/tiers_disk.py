@@ -1,7 +1,13 @@
 """The disk's part of ``longtake bench tiers``: its own speed, and the cache's spill and prefetch beside it.
 
-All files are as large as chunks of the history. Written is timed until every file and the folder is fsynced; before a
-read the page cache is told to forget the files. Every pass moves the same bytes, passes of both kinds alternate.
+Alike in both: files as large as chunks of the history, threads, the way to the disk, temporary names and renames, bytes
+that come from and go to memory of a block's size that the system has already given. Written is timed until every file
+and the folder is fsynced; before a read the page cache is told to forget the files. Every pass moves the same bytes;
+the disk and the cache take turns in going first, as the first one may find the disk rested, and the second one memory
+that is there.
+
+A rate of spilling or prefetching counts from the first commit to the last record, a steady one from the first block's
+end to the last block's: without the first block's way through empty tiers.
 """
 
 from __future__ import annotations
@@ -24,12 +30,12 @@ from longtake.offload.cache import CacheBudget, KVCache
 from longtake.offload.chunkfiles import ChunkFiles, DiskIO
 from longtake.offload.deepnvme import open_files
 from longtake.offload.files import fsync_dir
-from longtake.offload.layout import chunk_layout
+from longtake.offload.layout import CRC_BYTES, chunk_layout
 from longtake.offload.run import RunDirectory
 from longtake.offload.shape import ModelKVShape
 
 NUM_THREADS = 4
-_MB = 1e6
+_MB, _GB = 1e6, 1e9
 
 
 def bench_disk(
@@ -51,7 +57,7 @@ def bench_disk(
         work: a folder on the disk.
         ways: how it is reached, one after the other.
         failed: told of ways that fail.
-        num_blocks: of a pass; their bytes are written and read.
+        num_blocks: of a pass, two or more; their bytes are written and read.
         passes: of each kind; medians are of these.
 
     Yields:
@@ -69,11 +75,17 @@ def bench_disk(
         with survive(failed, f"disk, {wish.value}"):
             files = open_files(wish, work, file_bytes=layout.file_bytes)
             try:
-                samples = [_pass(shape, device, work, wish, files, num_blocks) for _ in range(passes + 1)][1:]
+                bench = _Bench(shape=shape, device=device, work=work, wish=wish, files=files, num_blocks=num_blocks)
+                samples = [bench.one_pass(own_first=bool(turn % 2)) for turn in range(passes + 1)][1:]
             finally:
                 files.close()
             found: dict[str, Any] = {name: record.summary([one[name] for one in samples]) for name in samples[0]}
-            for name, own in (("spill", "write"), ("prefetch", "read")):
+            for name, own in (
+                ("spill", "write"),
+                ("steady_spill", "write"),
+                ("prefetch", "read"),
+                ("steady_prefetch", "read"),
+            ):
                 ratios = [one[f"{name}_MB_s"] / one[f"{own}_MB_s"] for one in samples]
                 found[f"{name}_to_own_{own}_speed"] = record.summary(ratios)
             results[wish.value] = {"used": files.name, **found}
@@ -81,95 +93,120 @@ def bench_disk(
             yield wish.value
 
 
-def _pass(
-    shape: ModelKVShape, device: torch.device, work: Path, wish: DiskIO, files: ChunkFiles, num_blocks: int
-) -> dict[str, float]:
-    num_files = num_blocks * shape.block_bytes // (chunk_layout(shape).file_bytes - 4)
-    try:
-        (work / "raw").mkdir()
-        found = _own_speed(work / "raw", files, chunk_layout(shape).file_bytes, num_files)
-        run = RunDirectory(work / "run", shape=shape, config_hash="bench", disk_io=wish)
+class _Bench:
+    """One way to the disk."""
+
+    def __init__(
+        self, *, shape: ModelKVShape, device: torch.device, work: Path, wish: DiskIO, files: ChunkFiles, num_blocks: int
+    ) -> None:
+        self.shape, self.device, self.work = shape, device, work
+        self.wish, self.files, self.num_blocks = wish, files, num_blocks
+        self.file_bytes = chunk_layout(shape).file_bytes
+        num_files = shape.block_bytes // (self.file_bytes - CRC_BYTES)
+        self.contents_FB = np.random.default_rng(0).integers(0, 256, (num_files, self.file_bytes), dtype=np.uint8)
+
+    def one_pass(self, own_first: bool) -> dict[str, float]:
+        """The figures of both; each leaves nothing behind, what a file system does about deleted files included."""
+        found: dict[str, float] = {}
+        for part in (self._own, self._cache) if own_first else (self._cache, self._own):
+            folder = self.work / "pass"
+            try:
+                found |= part(folder)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.sync()
+        return found
+
+    def _own(self, folder: Path) -> dict[str, float]:
+        """Writing and reading plain files."""
+        folder.mkdir()
+        num_files = self.num_blocks * len(self.contents_FB)
+
+        def write(number: int) -> None:
+            self.files.write(folder / f"file{number}", [self.contents_FB[number % len(self.contents_FB)]])
+
+        def read(number: int) -> None:
+            into = self.contents_FB[number % len(self.contents_FB)]
+            self.files.read(folder / f"file{number}", [into], 0, self.file_bytes)
+
+        def each(job: Callable[[int], None]) -> None:
+            with ThreadPoolExecutor(NUM_THREADS) as threads:
+                list(threads.map(job, range(num_files)))
+            fsync_dir(self.files.ops, folder)
+
+        written = self._timed("write", lambda: each(write))
+        forget(folder)
+        return written | self._timed("read", lambda: each(read))
+
+    def _cache(self, folder: Path) -> dict[str, float]:
+        """Spilling and prefetching."""
+        run = RunDirectory(folder, shape=self.shape, config_hash="bench", disk_io=self.wish)
         try:
-            found["spill_MB_s"] = _spill(shape, device, run, num_blocks)
-            forget(work / "run")
-            found["prefetch_MB_s"] = _prefetch(shape, device, run, num_blocks)
+            spilled = self._spill(run)
+            forget(folder)
+            return spilled | self._prefetch(run)
         finally:
             run.close()
-    finally:
-        shutil.rmtree(work / "raw")
-        shutil.rmtree(work / "run", ignore_errors=True)
-        os.sync()  # what a file system does about deleted files, it does now
-    return found
 
+    def _timed(self, name: str, job: Callable[[], object]) -> dict[str, float]:
+        cpu, started = time.process_time(), time.perf_counter()
+        job()
+        took_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu
+        num_bytes = self.num_blocks * self.shape.block_bytes
+        return {f"{name}_MB_s": num_bytes / took_s / _MB, f"{name}_cpu_s_per_GB": cpu_s / num_bytes * _GB}
 
-def _own_speed(folder: Path, files: ChunkFiles, file_bytes: int, num_files: int) -> dict[str, float]:
-    """MB/s of writing and reading plain files."""
-    content = np.random.default_rng(0).integers(0, 256, file_bytes, dtype=np.uint8)
+    def _steady(self, ends_s: list[float]) -> float:
+        """MB/s after the first block."""
+        return (len(ends_s) - 1) * self.shape.block_bytes / (ends_s[-1] - ends_s[0]) / _MB
 
-    def write(number: int) -> None:
-        files.write(folder / f"file{number}", [content])
+    def _spill(self, run: RunDirectory) -> dict[str, float]:
+        """From the first commit until the last block is durable, blocks committed as fast as the cache takes them."""
+        ends_s: list[float] = []
 
-    def read(number: int) -> None:
-        files.read(folder / f"file{number}", [np.empty_like(content)], 0, file_bytes)
+        def on_step(name: str, block: int) -> None:
+            if name == "journaled":
+                ends_s.append(time.perf_counter())
 
-    def timed(job: Callable[[int], None]) -> float:
-        started = time.perf_counter()
-        with ThreadPoolExecutor(NUM_THREADS) as threads:
-            list(threads.map(job, range(num_files)))
-        fsync_dir(files.ops, folder)
-        return num_files * file_bytes / (time.perf_counter() - started) / _MB
-
-    cpu = time.process_time()
-    written = timed(write)
-    write_cpu = time.process_time() - cpu
-    forget(folder)
-    cpu = time.process_time()
-    seen = timed(read)
-    gigabytes = num_files * file_bytes / 1e9
-    return {
-        "write_MB_s": written,
-        "read_MB_s": seen,
-        "write_cpu_s_per_GB": write_cpu / gigabytes,
-        "read_cpu_s_per_GB": (time.process_time() - cpu) / gigabytes,
-    }
-
-
-def _spill(shape: ModelKVShape, device: torch.device, run: RunDirectory, num_blocks: int) -> float:
-    """MB/s from the first commit until the last block is durable, blocks committed as fast as the cache takes them."""
-    budget = CacheBudget(num_blocks=1, device_bytes=2 * shape.block_bytes)
-    cache = KVCache(shape=shape, device=device, budget=budget, run=run, num_writers=NUM_THREADS)
-    try:
+        shape, device = self.shape, self.device
+        budget = CacheBudget(num_blocks=1, device_bytes=2 * shape.block_bytes)
+        cache = KVCache(shape=shape, device=device, budget=budget, run=run, num_writers=NUM_THREADS, on_step=on_step)
         generator = torch.Generator(device=device).manual_seed(0)
         size = (shape.num_layers, shape.num_heads, shape.payload_bytes)
         payload_LHP = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8, device=device)
-        _touch(cache)
-        started = time.perf_counter()
-        for block in range(num_blocks):
-            commit = cache.begin_commit(block)
-            for layer in range(shape.num_layers):
-                commit.page(layer).copy_(payload_LHP[layer])
-            commit.complete()
-            cache.retain(())
-        cache.flush()
-        return num_blocks * shape.block_bytes / (time.perf_counter() - started) / _MB
-    finally:
-        cache.close()
 
+        def commit_all() -> None:
+            for block in range(self.num_blocks):
+                commit = cache.begin_commit(block)
+                for layer in range(shape.num_layers):
+                    commit.page(layer).copy_(payload_LHP[layer])
+                commit.complete()
+                cache.retain(())
+            cache.flush()
 
-def _prefetch(shape: ModelKVShape, device: torch.device, run: RunDirectory, num_blocks: int) -> float:
-    """MB/s of blocks read one a plan, plans announced four ahead, until the last one is on the device."""
-    budget = CacheBudget(device_bytes=3 * shape.block_bytes)
-    cache = KVCache(shape=shape, device=device, budget=budget, run=run, num_readers=NUM_THREADS)
-    try:
-        _touch(cache)
-        started = time.perf_counter()
-        for block in range(num_blocks):
-            with cache.prepare((block,)):
-                cache.schedule([(later,) for later in range(block + 1, min(block + 5, num_blocks))])
-        await_device(device)
-        return num_blocks * shape.block_bytes / (time.perf_counter() - started) / _MB
-    finally:
-        cache.close()
+        try:
+            _touch(cache)
+            return self._timed("spill", commit_all) | {"steady_spill_MB_s": self._steady(ends_s)}
+        finally:
+            cache.close()
+
+    def _prefetch(self, run: RunDirectory) -> dict[str, float]:
+        """Blocks read one a plan, plans announced four ahead, until the last one is on the device."""
+        ends_s: list[float] = []
+        budget = CacheBudget(device_bytes=3 * self.shape.block_bytes)
+        cache = KVCache(shape=self.shape, device=self.device, budget=budget, run=run, num_readers=NUM_THREADS)
+
+        def read_all() -> None:
+            for block in range(self.num_blocks):
+                cache.schedule([(later,) for later in range(block, min(block + 5, self.num_blocks))])
+                with cache.prepare((block,)):
+                    ends_s.append(time.perf_counter())
+            await_device(self.device)
+
+        try:
+            _touch(cache)
+            return self._timed("prefetch", read_all) | {"steady_prefetch_MB_s": self._steady(ends_s)}
+        finally:
+            cache.close()
 
 
 def _touch(cache: KVCache) -> None:

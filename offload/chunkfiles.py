@@ -51,10 +51,13 @@ class ChunkFiles:
     def write(self, path: Path, buffers: Sequence[Bytes]) -> None:
         """Write a file that appears under its name only when whole and fsynced; see `write_file`.
 
+        The page cache keeps nothing of it: a history is written once, longer than memory, and read again, if at all,
+        by plan; new pages for all of it cost more than the disk where a hypervisor lends memory page by page.
+
         Raises:
             OSError: as the system reports it.
         """
-        write_file(self.ops, path, buffers)
+        write_file(self.ops, path, buffers, forget=True)
 
     def read(self, path: Path, buffers: Sequence[Bytes], offset: int, file_bytes: int) -> None:
         """Fill buffers, one after the other, from a file.

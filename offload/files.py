@@ -45,6 +45,10 @@ class FileOps:
         """Force a file or directory to the disk."""
         os.fsync(fd)
 
+    def forget(self, fd: int) -> None:
+        """Give back the page cache's memory of a file; what is not on the disk yet stays."""
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def truncate(self, fd: int, num_bytes: int) -> None:
         """Cut a file."""
         os.ftruncate(fd, num_bytes)
@@ -132,10 +136,16 @@ def _advance(pending: list[Bytes], num_bytes: int) -> None:
         pending[-1] = pending[-1][num_bytes:]
 
 
-def write_file(ops: FileOps, path: Path, buffers: Iterable[Bytes]) -> int:
+def write_file(ops: FileOps, path: Path, buffers: Iterable[Bytes], *, forget: bool = False) -> int:
     """Write a file that appears under its name only when whole and fsynced.
 
     Its directory entry is durable after a later `fsync_dir`. A failure leaves neither the file nor a partial one.
+
+    Args:
+        ops: the system calls to use.
+        path: the file.
+        buffers: its bytes.
+        forget: give back the page cache's memory at once: the next file then gets pages that are there, not new ones.
 
     Returns:
         Bytes written.
@@ -143,10 +153,10 @@ def write_file(ops: FileOps, path: Path, buffers: Iterable[Bytes]) -> int:
     Raises:
         OSError: as the system reports it.
     """
-    return make_file(ops, path, os.O_WRONLY, lambda fd: write_all(ops, fd, buffers))
+    return make_file(ops, path, os.O_WRONLY, lambda fd: write_all(ops, fd, buffers), forget=forget)
 
 
-def make_file(ops: FileOps, path: Path, flags: int, fill: Callable[[int], int]) -> int:
+def make_file(ops: FileOps, path: Path, flags: int, fill: Callable[[int], int], *, forget: bool = False) -> int:
     """As `write_file`; `fill` writes the bytes to a descriptor opened with `flags` and returns how many there are."""
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     try:
@@ -154,6 +164,8 @@ def make_file(ops: FileOps, path: Path, flags: int, fill: Callable[[int], int]) 
         try:
             total = fill(fd)
             ops.fsync(fd)
+            if forget:
+                ops.forget(fd)  # after the fsync: pages that are not written yet would stay
         finally:
             ops.close(fd)
         ops.replace(partial, path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,7 +17,7 @@ from longtake.kernels.errors import ConfigError, StorageError
 from longtake.offload.checksums import EqualParts
 from longtake.offload.durable import DurableStore
 from longtake.offload.errors import DiskFullError, MissingChunkError
-from longtake.offload.files import FileOps, crc32c
+from longtake.offload.files import Bytes, FileOps, crc32c
 from longtake.offload.layout import MAX_CHUNK_BYTES, ChunkLayout, chunk_layout
 from longtake.offload.run import RunDirectory
 from longtake.offload.shape import ModelKVShape
@@ -223,6 +224,32 @@ def test_names_of_new_folders_are_forced_to_the_disk(tmp_path: Path) -> None:
     RunDirectory(path, shape=shape, config_hash="c", ops=Watched()).close()
     for folder in (tmp_path / "film", path, path / "kv.zarr", path / "kv.zarr" / "opaque"):
         assert str(folder) in Watched.synced, folder
+
+
+def test_the_page_cache_keeps_nothing_of_a_chunk_once_it_is_on_the_disk(tmp_path: Path) -> None:
+    class Watched(FaultyOps):
+        calls: ClassVar[list[str]] = []
+
+        def write(self, fd: int, buffers: Sequence[Bytes]) -> int:
+            self.calls.append("write")
+            return super().write(fd, buffers)
+
+        def fsync(self, fd: int) -> None:
+            self.calls.append("fsync")
+            super().fsync(fd)
+
+        def forget(self, fd: int) -> None:
+            self.calls.append("forget")
+            super().forget(fd)
+
+        def replace(self, source: Path, target: Path) -> None:
+            self.calls.append("name")
+            super().replace(source, target)
+
+    store = new_store(tmp_path, "system", Watched())
+    Watched.calls.clear()
+    store.write_chunk(0, store.chunks[0], payloads(0))
+    assert Watched.calls == ["write", "fsync", "forget", "name"]
 
 
 def test_short_transfers_go_on(tmp_path: Path) -> None:
