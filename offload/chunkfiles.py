@@ -60,7 +60,7 @@ class ChunkFiles:
         write_file(self.ops, path, buffers, forget=True)
 
     def read(self, path: Path, buffers: Sequence[Bytes], offset: int, file_bytes: int) -> None:
-        """Fill buffers, one after the other, from a file.
+        """Fill buffers, one after the other, from a file. The page cache keeps nothing of a file that is read whole.
 
         Args:
             offset: where the first begins.
@@ -72,6 +72,8 @@ class ChunkFiles:
         """
         with self.reading(path, file_bytes) as fd:
             self.fill(fd, buffers, offset)
+            if sum(buffer.size for buffer in buffers) == file_bytes:
+                self.ops.forget(fd)  # one read in part, layer by layer, is read on
 
     def fill(self, fd: int, buffers: Sequence[Bytes], offset: int) -> None:
         """Fill buffers from an open file."""

@@ -226,7 +226,7 @@ def test_names_of_new_folders_are_forced_to_the_disk(tmp_path: Path) -> None:
         assert str(folder) in Watched.synced, folder
 
 
-def test_the_page_cache_keeps_nothing_of_a_chunk_once_it_is_on_the_disk(tmp_path: Path) -> None:
+def test_the_page_cache_keeps_nothing_of_a_chunk_that_is_on_the_disk_or_was_read(tmp_path: Path) -> None:
     class Watched(FaultyOps):
         calls: ClassVar[list[str]] = []
 
@@ -250,6 +250,14 @@ def test_the_page_cache_keeps_nothing_of_a_chunk_once_it_is_on_the_disk(tmp_path
     Watched.calls.clear()
     store.write_chunk(0, store.chunks[0], payloads(0))
     assert Watched.calls == ["write", "fsync", "forget", "name"]
+    checksums, out = checksums_of(payloads(0)), np.zeros_like(payloads(0))
+    store.read_chunk(0, store.chunks[0], out, checksums)
+    assert Watched.calls[4:] == ["forget"]
+    for chunk in store.chunks[1:]:
+        store.write_chunk(0, chunk, payloads(0))
+    Watched.calls.clear()
+    store.read_page(0, 0, out[0], checksums[0])
+    assert Watched.calls == [], "its files are read on, layer by layer"
 
 
 def test_short_transfers_go_on(tmp_path: Path) -> None:
