@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,15 +57,29 @@ def local_ray(*, num_cpus: int | None = None) -> Iterator[str]:
     bind_to_loopback()
     import ray
 
-    context = ray.init(
-        address="local",
-        num_cpus=num_cpus,
-        include_dashboard=True,
-        dashboard_host="127.0.0.1",
-        log_to_driver=False,
-        configure_logging=False,
-    )
+    with _deaf_to_ctrl_c():
+        context = ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            log_to_driver=False,
+            configure_logging=False,
+        )
     try:
         yield f"http://{context.dashboard_url}"
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Processes begun within ignore SIGINT, which a terminal sends to all of them.
+
+    Ctrl-C is for the command, which then asks Ray to stop the film: Ray's dashboard, which takes that, must live on.
+    """
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

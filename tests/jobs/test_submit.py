@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from longtake.jobs import cli
 from longtake.jobs import submit as submission
 from longtake.jobs.filmorder import ORDER_VARIABLE, FarmOptions, FilmOrder
 from longtake.jobs.ledger import FilmRecord
+from longtake.jobs.local_ray import local_ray
 from longtake.jobs.orders import Action
 from longtake.jobs.submit import submission_id, submit, wait
 from longtake.jobs.wishes import make_wish, take_wishes
@@ -179,3 +181,20 @@ def test_the_address_that_is_named_is_asked(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv(variable, "http://127.0.0.1:2")
     with pytest.raises(ConfigError, match=r"--address http://127.0.0.1:1: .*127.0.0.1:1"):
         submission.connect("http://127.0.0.1:1")
+
+
+def test_ctrl_c_at_a_terminal_does_not_reach_a_ray_of_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its dashboard went with it, and the film could not be asked to stop."""
+    ray = pytest.importorskip("ray")
+    said: list[str] = []
+    code = "import signal; print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)"
+
+    def init(**options: object) -> SimpleNamespace:
+        said.append(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip())
+        return SimpleNamespace(dashboard_url="127.0.0.1:1")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    before = signal.getsignal(signal.SIGINT)
+    with local_ray() as dashboard:
+        assert (dashboard, said, signal.getsignal(signal.SIGINT)) == ("http://127.0.0.1:1", ["True"], before)
