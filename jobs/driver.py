@@ -159,9 +159,9 @@ def main() -> int:
     import ray
 
     order = order_of_job()
-    with StopSignals() as signals:
+    ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
+    with StopSignals() as signals:  # behind ray.init, which takes SIGTERM for itself: a job is stopped by it
         try:
-            ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
             return follow(order, stop=signals.requested, say=lambda line: print(line, flush=True))
         except ConfigError as error:
             print(f"longtake: {error}", file=sys.stderr, flush=True)
