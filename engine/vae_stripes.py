@@ -5,8 +5,8 @@ few hundredths of the work, so every rank computes them whole. Behind them there
 is given the rows that the stripe's pixels depend on, its own and a few beyond, which a neighbour computes as well. No
 rank needs another's rows, no seam can be seen, and nothing but finished frames travels, through host memory::
 
-    rank 0   emitter -> StripedDecoder --latents--> all        rows 0..14    -+
-    rank 1                      StripeWorker (a thread)        rows 15..29   -+- frames to rank 0
+    rank 0   emitter -> StripedDecoder --latents--> all        rows 0..15    -+
+    rank 1                      StripeWorker (a thread)        rows 16..29   -+- frames to rank 0
     rank 2                      ...
 
 Rank 0 says what is decoded and when, so that the others need not know why. Why rows are computed twice rather than
