@@ -122,7 +122,7 @@ def test_verify_names_the_place(out: Path, capsys: pytest.CaptureFixture[str]) -
     (damage,) = json.loads(captured.out)["damages"]
     assert (damage["shot"], damage["block"], damage["file"]) == ("quay", 3, str(chunk.relative_to(out)))
     assert damage["layers"][0] in (0, 1) and damage["heads"][0] in (0, 1)
-    assert "1 files of" in captured.err.splitlines()[-1]
+    assert captured.err.splitlines()[-1].startswith("longtake: 1 file of ")
 
 
 def test_a_shot_killed_as_it_began_is_no_damage(film: Path, undisturbed: Path, out: Path) -> None:
@@ -274,4 +274,4 @@ def test_another_version_of_the_settings(film: Path, out: Path, capsys: pytest.C
     path = out / "arrival" / "config.json"
     path.write_text(path.read_text().replace('"format": 1', '"format": 0'))
     assert render(film, out) == 2
-    assert "is of format 0, this longtake reads 1; render with --fresh" in error_line(capsys)
+    assert "are of format 0, this longtake reads 1; render with --fresh" in error_line(capsys)
