@@ -167,9 +167,8 @@ class Gang:
 
     def host_axis(self) -> Axis:
         """All ranks, in order, on a process group of their own for tensors in host memory; every rank calls it, at the
-        same point. Unlike NCCL's, it may be used by one thread beside another's collectives."""
-        if self.size == 1:
-            return Axis()
+        same point; not a gang of one, which has no groups. Unlike NCCL's, it may be used by one thread beside another's
+        collectives."""
         group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=self._timeout_s))
         return Axis(index=self.rank, size=self.size, group=group.group_name)
 
