@@ -276,7 +276,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--cases",
         default="bf16,int4,int4/fp8",
-        help="CODEC[/ATTENTION[/WEIGHTS]], one run each; attention: dense, int8, fp8, fp8-bf16v; weights: model, fp8",
+        help="CODEC[/ATTENTION[/WEIGHTS]], one run each; attention: dense, fp8; weights: model, fp8",
     )
     parser.add_argument("--window", type=int, default=6, help="blocks of history; presets and models have their own")
     parser.add_argument("--blocks", type=int, default=8, help="timed blocks")

@@ -308,7 +308,7 @@ class MediaConfig:
 class ShotConfig:
     """Everything that decides what one shot looks like, resolved: no defaults left to fill in.
 
-    ``attention`` is how history is attended: dense (the model's dtype), int8 (int8 keys, FP8 values), fp8, fp8-bf16v.
+    ``attention`` is how history is attended: dense (the model's dtype) or fp8.
     ``beats[0].at_s`` is 0. ``after`` names the shot whose last ``after_blocks`` blocks start this one; if that is 0,
     its last frame is this one's first. ``clip`` is a video whose last blocks, as many, do so instead. ``image`` is the
     first frame. ``guide`` is a video that every block starts from, noised to ``strength``.

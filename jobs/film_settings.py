@@ -13,7 +13,7 @@ from longtake.jobs.source import Table, quote
 POLICIES = ("full", "window", "retrieve")
 POSITIONS = ("absolute", "relative", "sink", "bounded")
 WEIGHTS = ("model", "fp8")
-ATTENTION = ("dense", "int8", "fp8", "fp8-bf16v")
+ATTENTION = ("dense", "fp8")
 SIZES = {"480p": (480, 832), "720p": (720, 1280)}
 KEEPS = ("all", "needed")
 DISK_IO = ("auto", "system", "deepnvme")

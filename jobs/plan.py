@@ -176,20 +176,18 @@ def _history(shot: ShotConfig, timeline: Timeline) -> _History:
 
 
 def _attention(shot: ShotConfig, codec: Codec, dtype: torch.dtype, own_tokens: int) -> tuple[int, int]:
-    """(bytes of the scratch, bytes of a Hopper GPU's partial results) for blocks of so many tokens at once."""
+    """(bytes of the scratch, bytes of FlashAttention-3's partial results) for blocks of so many tokens at once."""
     import torch
 
     from longtake.engine.rollout import scratch_tokens
-    from longtake.kernels.attention_fp8 import hopper_partial_bytes
     from longtake.kernels.attention_path import make_path
     from longtake.kernels.flash3 import partial_bytes
 
     geometry, scratch = shot.model.transformer, scratch_tokens(shot, shot.after_blocks, dtype)
     path = make_path(shot.attention, codec, geometry.num_heads, scratch, dtype, torch.device("meta"))
-    sizes = (geometry.num_heads, own_tokens, geometry.head_dim, scratch)
-    if shot.attention == "int8":
-        return path.num_bytes, hopper_partial_bytes(*sizes, dtype.itemsize)
-    return path.num_bytes, partial_bytes(*sizes) if shot.attention == "fp8" and dtype == torch.bfloat16 else 0
+    if shot.attention != "fp8" or dtype != torch.bfloat16:
+        return path.num_bytes, 0
+    return path.num_bytes, partial_bytes(geometry.num_heads, own_tokens, geometry.head_dim, scratch)
 
 
 @cache

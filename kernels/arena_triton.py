@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longtake.kernels.rotary import Rotary
 from longtake.kernels.scaling import Scaling
-from longtake.kernels.scaling_triton import scales, token_alignment
+from longtake.kernels.scaling_triton import token_alignment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +60,7 @@ def reading(
         num_tokens: of a block.
     """
     temporal, spatial, per_frame, pairs = sections_GHB, sections_GHB, 1, 0
-    centre, scale = (slots_N, slots_N) if scaling is None else (scaling.centre_HD, scales(scaling))
+    centre, scale = (slots_N, slots_N) if scaling is None else (scaling.centre_HD, scaling.scale_H)
     if rotary is not None:
         temporal, spatial = rotary.temporal_YP2, rotary.spatial_SQ2
         per_frame, pairs = rotary.tokens_per_frame, temporal.shape[1]

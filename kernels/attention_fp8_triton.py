@@ -1,8 +1,8 @@
-"""Attention over keys and values in 8 bits, with log-sum-exp: the Triton kernels behind attention_fp8.py.
+"""Attention over FP8 keys and values, with log-sum-exp: the Triton kernels behind attention_fp8.py.
 
 One program takes BM queries of one head past all its keys, BN at a time, in the way of FlashAttention: scores in base
 2, a running maximum, P rounded to e4m3 after scaling by 2^8 (e4m3 reaches from 2^-9 to 448, so weights down to 2^-17
-of the largest survive). Queries are rounded to the keys' type by a small kernel before, each with its own scale.
+of the largest survive). Queries are rounded to e4m3 by a small kernel before, each with its own scale.
 
 Shape legend: H heads, T query tokens, X key tokens, D head dim, BM, BN rows and columns of a tile of scores.
 """
@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from longtake.kernels.scaling import Scaling
-from longtake.kernels.scaling_triton import round_to_int8, scales
 
 P_SHIFT = tl.constexpr(8.0)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -26,7 +25,6 @@ COLUMNS = 128  # keys of a step (BN)
 WARPS = 4
 STAGES = 3  # of the software pipeline
 QUERY_ROWS = 32
-TYPES = {torch.float8_e4m3fn: tl.float8e4nv, torch.int8: tl.int8, torch.bfloat16: tl.bfloat16}
 
 
 @triton.jit
@@ -54,24 +52,12 @@ def load_turned(x, head, start, num_keys, stride_h, stride_d, D: tl.constexpr, B
 
 
 @triton.jit
-def load_v(v, head, start, num_keys, stride_h, stride_d, stride_x, D: tl.constexpr, BN: tl.constexpr,
-           TURNED: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """Values start .. start + BN of a head, [BN, D]."""
-    if TURNED:
-        tile = load_turned(v, head, start, num_keys, stride_h, stride_d, D, BN, MASKED)
-    else:
-        tile = load_rows(v, head, start, num_keys, stride_h, stride_x, D, BN, MASKED)
-    return tile
-
-
-@triton.jit
 def quantise_queries_kernel(
     q, k_centre, q8, q_scale, shift, stride_qh, stride_qt, stride_oh, stride_ot, num_queries, softmax_scale,
     D: tl.constexpr, ROWS: tl.constexpr, BY_HEAD: tl.constexpr,
 ):  # fmt: skip
-    """ROWS queries of a head to e4m3 or int8, and what K's centre takes from their scores; q_scale [H] is given with
-    BY_HEAD, otherwise each query gets one, [H, T]."""
-    LARGEST: tl.constexpr = 127.0 if q8.dtype.element_ty == tl.int8 else 448.0
+    """ROWS queries of a head to e4m3, and what K's centre takes from their scores; q_scale [H] is given with BY_HEAD,
+    otherwise each query gets one, [H, T]."""
     head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < num_queries
@@ -84,33 +70,16 @@ def quantise_queries_kernel(
         tile = tile * (1.0 / tl.load(q_scale + head))
     else:
         largest = tl.max(tl.abs(tile), 1)
-        scale = tl.where(largest > 0, largest * (1.0 / LARGEST), 1.0)
+        scale = tl.where(largest > 0, largest * (1.0 / 448.0), 1.0)
         tl.store(q_scale + head * num_queries + row, scale, mask=live)
         tile = tile / scale[:, None]
-    tile = tl.minimum(tl.maximum(tile, -LARGEST), LARGEST)
+    tile = tl.minimum(tl.maximum(tile, -448.0), 448.0)
     out = q8 + head * stride_oh + row.to(tl.int64)[:, None] * stride_ot + column[None, :]
-    rounded = round_to_int8(tile) if q8.dtype.element_ty == tl.int8 else tile.to(tl.float8e4nv)
-    tl.store(out, rounded, mask=live[:, None])
+    tl.store(out, tile.to(tl.float8e4nv), mask=live[:, None])
 
 
 @triton.jit
-def tile_scores(
-    q_tile, k_tile, k_scale, start, num_keys, BN: tl.constexpr, DOT: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Queries times keys start .. start + BN, float32 [BM, BN]; of int8 keys with their scales, [X]; -inf beyond."""
-    score = tl.dot(q_tile, tl.trans(k_tile).to(DOT))
-    key = start + tl.arange(0, BN)
-    if k_tile.dtype == tl.int8:
-        place = k_scale + key
-        scale = tl.load(place, mask=key < num_keys, other=0.0) if MASKED else tl.load(place)
-        score = score.to(tl.float32) * scale[None, :]
-    if MASKED:
-        score = tl.where((key < num_keys)[None, :], score, float("-inf"))
-    return score
-
-
-@triton.jit
-def update(acc, top, total, score, scale, v_tile, P_TYPE: tl.constexpr, PV_DOT: tl.constexpr):
+def update(acc, top, total, score, scale, v_tile, DOT: tl.constexpr):
     """Take one tile of scores into the running output, maximum and sum. scale is [BM]: of scores, in base 2.
 
     P.V is added to the output in float32, not inside the tensor core, whose FP8 sums keep about 14 bits.
@@ -119,17 +88,15 @@ def update(acc, top, total, score, scale, v_tile, P_TYPE: tl.constexpr, PV_DOT: 
     p = tl.math.exp2(score * scale[:, None] - (new_top - P_SHIFT)[:, None])
     alpha = tl.math.exp2(top - new_top)
     total = total * alpha + tl.sum(p, 1)
-    p_cast = p.to(P_TYPE).to(PV_DOT)
-    acc = acc * alpha[:, None] + tl.dot(p_cast, v_tile.to(PV_DOT))
+    acc = acc * alpha[:, None] + tl.dot(p.to(tl.float8e4nv).to(DOT), v_tile.to(DOT))
     return acc, new_top, total
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys"])  # a history grows: one build serves all
 def attend_kernel(
     q8, q_scale, shift, k, v, k_scale, v_scale, v_centre, out, lse,
-    stride_kh, stride_kx, stride_vh, stride_vd, stride_vx, stride_oh, stride_ot, num_queries, num_keys, softmax_scale,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TURNED: tl.constexpr, P_TYPE: tl.constexpr,
-    DOT: tl.constexpr, PV_DOT: tl.constexpr, STAGES: tl.constexpr,
+    stride_kh, stride_kx, stride_vh, stride_vd, stride_oh, stride_ot, num_queries, num_keys, softmax_scale,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries past all keys; the last step, where it is not full, is masked: rows not in use may be NaN."""
     tile = tl.program_id(0)
@@ -141,31 +108,26 @@ def attend_kernel(
     column = tl.arange(0, D)
     line = head.to(tl.int64) * num_queries + row
     q_tile = tl.load(q8 + line[:, None] * D + column[None, :], mask=live[:, None], other=0.0).to(DOT)
-    scale = tl.load(q_scale + line, mask=live, other=1.0) * (softmax_scale * 1.4426950408889634)
-    if k.dtype.element_ty == tl.int8:
-        k_scale += head.to(tl.int64) * (stride_kh // D)
-    else:
-        scale = scale * tl.load(k_scale + head)
+    scale = tl.load(q_scale + line, mask=live, other=1.0)
+    scale = scale * (tl.load(k_scale + head) * (softmax_scale * 1.4426950408889634))
 
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, D), tl.float32)
     for i in tl.range(0, full_steps, num_stages=STAGES):
         k_tile = load_rows(k, head, i * BN, num_keys, stride_kh, stride_kx, D, BN, False)
-        v_tile = load_v(v, head, i * BN, num_keys, stride_vh, stride_vd, stride_vx, D, BN, TURNED, False)
-        score = tile_scores(q_tile, k_tile, k_scale, i * BN, num_keys, BN, DOT, False)
-        acc, top, total = update(acc, top, total, score, scale, v_tile, P_TYPE, PV_DOT)
+        v_tile = load_turned(v, head, i * BN, num_keys, stride_vh, stride_vd, D, BN, False)
+        score = tl.dot(q_tile, tl.trans(k_tile).to(DOT))
+        acc, top, total = update(acc, top, total, score, scale, v_tile, DOT)
     if full_steps * BN < num_keys:
         start = full_steps * BN
         k_tile = load_rows(k, head, start, num_keys, stride_kh, stride_kx, D, BN, True)
-        v_tile = load_v(v, head, start, num_keys, stride_vh, stride_vd, stride_vx, D, BN, TURNED, True)
-        score = tile_scores(q_tile, k_tile, k_scale, start, num_keys, BN, DOT, True)
-        acc, top, total = update(acc, top, total, score, scale, v_tile, P_TYPE, PV_DOT)
-    if TURNED:
-        weight = tl.load(v_scale + head) / total
-        result = acc * weight[:, None] + tl.load(v_centre + head * D + column)[None, :]
-    else:
-        result = acc / total[:, None]
+        v_tile = load_turned(v, head, start, num_keys, stride_vh, stride_vd, D, BN, True)
+        score = tl.dot(q_tile, tl.trans(k_tile).to(DOT))
+        score = tl.where((start + tl.arange(0, BN) < num_keys)[None, :], score, float("-inf"))
+        acc, top, total = update(acc, top, total, score, scale, v_tile, DOT)
+    weight = tl.load(v_scale + head) / total
+    result = acc * weight[:, None] + tl.load(v_centre + head * D + column)[None, :]
     place = out + head.to(tl.int64) * stride_oh + row.to(tl.int64)[:, None] * stride_ot + column[None, :]
     tl.store(place, result.to(out.dtype.element_ty), mask=live[:, None])
     result_lse = (top - P_SHIFT + tl.math.log2(total)) * LN2 + tl.load(shift + line, mask=live, other=0.0)
@@ -173,7 +135,7 @@ def attend_kernel(
 
 
 def quantise_queries(q_HTD: Tensor, scale_H: Tensor, k_centre_HD: Tensor) -> tuple[Tensor, Tensor]:
-    """Triton twin of flash3.quantise_reference: queries to e4m3 by a scale a head.
+    """Triton twin of flash3.quantise_reference.
 
     Args:
         q_HTD: [H, T, D] any float type, D 64 or 128, channels contiguous.
@@ -193,29 +155,6 @@ def quantise_queries(q_HTD: Tensor, scale_H: Tensor, k_centre_HD: Tensor) -> tup
     return q8_HTD, shift_HT
 
 
-def quantise_each(q_HTD: Tensor, k_centre_HD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries to e4m3 or int8, each by its own scale.
-
-    Args:
-        q_HTD: [H, T, D] any float type, D 64 or 128, channels contiguous.
-        k_centre_HD: float32 [H, D].
-        dtype: wanted.
-
-    Returns:
-        [H, T, D] contiguous, scales and shift, float32 [H, T].
-    """
-    num_heads, num_queries, dim = q_HTD.shape
-    q8_HTD = torch.empty((num_heads, num_queries, dim), dtype=dtype, device=q_HTD.device)
-    scale_HT, shift_HT = (
-        torch.empty((num_heads, num_queries), dtype=torch.float32, device=q_HTD.device) for _ in range(2)
-    )
-    quantise_queries_kernel[(triton.cdiv(num_queries, QUERY_ROWS), num_heads)](
-        q_HTD, k_centre_HD, q8_HTD, scale_HT, shift_HT, q_HTD.stride(0), q_HTD.stride(1), q8_HTD.stride(0),
-        q8_HTD.stride(1), num_queries, dim**-0.5, D=dim, ROWS=QUERY_ROWS, BY_HEAD=False,
-    )  # fmt: skip
-    return q8_HTD, scale_HT, shift_HT
-
-
 def attend(
     q_HTD: Tensor, k_HXD: Tensor, v_HXD: Tensor, k_scaling: Scaling, v_scaling: Scaling, num_keys: int
 ) -> tuple[Tensor, Tensor]:
@@ -223,9 +162,9 @@ def attend(
 
     Args:
         q_HTD: [H, T, D] bfloat16, float16 or float32; channels contiguous.
-        k_HXD: e4m3 or int8 [H, X, D], channels contiguous; int8 rows contiguous.
-        v_HXD: e4m3 [H, X, D], tokens contiguous, or bfloat16, channels contiguous.
-        k_scaling, v_scaling: what they were stored with; v_scaling is for e4m3 only.
+        k_HXD: e4m3 [H, X, D], channels contiguous.
+        v_HXD: e4m3 [H, X, D], tokens contiguous.
+        k_scaling, v_scaling: what they were stored with.
         num_keys: rows in use, at least 1.
 
     Returns:
@@ -234,14 +173,17 @@ def attend(
     num_heads, num_queries, dim = q_HTD.shape
     out_HTD = torch.empty((num_queries, num_heads, dim), dtype=q_HTD.dtype, device=q_HTD.device).transpose(0, 1)
     lse_HT = torch.empty((num_heads, num_queries), dtype=torch.float32, device=q_HTD.device)
-    k_type, v_type = TYPES[k_HXD.dtype], TYPES[v_HXD.dtype]
-    dots = (k_type, v_type) if q_HTD.is_cuda else (tl.float32,) * 2  # the interpreter multiplies small types wrongly
-    q8_HTD, q_scale_HT, shift_HT = quantise_each(q_HTD, k_scaling.centre_HD, k_HXD.dtype)
+    dot = tl.float8e4nv if q_HTD.is_cuda else tl.float32  # the interpreter multiplies small types wrongly
+    q8_HTD = torch.empty((num_heads, num_queries, dim), dtype=torch.float8_e4m3fn, device=q_HTD.device)
+    q_scale_HT, shift_HT = torch.empty_like(lse_HT), torch.empty_like(lse_HT)
+    quantise_queries_kernel[(triton.cdiv(num_queries, QUERY_ROWS), num_heads)](
+        q_HTD, k_scaling.centre_HD, q8_HTD, q_scale_HT, shift_HT, q_HTD.stride(0), q_HTD.stride(1), q8_HTD.stride(0),
+        q8_HTD.stride(1), num_queries, dim**-0.5, D=dim, ROWS=QUERY_ROWS, BY_HEAD=False,
+    )  # fmt: skip
     attend_kernel[(num_heads * triton.cdiv(num_queries, ROWS),)](
-        q8_HTD, q_scale_HT, shift_HT, k_HXD, v_HXD, scales(k_scaling), v_scaling.scale_H, v_scaling.centre_HD, out_HTD,
-        lse_HT, k_HXD.stride(0), k_HXD.stride(1), v_HXD.stride(0), v_HXD.stride(2), v_HXD.stride(1),
-        out_HTD.stride(0), out_HTD.stride(1), num_queries, num_keys, dim**-0.5,
-        D=dim, BM=ROWS, BN=COLUMNS, TURNED=v_type == tl.float8e4nv, P_TYPE=v_type, DOT=dots[0], PV_DOT=dots[1],
-        STAGES=STAGES, num_warps=WARPS,
+        q8_HTD, q_scale_HT, shift_HT, k_HXD, v_HXD, k_scaling.scale_H, v_scaling.scale_H, v_scaling.centre_HD, out_HTD,
+        lse_HT, k_HXD.stride(0), k_HXD.stride(1), v_HXD.stride(0), v_HXD.stride(2), out_HTD.stride(0),
+        out_HTD.stride(1), num_queries, num_keys, dim**-0.5,
+        D=dim, BM=ROWS, BN=COLUMNS, DOT=dot, STAGES=STAGES, num_warps=WARPS,
     )  # fmt: skip
     return out_HTD, lse_HT

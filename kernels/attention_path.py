@@ -1,9 +1,9 @@
-"""The ways to attend history: in the model's own type, or in 8 bits. Each owns its scratch.
+"""The two ways to attend history: in the model's own type, or in FP8. Each owns its scratch.
 
 An AttentionPath is what the engine drives, layer by layer; it knows how rows stand in the scratch, the engine knows
 which blocks to read and where they go:
 
-    path.begin(q, k, v, rotary)                        the block's own, before RoPE: turned, in 8 bits calibrated
+    path.begin(q, k, v, rotary)                        the block's own, before RoPE: turned, and in FP8 calibrated
     for chunk in chunks:
         path.write_history(pages, slots, rotary)       rows 0 .. n of the scratch; other codecs' blocks at later rows
         path.write_own(n)                              with the last chunk: the block's own K/V behind them
@@ -17,19 +17,18 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from longtake.kernels import flash3
 from longtake.kernels.attention import attend
-from longtake.kernels.attention_fp8 import attend_fp8, fp8_scratch, hopper_partial_bytes, runs_on_hopper
+from longtake.kernels.attention_fp8 import attend_fp8, fp8_scratch
 from longtake.kernels.codec import Codec
 from longtake.kernels.errors import ConfigError
 from longtake.kernels.head_dims import fits_kernels
 from longtake.kernels.rotary import Turns, apply_rotary_pair
-from longtake.kernels.scaling import Scaling, calibrate_all
+from longtake.kernels.scaling import Rows, Scaling, calibrate_all
 
 
 class AttentionPath(ABC):
@@ -151,17 +150,16 @@ class DensePath(AttentionPath):
 
 
 class Fp8Path(AttentionPath):
-    """Rows in e4m3 (keys in int8, values in bfloat16 if asked), centred and scaled by what the block's own K/V need.
+    """Rows in e4m3, centred and scaled by what the block's own K/V need.
 
     Args:
         codec, num_heads, num_rows: as above.
         dtype: of the model.
         device: of the model; on a CPU the plain twins run.
-        keys_int8: int8 keys, each with its own scale, or e4m3.
-        values_fp8: e4m3 values, or bfloat16.
-        centred: take each channel's mean away before rounding.
-        turned: whether FP8 values stand with tokens contiguous.
+        turned: whether values stand with tokens contiguous.
     """
+
+    name = "fp8"
 
     def __init__(
         self,
@@ -171,19 +169,11 @@ class Fp8Path(AttentionPath):
         dtype: torch.dtype,
         device: torch.device,
         *,
-        keys_int8: bool = False,
-        values_fp8: bool = True,
-        centred: bool = True,
         turned: bool = True,
     ) -> None:
         super().__init__(codec, num_heads, num_rows)
-        self.name = ("int8" if keys_int8 else "fp8") + ("" if values_fp8 else "-bf16v")
         self.dtype = dtype
-        self.centred = centred
-        dim = codec.geometry.head_dim
-        self.scratch = fp8_scratch(
-            num_heads, num_rows, dim, device, keys_int8=keys_int8, values_fp8=values_fp8, turned=turned
-        )
+        self.scratch = fp8_scratch(num_heads, num_rows, codec.geometry.head_dim, device, turned=turned)
         self._scaling: tuple[Scaling, Scaling] | None = None
 
     @property
@@ -195,8 +185,8 @@ class Fp8Path(AttentionPath):
         self._calibrate(*self._begun())
 
     def _calibrate(self, q_HTD: Tensor, k_THD: Tensor, v_THD: Tensor) -> None:
-        k_scaling, v_scaling = calibrate_all((k_THD, v_THD), num_centred=2 if self.centred else 0)
-        self._scaling = (k_scaling.with_rows(self.scratch.k_scale_HX), v_scaling)
+        k_scaling, v_scaling = calibrate_all((k_THD, v_THD), num_centred=2)
+        self._scaling = (k_scaling, v_scaling)
 
     def write_history(
         self, pages_GHP: Tensor, slots_N: Tensor, rotary: Turns, *, codec: Codec | None = None, row: int = 0
@@ -208,27 +198,18 @@ class Fp8Path(AttentionPath):
             rotary,
             self.scratch.k_HXD[:, row:],
             self.scratch.v_HXD[:, row:],
-            k_scaling=k_scaling.from_row(row),
-            v_scaling=v_scaling if self.scratch.values_fp8 else None,
+            k_scaling=k_scaling,
+            v_scaling=v_scaling,
         )
 
     def write_own(self, row: int) -> None:
         _, k_THD, v_THD = self._begun()
         k_scaling, v_scaling = self._scalings()
-        keys, values = (k_THD, k_scaling, self.scratch.k_HXD), (v_THD, v_scaling, self.scratch.v_HXD)
-        store((keys, values) if self.scratch.values_fp8 else (keys,), row)
-        if not self.scratch.values_fp8:
-            self.scratch.v_HXD[:, row : row + v_THD.shape[0]] = v_THD.transpose(0, 1)
+        store((k_THD, k_scaling, self.scratch.k_HXD), (v_THD, v_scaling, self.scratch.v_HXD), row)
 
     def attend(self, num_rows: int) -> tuple[Tensor, Tensor]:
         k_scaling, v_scaling = self._scalings()
         return attend_fp8(self._begun()[0], self.scratch, k_scaling, v_scaling, num_rows)
-
-    def partial_bytes(self, num_queries: int) -> int:
-        if not runs_on_hopper(self.scratch):
-            return 0
-        dim = self.codec.geometry.head_dim
-        return hopper_partial_bytes(self.num_heads, num_queries, dim, self.num_rows, self.dtype.itemsize)
 
     def finish(self) -> None:
         super().finish()
@@ -240,7 +221,7 @@ class Fp8Path(AttentionPath):
 
 
 class Flash3Fp8Path(Fp8Path):
-    """As Fp8Path with values in e4m3, attended by FlashAttention-3.
+    """As Fp8Path, attended by FlashAttention-3.
 
     Args:
         codec, num_heads, num_rows, dtype, device: as above; the device is a Hopper GPU.
@@ -270,26 +251,26 @@ class Flash3Fp8Path(Fp8Path):
         return flash3.partial_bytes(self.num_heads, num_queries, self.codec.geometry.head_dim, self.num_rows)
 
 
-def store(rows: Sequence[tuple[Tensor, Scaling, Tensor]], first_row: int) -> None:
-    """Write one or two of a block's own tensors into 8-bit scratches; on a GPU in one launch.
+def store(keys: Rows, values: Rows, first_row: int) -> None:
+    """Write a block's own keys and values into FP8 scratches; on a GPU in one launch.
 
     Args:
-        rows: of each, x_THD ([T, H, D] any float type), the scaling of its scratch, and that: e4m3 [H, X, D], channels
-            or tokens contiguous, or int8, rows contiguous.
+        keys, values: x_THD ([T, H, D] any float type), the scaling of its scratch, and that: e4m3 [H, X, D], keys with
+            channels contiguous, values with channels or tokens.
         first_row: of the T rows.
     """
-    if fits_kernels(*(x_THD for x_THD, _, _ in rows)):
+    if fits_kernels(keys[0], values[0]):
         from longtake.kernels import scaling_triton
 
-        scaling_triton.store(rows, first_row)
+        scaling_triton.store(keys, values, first_row)
         return
-    for x_THD, scaling, out_HXD in rows:
-        scaling.store_into(x_THD.transpose(0, 1), out_HXD, first_row)
+    for x_THD, scaling, out_HXD in (keys, values):
+        out_HXD[:, first_row : first_row + x_THD.shape[0]] = scaling.store(x_THD.transpose(0, 1))
 
 
 def path_names() -> list[str]:
     """What make_path knows."""
-    return ["dense", "int8", "fp8", "fp8-bf16v"]
+    return ["dense", "fp8"]
 
 
 def make_path(
@@ -305,7 +286,7 @@ def make_path(
     """Make an attention path by name.
 
     Args:
-        name: "dense"; "int8", int8 keys with e4m3 values; "fp8"; or "fp8-bf16v", e4m3 keys with bfloat16 values.
+        name: "dense" or "fp8".
         codec: of the history.
         num_heads: of this rank.
         num_rows: of the scratch.
@@ -323,11 +304,9 @@ def make_path(
     if name == "dense":
         use_flash3 = use_flash3 and dtype == torch.bfloat16
         return DensePath(codec, num_heads, num_rows, dtype, device, use_flash3=use_flash3)
-    if name == "fp8" and use_flash3:
-        return Flash3Fp8Path(codec, num_heads, num_rows, dtype, device)
-    if name in path_names():
-        keys_int8, values_fp8 = name == "int8", name != "fp8-bf16v"
-        return Fp8Path(codec, num_heads, num_rows, dtype, device, keys_int8=keys_int8, values_fp8=values_fp8)
+    if name == "fp8":
+        kind = Flash3Fp8Path if use_flash3 else Fp8Path
+        return kind(codec, num_heads, num_rows, dtype, device)
     nearest = difflib.get_close_matches(name, path_names(), n=1, cutoff=0.0)
     raise ConfigError(
         f"unknown attention path {name!r}: did you mean {nearest[0]!r}? Known: {', '.join(path_names())}."

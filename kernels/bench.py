@@ -2,15 +2,15 @@
 
 For each number of history blocks and each kind of input: attention by cuDNN over dense bfloat16 keys and values, and,
 for each codec, encoding of one block, materialise, materialise + attend (and its ratio to dense attention), the same in
-chunks merged by log-sum-exp, and the error of the attention output against dense attention; then the same in 8 bits:
-materialise into e4m3 or int8 rows, attention over them, both, what they take relative to dense attention, and the error
-that this adds relative to the codec's own. Every call is timed apart with the L2 cache overwritten before it; medians,
-10th and 90th percentiles. Nothing is asserted. Figures are written as they come; a case that fails is listed under
-"failed".
+chunks merged by log-sum-exp, and the error of the attention output against dense attention; then each way to attend
+beside that, in FP8 and by FlashAttention-3: materialise, attention, both, what they take relative to dense attention,
+and the error that this adds relative to the codec's own. Every call is timed apart with the L2 cache overwritten before
+it; medians, 10th and 90th percentiles. Nothing is asserted. Figures are written as they come; a case that fails is
+listed under "failed".
 
 --splits also times FlashAttention-3 in FP8 over exact keys and values in more and fewer splits, with the error of each;
---codecs "" leaves all codecs out. --sweep also times materialise and attention over int8 keys under other tile sizes
-(bench_sweep.py), --sweep-attention the latter alone. On a CPU (small sizes only) the same program runs, slowly.
+--codecs "" leaves all codecs out. --sweep also times materialise under other tile sizes (bench_sweep.py). On a CPU
+(small sizes only) the same program runs, slowly.
 
 Shape legend: N blocks, T tokens of a block, H heads, D head dim, X = N*T rows of the scratch.
 """
@@ -39,7 +39,7 @@ from longtake.kernels.scaling import calibrate
 
 DEFAULT_CODECS = "bf16,int8,int4,rtn2,lt2"
 SPLITS = (1, 2, 4, 8, 16, 32)
-PATHS = ("int8", "fp8", "fp8-bf16v", "dense/flash3", "fp8/flash3")  # FlashAttention-3's where it is installed
+PATHS = ("fp8", "dense/flash3", "fp8/flash3")  # FlashAttention-3's where it is installed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,8 +172,8 @@ def measure_path(
     found = read()
     unpack, attention = clock(lambda: path.write_history(*history, case.rotary)), clock(lambda: path.attend(rows))
     both = clock(read)
-    # scratch bytes of the rows written: one or two for a key, and for a value
-    written = rows * want.shape[0] * want.shape[2] * {"dense": 4, "fp8-bf16v": 3}.get(kind, 2)
+    # scratch bytes of the rows written: one or two for a key and for a value
+    written = rows * want.shape[0] * want.shape[2] * (4 if kind == "dense" else 2)
     flop = 4 * want.shape[0] * want.shape[1] * rows * want.shape[2]
     own_error, added = relative_error(got, want), relative_error(found, got)
     return {
@@ -317,7 +317,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--splits", action="store_true")
     parser.add_argument("--sweep", action="store_true")
-    parser.add_argument("--sweep-attention", action="store_true")
     parser.add_argument("--commit", default="", help="recorded when this is no git checkout")
     for name, value in (("frames", 3), ("height", 30), ("width", 52), ("heads", 12), ("dim", 128)):
         parser.add_argument(f"--{name}", type=int, default=value)
@@ -338,17 +337,14 @@ def main(arguments: list[str]) -> int:
     for kind, blocks in itertools.product(args.kinds.split(","), args.blocks.split(",")):
         with survive(report["failed"], f"{kind} {blocks}"):
             measure(args, kind, int(blocks), clock, report, write)
-    sizes = bench_sweep.Sizes(
-        grid=synthetic.Grid(frames=args.frames, height=args.height, width=args.width),
-        heads=args.heads,
-        dim=args.dim,
-        blocks=int(args.blocks.split(",")[0]),
-    )
     if args.sweep and clock.device.type == "cuda":
+        sizes = bench_sweep.Sizes(
+            grid=synthetic.Grid(frames=args.frames, height=args.height, width=args.width),
+            heads=args.heads,
+            dim=args.dim,
+            blocks=int(args.blocks.split(",")[0]),
+        )
         with survive(report["failed"], "sweep materialise"):
             report["sweep_materialise"] = bench_sweep.sweep_materialise(sizes, clock)
-    if (args.sweep or args.sweep_attention) and clock.device.type == "cuda":
-        with survive(report["failed"], "sweep attention"):
-            report["sweep_attention"] = bench_sweep.sweep_attention(sizes, clock)
     write()
     return 1 if report["failed"] else 0

@@ -1,6 +1,6 @@
-"""Which launch of materialise, for every codec with kernels, and of attention over int8 keys is fastest on this device.
+"""Which launch of materialise is fastest on this device, for every codec with kernels.
 
-Variants of materialise are compiled by several processes first, into Triton's cache on disk.
+Variants are compiled by several processes first, into Triton's cache on disk.
 
 Shape legend: N blocks, T tokens of a block, H heads, D head dim, X rows of the scratch.
 """
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from longtake.kernels import synthetic
-from longtake.kernels.attention_fp8 import Fp8Scratch, attend_reference, fp8_scratch, runs_on_hopper
-from longtake.kernels.clock import Clock, relative_error
+from longtake.kernels.attention_fp8 import fp8_scratch
+from longtake.kernels.clock import Clock
 from longtake.kernels.codec import PairCodec, make_codec
 from longtake.kernels.dense import DenseCodec
 from longtake.kernels.lt2 import LowRankTwoBit
@@ -55,9 +55,6 @@ TILE_LAUNCHES = (  # of the transform codec: tiles, channels, warps, registers
     (39, 128, 16, None),
     (26, 64, 4, None),
 )
-
-
-HOPPER_LAUNCHES = ((128, 3, 1), (128, 3, 2), (128, 2, 2), (128, 5, 2), (64, 6, 2))  # keys of a step, stages, splits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,55 +152,4 @@ def sweep_materialise(sizes: Sizes, clock: Clock) -> list[dict[str, Any]]:
     for _, entries in itertools.groupby(found, key=lambda entry: (entry["codec"], entry["target"])):
         for entry in list(entries)[:3]:
             print("sweep materialise", entry, file=sys.stderr, flush=True)
-    return found
-
-
-def attention_calls(
-    q_HTD: Tensor, scratch: Fp8Scratch, scaling: Scaling, num_keys: int
-) -> Iterator[tuple[dict[str, Any], Callable[[], tuple[Tensor, Tensor]]]]:
-    """Launch and call of attention over int8 keys: the plain kernel, and on Hopper its own in every variant."""
-    from longtake.kernels import attention_fp8_triton
-
-    given = (q_HTD, scratch.k_HXD, scratch.v_HXD, scaling.with_rows(scratch.k_scale_HX), scaling, num_keys)
-    yield {"kernel": "plain"}, partial(attention_fp8_triton.attend, *given)
-    if runs_on_hopper(scratch):
-        from longtake.kernels import attention_hopper
-
-        for columns, stages, splits in HOPPER_LAUNCHES:
-            launch = attention_hopper.HopperLaunch(columns=columns, stages=stages, splits=splits)
-            yield {"kernel": "hopper", **asdict(launch)}, partial(attention_hopper.attend, *given, launch)
-
-
-def sweep_attention(sizes: Sizes, clock: Clock) -> list[dict[str, Any]]:
-    """A block's queries over int8 keys and e4m3 values of noise; fastest first, with the largest error of 64 queries.
-
-    That is of the output, relative to the plain twin's largest; and of the log-sum-exp, absolute.
-    """
-    rows, device, heads = sizes.blocks * sizes.grid.num_tokens, clock.device, sizes.heads
-    scratch = fp8_scratch(heads, rows, sizes.dim, device, keys_int8=True)
-    scaling = unscaled(heads, sizes.dim, device)
-    generator = torch.Generator(device).manual_seed(1)
-    for head in range(heads):
-        one = scaling.with_rows(scratch.k_scale_HX).of_head(head)
-        noise = torch.randn((2, 1, rows, sizes.dim), generator=generator, device=device)
-        one.store_into(noise[0], scratch.k_HXD[head : head + 1], 0)
-        scratch.v_HXD[head : head + 1, :rows] = scaling.of_head(head).store(noise[1])
-    q_HTD = torch.randn((sizes.grid.num_tokens, heads, sizes.dim), generator=generator, device=device)
-    q_HTD = q_HTD.bfloat16().transpose(0, 1)
-    few = slice(-64, None)
-    want, want_lse = attend_reference(
-        q_HTD[:, few].float(), scratch, scaling.with_rows(scratch.k_scale_HX), scaling, rows
-    )
-    found: list[dict[str, Any]] = []
-    for launch, call in attention_calls(q_HTD, scratch, scaling, rows):
-        out, lse = call()
-        error = {
-            "relative_error": relative_error(out[:, few], want),
-            "lse_error": float((lse[:, few] - want_lse).abs().max()),
-        }
-        timing = clock(call)
-        rate = 4 * q_HTD.numel() * rows / timing.median_ms / 1e9
-        found.append({**launch, "keys": rows, **error, "TFLOP_per_s": rate, **asdict(timing)})
-        print("sweep attention", found[-1], file=sys.stderr, flush=True)
-    found.sort(key=lambda entry: entry["median_ms"])
     return found

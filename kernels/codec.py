@@ -124,11 +124,11 @@ class Codec(ABC):
             pages_GHP: uint8 [G, H, P], the arena; last dim contiguous, aligned to 16 bytes.
             slots_N: int32 [N] on the same device: which slots, in the order of the rows.
             rotary: tables of exactly N*T tokens, in the same order.
-            k_out_HXD: [H, X, D] float32, bfloat16 or float16, last dim contiguous; or with a scaling: e4m3, channels
-                or tokens contiguous, or int8, rows contiguous; rows from N*T on are left alone.
+            k_out_HXD: [H, X, D] float32, bfloat16 or float16, last dim contiguous, or e4m3 with a scaling, channels or
+                tokens contiguous; rows from N*T on are left alone.
             v_out_HXD: likewise.
-            k_scaling: for e4m3 and int8 keys only: rows are stored as (key - centre) / scale.
-            v_scaling: likewise for values.
+            k_scaling: for e4m3 keys only: rows are stored as (key - centre) / scale.
+            v_scaling: for e4m3 values only.
         """
 
     def _check_encode(self, k_THD: Tensor, v_THD: Tensor, out_HP: Tensor) -> None:
@@ -178,10 +178,8 @@ class Codec(ABC):
                 )
             if out.stride(-1) != 1 and (out.dtype != FP8 or out.stride(1) != 1):
                 raise ConfigError("the scratch's channels must be contiguous, or, in FP8, its tokens.")
-            if (out.dtype in (FP8, torch.int8)) != (scaling is not None):
-                raise ConfigError(f"FP8 and int8 go with a scaling, other types without: got {out.dtype}.")
-            if scaling is not None and (out.dtype == torch.int8) != (scaling.rows_HX is not None):
-                raise ConfigError(f"int8 rows go with a scale each, FP8 with one a head: got {out.dtype}.")
+            if (out.dtype == FP8) != (scaling is not None):
+                raise ConfigError(f"FP8 goes with a scaling, other types without: got {out.dtype}.")
         _check_aligned(pages_GHP, "the arena")
 
 

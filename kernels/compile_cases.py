@@ -7,7 +7,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import product
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ import triton.language as tl
 from longtake.kernels import (
     arena_triton,
     attention_fp8_triton,
-    attention_hopper,
     attention_triton,
     dense_triton,
     fp8_rows_triton,
@@ -204,10 +202,8 @@ def transform_cases() -> Iterator[Case]:
         sizes, places = transform_triton.tiling(codec), transform_triton.places(codec)
         for what, pairs in rotated.items():
             for outs, target, fp8 in outputs(what, dim):
-                launch = transform_triton.default_launch(
-                    scaled=fp8["SCALED"], turned=fp8["TURNED"], int8=outs["out"] == "*i8"
-                )
-                constants = {"PT": pairs, "K": codec.num_tiles, "TILES": launch.tiles, "C": min(launch.channels, dim),
+                launch = transform_triton.default_launch(scaled=fp8["SCALED"], turned=fp8["TURNED"])
+                constants = {"PT": pairs, "K": codec.num_tiles, "TILES": launch.tiles, "C": launch.channels,
                              "tokens_per_frame": math.prod(grid or (tokens,)), **sizes, **places, **fp8,
                              "ALIGN": scaling_triton.token_alignment(tokens)}  # fmt: skip
                 yield Case(
@@ -241,14 +237,12 @@ def transform_cases() -> Iterator[Case]:
 
 
 def outputs(what: str, dim: int) -> Iterator[tuple[dict[str, str], str, dict[str, Any]]]:
-    """Types, suffix of the name and constants of materialise into bfloat16, into FP8 rows, and keys into int8."""
+    """Types, suffix of the name and constants of materialise into bfloat16 and into FP8 rows."""
     align = 8 if dim == 128 else 4
     yield ARENA, "", {"SCALED": False, "TURNED": False, "ALIGN": align, "stride_od": 1}
     turned = what == "v"
     stride = {"stride_ox": 1} if turned else {"stride_od": 1}
     yield ARENA | {"out": "*fp8e4nv"}, " fp8", {"SCALED": True, "TURNED": turned, "ALIGN": align, **stride}
-    if not turned:
-        yield ARENA | {"out": "*i8"}, " int8", {"SCALED": True, "TURNED": turned, "ALIGN": align, **stride}
 
 
 def fp8_cases() -> Iterator[Case]:
@@ -258,27 +252,22 @@ def fp8_cases() -> Iterator[Case]:
         "k_scale": "*fp32", "v_scale": "*fp32", "k_centre": "*fp32", "v_centre": "*fp32", "out": "*bf16",
         "lse": "*fp32", "softmax_scale": "fp32",
         **dict.fromkeys(("stride_qh", "stride_qt", "stride_kh", "stride_kx", "stride_vh", "stride_oh"), "i32"),
-        **dict.fromkeys(("stride_vd", "stride_vx", "stride_ot", "num_queries", "num_keys"), "i32"),
+        **dict.fromkeys(("stride_vd", "stride_ot", "num_queries", "num_keys"), "i32"),
     }  # fmt: skip
-    int8 = {"q8": "*i8", "k": "*i8"}
-    for dim, turned, keys in product((64, 128), (True, False), ("", " int8")):
-        value = tl.float8e4nv if turned else tl.bfloat16
+    for dim in (64, 128):
         yield Case(
-            name=f"attend {dim}{'' if turned else ' bf16v'}{keys}",
+            name=f"attend {dim}",
             kernel=attention_fp8_triton.attend_kernel,
-            types=attend | (int8 if keys else {}) | ({} if turned else {"v": "*bf16"}),
+            types=attend,
             constants={"D": dim, "BM": attention_fp8_triton.ROWS, "BN": attention_fp8_triton.COLUMNS,
-                       "TURNED": turned, "DOT": tl.int8 if keys else tl.float8e4nv, "P_TYPE": value, "PV_DOT": value,
-                       "STAGES": attention_fp8_triton.STAGES, "stride_vx" if turned else "stride_vd": 1},
+                       "DOT": tl.float8e4nv, "STAGES": attention_fp8_triton.STAGES},
             options={"num_warps": attention_fp8_triton.WARPS},
         )  # fmt: skip
-    for dim in (64, 128):
-        yield hopper_case(dim)
-        for by_head, types in ((False, attend), (True, attend), (False, attend | int8)):
+        for by_head in (False, True):
             yield Case(
-                name=f"queries {dim}{' by head' * by_head}{' int8' * (types['q8'] == '*i8')}",
+                name=f"queries {dim}{' by head' * by_head}",
                 kernel=attention_fp8_triton.quantise_queries_kernel,
-                types=types,
+                types=attend,
                 constants={"D": dim, "ROWS": attention_fp8_triton.QUERY_ROWS, "BY_HEAD": by_head},
             )
         for centred in (0, 2):
@@ -291,16 +280,16 @@ def fp8_cases() -> Iterator[Case]:
                            "LEAST": 0.125},
                 options={"num_warps": scaling_triton.CALIBRATE_WARPS},
             )  # fmt: skip
-        for turned, keys in ((False, "fp8e4nv"), (True, "fp8e4nv"), (True, "i8")):
+        for turned in (False, True):
             yield Case(
-                name=f"store {dim}{' turned' * turned}{' int8' * (keys == 'i8')}",
+                name=f"store {dim}{' turned' * turned}",
                 kernel=scaling_triton.store_kernel,
                 types={"x": "*bf16", "y": "*bf16", "first_row": "i32", "tokens": "i32",
-                       "out_x": f"*{keys}", "out_y": "*fp8e4nv",
+                       "out_x": "*fp8e4nv", "out_y": "*fp8e4nv",
                        **dict.fromkeys(("centre_x", "scale_x", "centre_y", "scale_y"), "*fp32"),
                        **sides("xy", "stride_t", "stride_h", "stride_oh", "stride_ox", "stride_od")},
-                constants={"D": dim, "X_TURNED": False, "Y_TURNED": turned, "ROWS": scaling_triton.STORE_ROWS,
-                           "ALIGN": 8, "x_stride_od": 1, "y_stride_ox" if turned else "y_stride_od": 1},
+                constants={"D": dim, "TURNED": turned, "ROWS": scaling_triton.STORE_ROWS, "ALIGN": 8,
+                           "x_stride_od": 1, "y_stride_ox" if turned else "y_stride_od": 1},
             )  # fmt: skip
     for width in (8960, 13824, 14336):
         main, rest = fp8_rows_triton.tiles(width)
@@ -311,27 +300,6 @@ def fp8_cases() -> Iterator[Case]:
             constants={"WIDTH": width, "MAIN": main, "REST": rest, "FLOOR": 1e-12},
             options={"num_warps": fp8_rows_triton.num_warps(width)},
         )
-
-
-def hopper_case(dim: int) -> Case:
-    """Attention over int8 keys by its roles of warps."""
-    launch = attention_hopper.DEFAULT_LAUNCH
-    narrow, wide = attention_hopper.layout_of(dim), attention_hopper.layout_of(launch.columns)
-    half = attention_hopper.HALF.value
-    types = dict.fromkeys(("q_scale", "k_scale", "shift", "v_scale", "v_centre", "lse"), "*fp32")
-    types |= dict.fromkeys(("stride_os", "stride_oh", "stride_ot", "num_heads", "num_queries", "num_keys"), "i32")
-    types |= {"out": "*bf16", "rows": "i32", "softmax_scale": "fp32",
-              "q_desc": f"tensordesc<i8{[half, dim]},{narrow!r}>",
-              "k_desc": f"tensordesc<i8{[launch.columns, dim]},{narrow!r}>",
-              "v_desc": f"tensordesc<fp8e4nv{[dim, launch.columns]},{wide!r}>"}  # fmt: skip
-    return Case(
-        name=f"attend {dim} hopper",
-        kernel=attention_hopper.attend_kernel,
-        types=types,
-        constants={"D": dim, "BN": launch.columns, "STAGES": launch.stages, "SPLITS": 2,
-                   "REGISTERS": launch.registers},
-        options={"num_warps": attention_hopper.WARPS},
-    )  # fmt: skip
 
 
 def other_cases() -> Iterator[Case]:

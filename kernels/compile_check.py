@@ -21,7 +21,6 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource
 
 from longtake.kernels.compile_cases import UNALIGNED, Case, cases, fp8_cases, other_cases, transform_cases
 
@@ -37,10 +36,9 @@ def compile_case(case: Case) -> Any:
             constants[(i,)] = case.constants[name]
         else:
             signature[name] = case.types[name]
-            if name not in UNALIGNED and not signature[name].startswith("tensordesc"):
+            if name not in UNALIGNED:
                 attributes[(i,)] = [["tt.divisibility", 16]]
-    kind = GluonASTSource if case.kernel.is_gluon() else ASTSource
-    source = kind(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=case.options)
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 FLOAT16_MAX = 65504.0
-INT8_MAX = 127.0
 
 # Lloyd-Max levels of a unit Gaussian, positive half: what minimises the mean squared error of 2, 3 and 4 bits
 # (J. Max, Quantizing for minimum distortion, 1960). Errors: 0.1175, 0.03454, 0.009497.
@@ -28,20 +27,6 @@ _GAUSSIAN_LEVELS = {
 def to_fp8(x: Tensor) -> Tensor:
     """Round to e4m3, clamping what is too large."""
     return x.clamp(-FP8_MAX, FP8_MAX).to(FP8)
-
-
-def to_int8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Round each row, the last dim, to int8 with the unit that brings its largest value to 127.
-
-    Args:
-        x: float32 [..., D].
-
-    Returns:
-        int8 [..., D] and units, float32 [...]; the unit of a row of zeros is 1.
-    """
-    largest = x.abs().amax(-1, keepdim=True)
-    unit = torch.where(largest > 0, largest * (1.0 / INT8_MAX), torch.ones_like(largest))
-    return (x / unit).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8), unit.squeeze(-1)
 
 
 def power_of_two_unit(largest: Tensor, target: float = FP8_MAX) -> Tensor:

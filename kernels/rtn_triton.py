@@ -167,7 +167,7 @@ def materialise(
     scaling: Scaling | None = None,
     launch: Launch = DEFAULT_LAUNCH,
 ) -> None:
-    """Unpack the slots' sections into N*T rows of each head, turned if tables are given, scaled for 8 bits."""
+    """Unpack the slots' sections into N*T rows of each head, turned if tables are given, scaled for e4m3."""
     num_heads, dim = out_HXD.shape[0], out_HXD.shape[2]
     tokens = codec.geometry.num_tokens
     arguments, constants = reading(sections_GHB, slots_N, rotary, out_HXD, scaling, tokens)

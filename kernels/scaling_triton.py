@@ -1,4 +1,4 @@
-"""8 bits in Triton: calibration, the store at the end of every materialise kernel, and that of a block's own K or V.
+"""FP8 in Triton: calibration, the store at the end of every materialise kernel, and the store of a block's own K or V.
 
 Shape legend: T tokens, H heads, D head dim, R rows of a tile.
 """
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longtake.kernels.grid import FP8_MAX
-from longtake.kernels.scaling import LEAST_CENTRE, ROOM, Scaling, sample_stride
+from longtake.kernels.scaling import LEAST_CENTRE, ROOM, Rows, Scaling, sample_stride
 
 CALIBRATE_ROWS, CALIBRATE_WARPS = 256, 16  # few programs, each bound by waiting for its loads: wide ones
 STORE_ROWS = 64
@@ -40,40 +40,20 @@ def put(tile, out, head, row_R, live_R, stride_oh, stride_ox, stride_od, D: tl.c
 
 
 @triton.jit
-def round_to_int8(tile):
-    """Nearest integers of float32 up to 2^22 in size, ties to even, in the low byte: 1.5 * 2^23 leaves no fraction."""
-    return (tile + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
-
-
-@triton.jit
-def put_int8(tile, out, scale, head, row_R, live_R, stride_oh, D: tl.constexpr):
-    """Store a float32 tile [R, D] into int8 rows of a head, contiguous ones, and each row's scale into scale [H, X]."""
-    largest = tl.max(tl.abs(tile), 1)
-    unit = tl.where(largest > 0, largest * (1.0 / 127.0), 1.0)
-    tl.store(scale + head.to(tl.int64) * (stride_oh // D) + row_R, unit, mask=live_R)
-    place = out + head.to(tl.int64) * stride_oh + row_R[:, None] * D + tl.arange(0, D)[None, :]
-    tl.store(place, round_to_int8(tile * (1.0 / unit)[:, None]), mask=live_R[:, None])
-
-
-@triton.jit
 def emit(
     tile, out, head, row_R, live_R, stride_oh, stride_ox, stride_od, centre, scale,
     D: tl.constexpr, SCALED: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
     """Store a float32 tile [R, D] into rows of a head, in out's type; SCALED: as (tile - centre) / scale, clamped.
 
-    scale is [H], to be read, for e4m3; for int8 as in `put_int8`. TURNED: as `put`.
+    TURNED: as `put`.
     """
     column = tl.arange(0, D)
     if SCALED:
         tile = tile - tl.load(centre + head * D + column)[None, :]
-    if SCALED and out.dtype.element_ty == tl.int8:
-        put_int8(tile, out, scale, head, row_R, live_R, stride_oh, D)
-    else:
-        if SCALED:
-            tile = tile * (1.0 / tl.load(scale + head))
-            tile = tl.clamp(tile, -448.0, 448.0)
-        put(tile, out, head, row_R, live_R, stride_oh, stride_ox, stride_od, D, TURNED)
+        tile = tile * (1.0 / tl.load(scale + head))
+        tile = tl.clamp(tile, -448.0, 448.0)
+    put(tile, out, head, row_R, live_R, stride_oh, stride_ox, stride_od, D, TURNED)
 
 
 @triton.jit
@@ -138,25 +118,20 @@ def store_rows(
 def store_kernel(
     x, out_x, centre_x, scale_x, x_stride_t, x_stride_h, x_stride_oh, x_stride_ox, x_stride_od,
     y, out_y, centre_y, scale_y, y_stride_t, y_stride_h, y_stride_oh, y_stride_ox, y_stride_od, first_row, tokens,
-    D: tl.constexpr, X_TURNED: tl.constexpr, Y_TURNED: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr,
+    D: tl.constexpr, TURNED: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Rows of x, and on the grid's second layer of y."""
+    """Rows of x, and on the grid's second layer of y, which may be TURNED."""
     if tl.program_id(2) == 0:
         store_rows(x, out_x, centre_x, scale_x, x_stride_t, x_stride_h, x_stride_oh, x_stride_ox, x_stride_od,
-                   first_row, tokens, D, X_TURNED, ROWS, ALIGN)  # fmt: skip
+                   first_row, tokens, D, False, ROWS, ALIGN)  # fmt: skip
     else:
         store_rows(y, out_y, centre_y, scale_y, y_stride_t, y_stride_h, y_stride_oh, y_stride_ox, y_stride_od,
-                   first_row, tokens, D, Y_TURNED, ROWS, ALIGN)  # fmt: skip
+                   first_row, tokens, D, TURNED, ROWS, ALIGN)  # fmt: skip
 
 
 def token_alignment(*counts: int) -> int:
     """The largest power of two, up to 16, that divides them: FP8 stores along tokens can be that many bytes wide."""
     return math.gcd(16, *counts)
-
-
-def scales(scaling: Scaling) -> Tensor:
-    """What kernels take as scale: read for e4m3, written for int8."""
-    return scaling.scale_H if scaling.rows_HX is None else scaling.rows_HX
 
 
 def calibrate(tensors: Sequence[Tensor], num_centred: int) -> tuple[Scaling, ...]:
@@ -180,20 +155,19 @@ def calibrate(tensors: Sequence[Tensor], num_centred: int) -> tuple[Scaling, ...
     return tuple(Scaling(centre_HD=c, scale_H=s) for c, s in zip(centre, scale, strict=True))
 
 
-def store(rows: Sequence[tuple[Tensor, Scaling, Tensor]], first_row: int) -> None:
-    """Write one or two of a block's own tensors into 8-bit scratches, in one launch.
+def store(keys: Rows, values: Rows, first_row: int) -> None:
+    """Write a block's own keys and values into FP8 scratches, in one launch.
 
     Args:
-        rows: of each, x_THD ([T, H, D] of one shape, D 64 or 128, channels contiguous), the scaling of its scratch,
-            and that: e4m3 [H, X, D], channels or tokens contiguous, or int8, rows contiguous.
+        keys, values: x_THD ([T, H, D] of one shape, D 64 or 128, channels contiguous), the scaling of its scratch, and
+            that: e4m3 [H, X, D], keys with channels contiguous, values with channels or tokens.
         first_row: of the T rows.
     """
-    tokens, num_heads, dim = rows[0][0].shape
-    sides, turned = [], []
-    for x_THD, scaling, out_HXD in (rows[0], rows[-1]):
-        sides += [x_THD, out_HXD, scaling.centre_HD, scales(scaling), *x_THD.stride()[:2], *out_HXD.stride()]
-        turned.append(out_HXD.stride(2) != 1)
-    store_kernel[(triton.cdiv(tokens, STORE_ROWS), num_heads, len(rows))](
+    tokens, num_heads, dim = keys[0].shape
+    sides: list[Tensor | int] = []
+    for x_THD, scaling, out_HXD in (keys, values):
+        sides += [x_THD, out_HXD, scaling.centre_HD, scaling.scale_H, *x_THD.stride()[:2], *out_HXD.stride()]
+    store_kernel[(triton.cdiv(tokens, STORE_ROWS), num_heads, 2)](
         *sides, first_row, tokens,
-        D=dim, X_TURNED=turned[0], Y_TURNED=turned[1], ROWS=STORE_ROWS, ALIGN=token_alignment(tokens, first_row),
+        D=dim, TURNED=values[2].stride(2) != 1, ROWS=STORE_ROWS, ALIGN=token_alignment(tokens, first_row),
     )  # fmt: skip

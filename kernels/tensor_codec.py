@@ -115,9 +115,8 @@ class TensorCodec(ABC):
                 frames = tokens // rotary.tokens_per_frame
                 x_HXD = rotate_pairs(x_HXD, rotary.frames(row // tokens * frames, count * frames))
             if scaling is not None:
-                scaling.store_into(x_HXD, out_HXD, row)
-            else:
-                out_HXD[:, row : row + count * tokens].copy_(x_HXD)
+                x_HXD = scaling.store(x_HXD)
+            out_HXD[:, row : row + count * tokens].copy_(x_HXD)
             row += count * tokens
 
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -30,7 +29,7 @@ from longtake.kernels.lt2_triton import channel_mean
 from longtake.kernels.rotary import Rotary
 from longtake.kernels.rotary_triton import turns
 from longtake.kernels.scaling import Scaling
-from longtake.kernels.scaling_triton import put, put_int8
+from longtake.kernels.scaling_triton import put
 from longtake.kernels.transform import MOST_DEPTH, MOST_TILE_TOKENS, depth_table, steps
 from longtake.kernels.transform import MOST_FALL as _MOST_FALL
 from longtake.kernels.transform import MOST_ROW as _MOST_ROW
@@ -66,13 +65,10 @@ class TileLaunch:
 # launch, 0.378 and 0.258 with the second; into FP8 0.451 and 0.255, 0.400 and 0.237.
 DEFAULT_LAUNCH = TileLaunch()
 FP8_LAUNCH = TileLaunch(warps=4, registers=None)
-INT8_LAUNCH = TileLaunch(channels=128, warps=16, registers=128)  # whole rows
 
 
-def default_launch(*, scaled: bool, turned: bool, int8: bool) -> TileLaunch:
-    """The faster launch into 8-bit (`scaled`) or wider rows; `turned`: with tokens contiguous, which has no figures."""
-    if int8:
-        return INT8_LAUNCH
+def default_launch(*, scaled: bool, turned: bool) -> TileLaunch:
+    """The faster launch into FP8 (`scaled`) or wider rows; `turned`: with tokens contiguous, which has no figures."""
     return FP8_LAUNCH if scaled and not turned else DEFAULT_LAUNCH
 
 
@@ -157,10 +153,7 @@ def materialise_kernel(
     TT: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     SCALED: tl.constexpr, TURNED: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Unpack C channels, all or half, of TILES tiles of one block and head; turn their tokens unless PT is 0.
-
-    int8 rows need C to be all: a row's scale is that of its largest channel.
-    """
+    """Unpack C channels, all or half, of TILES tiles of one block and head; turn their tokens unless PT is 0."""
     block, head = tl.program_id(1), tl.program_id(2) // (D // C)
     first = tl.program_id(2) % (D // C) * C
     section = pages + tl.load(slots + block).to(tl.int64) * stride_slot + head * stride_page
@@ -169,8 +162,7 @@ def materialise_kernel(
     word = tl.load(header.to(tl.pointer_type(tl.int16)) + channel).to(tl.int32)
     mean, factor = channel_mean(word), tl.math.exp2(-0.5 * (word & 15).to(tl.float32))
     factor *= tl.load((header + UNIT).to(tl.pointer_type(tl.float32)))
-    INT8: tl.constexpr = out.dtype.element_ty == tl.int8
-    if SCALED and not INT8:
+    if SCALED:
         inverse_scale = 1.0 / tl.load(scale + head)
         mean, factor = mean * inverse_scale, factor * inverse_scale
 
@@ -218,15 +210,11 @@ def materialise_kernel(
             cos, sin = turns(temporal, spatial, frame, row % tokens_per_frame, live, D, PT, FP, first, C)
             real, imag = tl.split(tl.reshape(rows, (FP, C // 2, 2)))
             rows = tl.reshape(tl.join(real * cos - imag * sin, real * sin + imag * cos), (FP, C))
+        if SCALED:
+            middle = tl.load(centre + head * D + channel) * inverse_scale  # again each time: registers are dearer
+            rows = tl.clamp(rows - middle[None, :], -448.0, 448.0)
         target = block.to(tl.int64) * (tokens // ALIGN * ALIGN) + row  # the same number, seen to be aligned
-        if INT8:
-            rows -= tl.load(centre + head * D + channel)[None, :]
-            put_int8(rows, out, scale, head, target, live, stride_oh, D)
-        else:
-            if SCALED:
-                middle = tl.load(centre + head * D + channel) * inverse_scale  # again each time: registers are dearer
-                rows = tl.clamp(rows - middle[None, :], -448.0, 448.0)
-            put(rows, out + first * stride_od, head, target, live, stride_oh, stride_ox, stride_od, C, TURNED)
+        put(rows, out + first * stride_od, head, target, live, stride_oh, stride_ox, stride_od, C, TURNED)
 
 
 def tiling(codec: TransformCodec) -> dict[str, int]:
@@ -261,11 +249,10 @@ def materialise(
     scaling: Scaling | None = None,
     launch: TileLaunch | None = None,
 ) -> None:
-    """Unpack the slots' sections into N*T rows of each head, turned if tables are given, scaled for 8 bits."""
+    """Unpack the slots' sections into N*T rows of each head, turned if tables are given, scaled for e4m3."""
     num_tokens, num_tiles, device = codec.geometry.num_tokens, codec.num_tiles, out_HXD.device
     arguments, constants = reading(sections_GHB, slots_N, rotary, out_HXD, scaling, num_tokens)
-    int8 = out_HXD.dtype == torch.int8
-    launch = launch or default_launch(scaled=constants["SCALED"], turned=constants["TURNED"], int8=int8)
+    launch = launch or default_launch(scaled=constants["SCALED"], turned=constants["TURNED"])
     channels = min(launch.channels, codec.geometry.head_dim)
     parts = codec.geometry.head_dim // channels * out_HXD.shape[0]
     materialise_kernel[triton.cdiv(num_tiles, launch.tiles), slots_N.shape[0], parts](

@@ -201,12 +201,11 @@ def test_equals_one_softmax_over_everything(
 
 def test_fp8_attention_over_forms(model: CausalWan, contexts: list[TextContext]) -> None:
     films = []
-    for attention in ("dense", "int8", "fp8", "fp8-bf16v"):
+    for attention in ("dense", "fp8"):
         shot = replace(shot_with(*CASES["merge"]), attention=attention)
         run = Rollout(shot, model, contexts, open_cache(shot, torch.device("cpu")))
         films.append(torch.stack([run.step() for _ in range(run.total_blocks)]))
-    for film in films[1:]:
-        assert 0 < float((film - films[0]).norm() / films[0].norm()) < 0.05
+    assert 0 < float((films[1] - films[0]).norm() / films[0].norm()) < 0.05
 
 
 def test_each_form_holds_no_more_than_is_read(model: CausalWan, contexts: list[TextContext]) -> None:

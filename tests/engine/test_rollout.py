@@ -100,11 +100,10 @@ def test_heads_turn_alike_on_any_number_of_ranks() -> None:
     assert history.head_thetas(WINDOW, range(12)) == (10000.0,)
 
 
-@pytest.mark.parametrize("attention", ["int8", "fp8", "fp8-bf16v"])
-def test_heads_apart_in_fp8(attention: str, model: CausalWan, contexts: list[TextContext]) -> None:
+def test_heads_apart_in_fp8(model: CausalWan, contexts: list[TextContext]) -> None:
     shot = make_shot(HEADS_APART, codec="int8")
     dense = render(shot, model, contexts)
-    found = render(replace(shot, attention=attention), model, contexts)
+    found = render(replace(shot, attention="fp8"), model, contexts)
     assert 0 < float((found - dense).norm() / dense.norm()) < 0.05
 
 

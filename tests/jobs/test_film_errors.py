@@ -32,6 +32,7 @@ BAD: list[tuple[str, int, str]] = [
     (SHOT + "history.prune = { recent_blocks = 2, keep = 3 }\n", 5, "shot.history.prune.keep: 3 is not between 0"),
     (SHOT + "history.prune = { recent_blocks = 2, merge = 2 }\n", 5, "prune.merge: 2 is no window; write merge = ["),
     (SHOT + "attention = 'fp9'\n", 5, 'shot.attention: "fp9" is unknown; did you mean "fp8"?'),
+    (SHOT + "attention = 'int8'\n", 5, 'shot.attention: "int8" is unknown; known: dense, fp8'),
     (SHOT + "[[shot.beat]]\nat='1s'\nprompt='p'\nend='2s'", 8, "shot.beat.end: unknown key; known: at, prompt"),
     ("film = 3\n" + SHOT, 1, "film: must be a table, not an integer; write it as [film]"),
     ("[[film]]\n" + SHOT, 1, "film: must be a table, not an array; write it as [film]"),

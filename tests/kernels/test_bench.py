@@ -29,8 +29,7 @@ def test_report_holds_every_case_and_the_setting(tmp_path: Path) -> None:
         assert result["codecs"]["tc2"]["bits_per_element"] < 2.5
         fp8 = int4["paths"]["fp8"]
         assert fp8["output_relative_error"] < 0.5 and fp8["ratio_to_dense"] > 0 and abs(fp8["error_growth"]) < 0.5
-        assert set(int4["paths"]) == {"int8", "fp8", "fp8-bf16v"}
-        assert int4["paths"]["int8"]["fp8_difference"] < fp8["fp8_difference"]
+        assert set(int4["paths"]) == {"fp8"}
         assert int4["materialise"]["p10_ms"] <= int4["materialise"]["median_ms"] <= int4["materialise"]["p90_ms"]
 
 
@@ -51,7 +50,7 @@ def test_what_fails_costs_no_other_case_its_figures(
     report = json.loads(target.read_text())
     assert report["failed"].keys() == {"noise 2 bf17", "noise 2 int4 fp8"}
     assert list(report["results"][0]["codecs"]) == ["int4"]
-    assert list(report["results"][0]["codecs"]["int4"]["paths"]) == ["int8", "fp8-bf16v"]
+    assert report["results"][0]["codecs"]["int4"]["paths"] == {}
     assert "no such kernel" in capsys.readouterr().err
 
 

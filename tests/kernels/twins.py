@@ -62,17 +62,6 @@ def close_fp8(got: torch.Tensor, want: torch.Tensor, equal: float = 0.999) -> No
     assert (got.float() == want.float()).float().mean() > (equal if got.is_cuda else 0.9)
 
 
-def close_int8(
-    got: tuple[torch.Tensor, torch.Tensor], want: tuple[torch.Tensor, torch.Tensor], equal: float, apart: float
-) -> None:
-    """Rows and their scales: nearly all codes equal, the others neighbours, but for so much of the largest value."""
-    assert (got[0] == want[0]).float().mean() > equal
-    got_values, want_values = (codes.float() * scales.unsqueeze(-1) for codes, scales in (got, want))
-    assert not got_values.isnan().any(), "NaN: a scale was not written"
-    beyond = (got_values - want_values).abs() - 1.01 * want[1].unsqueeze(-1)
-    assert beyond.max() <= apart * want_values.abs().max()
-
-
 def run_interpreted(module: str) -> None:
     """Run a module's `main` in a process of its own, whose kernels Triton's interpreter runs."""
     pytest.importorskip("triton")
