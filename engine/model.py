@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longtake.engine.compiling import compile_function
 from longtake.engine.config import ModelConfig
 
 # attend(layer, q_BTHD, k_BTHD, v_BTHD) -> out_BTHD; q and k are normed and not yet rotated.
@@ -251,8 +252,8 @@ class CausalWan(nn.Module):
         """Compile the two halves of a layer; needs CUDA and Triton, shapes must then stay the same."""
         for block in self.blocks:
             assert isinstance(block, Block)
-            block.before = torch.compile(block.before, dynamic=False)  # type: ignore[method-assign]
-            block.after = torch.compile(block.after, dynamic=False)  # type: ignore[method-assign]
+            block.before = compile_function(block.before)  # type: ignore[method-assign]
+            block.after = compile_function(block.after)  # type: ignore[method-assign]
 
     def text_context(self, embeds_BKE: Tensor) -> TextContext:
         """Cross-attention keys and values of a prompt, computed once and read by every pass under it.

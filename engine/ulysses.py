@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from longtake.engine.compiling import compile_function
 from longtake.engine.mesh import Axis, Mesh, MeshShape
 from longtake.engine.model import Attend
 from longtake.engine.timing import NO_TIMER, StageTimer
@@ -149,4 +150,4 @@ def to_tokens(out: Tensor, axis: Axis, layout: TokenLayout) -> Tensor:
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=False)
+    return compile_function(function)
