@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from longtake.engine.model import Block, CausalWan, GELUProjection
+from longtake.engine.tensor_parallel import RowLinear
 from longtake.kernels.fp8_rows import gelu_round_rows, round_rows
 
 _FP8_CAPABILITY = (8, 9)
@@ -31,7 +32,9 @@ class Fp8Linear(nn.Module):
         weight_OI, scale_O1 = round_rows(linear.weight.detach())
         self.weight = nn.Parameter(weight_OI, requires_grad=False)
         self.scale = nn.Parameter(scale_O1, requires_grad=False)
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+        self.bias: nn.Parameter | None = None
+        if linear.bias is not None:
+            self.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
         self._round = gelu_round_rows if gelu else round_rows
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
@@ -49,6 +52,19 @@ class Fp8Linear(nn.Module):
         return out
 
 
+class Fp8RowLinear(Fp8Linear):
+    """As RowLinear: of some input columns, whose scales are these columns' own; results are summed over the ranks."""
+
+    def __init__(self, linear: RowLinear, *, gelu: bool = False) -> None:
+        super().__init__(linear, gelu=gelu)
+        self.joint = linear.joint
+        if not self.joint.first:
+            self.bias = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.joint.sum(super().forward(x))
+
+
 def has_fp8(device: torch.device) -> bool:
     """Whether the device multiplies FP8 matrices."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _FP8_CAPABILITY
@@ -62,16 +78,22 @@ def is_fp8(model: CausalWan) -> bool:
 def quantise_linears(model: CausalWan) -> CausalWan:
     """Replace the linear layers of all blocks, one after the other, in place; what is outside of blocks stays.
 
-    The feed-forward's second one takes over the GELU before it, unless it is no plain one (sharded over ranks).
+    The feed-forward's second one takes over the GELU before it.
     """
     for block in model.blocks:
         assert isinstance(block, Block)
         first, net = block.ffn.net[0], block.ffn.net
         assert isinstance(first, GELUProjection)
-        if type(net[2]) is nn.Linear:
-            first.gelu, net[2] = nn.Identity(), Fp8Linear(net[2], gelu=True)
+        first.gelu, net[2] = nn.Identity(), _in_fp8(net[2], gelu=True)
         for parent in list(block.modules()):
             for name, child in list(parent.named_children()):
-                if type(child) is nn.Linear:
-                    setattr(parent, name, Fp8Linear(child))
+                if isinstance(child, nn.Linear):
+                    setattr(parent, name, _in_fp8(child))
     return model
+
+
+def _in_fp8(linear: nn.Module, *, gelu: bool = False) -> Fp8Linear:
+    if isinstance(linear, RowLinear):
+        return Fp8RowLinear(linear, gelu=gelu)
+    assert isinstance(linear, nn.Linear)
+    return Fp8Linear(linear, gelu=gelu)

@@ -18,6 +18,7 @@ Shape legend: B batch (1), t tokens of this rank outside the projections, T toke
 
 from __future__ import annotations
 
+import math
 import re
 from functools import reduce
 
@@ -37,6 +38,7 @@ from longtake.engine.model import (
 from longtake.engine.timing import NO_TIMER, StageTimer
 from longtake.engine.ulysses import HeadExchange, TokenLayout
 
+_FP8_UNIT = 16
 _COLUMNS = re.compile(r"blocks\.\d+\.(attn[12]\.(to_[qkv]|norm_[qk])|ffn\.net\.0\.proj)\.(weight|bias)$")
 _ROWS = re.compile(r"blocks\.\d+\.(attn[12]\.to_out\.0|ffn\.net\.2)\.weight$")
 
@@ -51,6 +53,7 @@ class Joint:
 
     def __init__(self, axis: Axis, split: bool) -> None:
         self.axis, self.split = axis, split and axis.size > 1
+        self.first = axis.index == 0
 
     def gather(self, x_BTM: Tensor) -> Tensor:
         """[1, t, M] to [1, T, M], shares in order of rank."""
@@ -63,19 +66,16 @@ class Joint:
         return self.axis.all_reduce(partial_BTM)
 
 
-class RowLinear(nn.Module):
+class RowLinear(nn.Linear):
     """A linear layer of which this rank has some input columns; the results are summed over the ranks."""
 
     def __init__(self, in_features: int, out_features: int, joint: Joint) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(out_features))
+        super().__init__(in_features, out_features)
         self.joint = joint
 
     def forward(self, x: Tensor) -> Tensor:
         """[1, T, own inputs] to [1, t, outputs]; the bias is added once."""
-        bias = self.bias if self.joint.axis.index == 0 else None
-        return self.joint.sum(F.linear(x, self.weight, bias))
+        return self.joint.sum(F.linear(x, self.weight, self.bias if self.joint.first else None))
 
 
 class ShardedRMSNorm(nn.Module):
@@ -161,6 +161,13 @@ class ShardedFeedForward(FeedForward):
         return super().forward(self.joint.gather(x))
 
 
+def _hidden(ffn_dim: int, axis: Axis) -> range:
+    """The feed-forward's hidden channels of this rank, in sixteens if it has such: FP8 matrix units take no others."""
+    unit = math.gcd(ffn_dim, _FP8_UNIT)
+    own = share(ffn_dim // unit, axis.index, axis.size)
+    return range(own.start * unit, own.stop * unit)
+
+
 class ShardedWan(CausalWan):
     """The denoiser on one rank of a gang; every rank calls it with the same latents and gets the same flow.
 
@@ -181,7 +188,7 @@ class ShardedWan(CausalWan):
         self.mesh = mesh
         self.timer: StageTimer = NO_TIMER
         self._compiled = False
-        self._ffn = share(config.ffn_dim, mesh.tp.index, mesh.tp.size)
+        self._ffn = _hidden(config.ffn_dim, mesh.tp)
         self._weight_heads = mesh.shape.weight_heads(mesh.rank, config.num_heads)
         if mesh.tp.size == 1:
             return

@@ -179,11 +179,6 @@ def load_transformer(spec: ModelSpec, device: torch.device, dtype: torch.dtype, 
     model.load_state_dict(found, assign=True)
     model = model.cast(dtype)
     if weights.precision is Precision.FP8:
-        if mesh.shape.tp > 1:
-            raise ConfigError(
-                f'{spec.name}: weights = "fp8" is for processes that share tokens (sp), not weights (tp): change '
-                "LONGTAKE_MESH, or take the model's own"
-            )
         quantise_linears(model)
     return model.to(device).eval().requires_grad_(False)
 

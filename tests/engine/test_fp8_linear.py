@@ -84,6 +84,7 @@ def test_the_matrix_units_agree_with_the_plain_twin(rows: int) -> None:
     layer = Fp8Linear(nn.Linear(1536, 8960).to("cuda", torch.bfloat16))
     x = torch.randn(rows, 1536, device="cuda", dtype=torch.bfloat16)
     x_RI, scale_R1 = round_rows(x)
+    assert layer.bias is not None
     expected = (x_RI.float() @ layer.weight.float().t()) * scale_R1 * layer.scale.t() + layer.bias.float()
     assert relative(layer(x), expected) < 0.005
 
