@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from longtake.engine import bench_methods, methods_plots
+from longtake.engine.bench_memory import FIRST_SEED
 from longtake.engine.bench_methods import chosen, main
 from longtake.engine.config import HistoryPolicy
 from longtake.engine.forms import FormPolicy
-from longtake.engine.methods import Method, methods
+from longtake.engine.methods import methods
+from longtake.engine.methods_stage import Task
 from longtake.engine.weights import read_spec
 from longtake.kernels.codec import BlockGeometry, codec_names
-from longtake.kernels.errors import ConfigError
+from longtake.kernels.errors import ConfigError, WorkerError
 from longtake.kernels.forms import make_form
 
 
@@ -37,60 +40,128 @@ def test_the_study_has_33_methods_and_each_can_be_kept() -> None:
 
 
 def test_choice_of_methods() -> None:
-    assert [method.name for method in chosen("LT2,codecs")][:2] == ["LT2", "INT8"]
-    assert len(chosen(None)) == len(methods())
+    assert [method.name for method in chosen("LT2,codecs")][:3] == ["BF16", "LT2", "INT8"]
+    assert [method.name for method in chosen(None)] == list(methods())
     with pytest.raises(ConfigError, match="'LT3' is no method and no group"):
         chosen("LT3")
 
 
 @pytest.mark.slow
-def test_a_short_map(tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_short_map(tmp_path: Path, processes: str) -> None:
     path = tmp_path / "methods.json"
-    arguments = ["--json", str(path), "--seconds", "1", "--seeds", "1", "--device", "cpu"]
-    main([*arguments, "--methods", "BF16,RTN_INT2"])
+    arguments = ["--json", str(path), "--seconds", "1", "--seeds", "1", "--device", "cpu", "--processes", processes]
+    assert main([*arguments, "--methods", "RTN_INT2"]) == 0
     results = json.loads(path.read_text())["results"]
     dense, coarse = results["BF16"], results["RTN_INT2"]
     assert dense["ratio"] == 1 and dense["film"]["at"]["1"]["ssim"] == pytest.approx(1)
+    assert dense["past"]["1"]["bf16_psnr_db"] == pytest.approx(78.13, abs=0.01), "against itself"
     assert coarse["ratio"] == pytest.approx(16 / 2.5) == coarse["minute_ratio"]
     assert coarse["encoded_bits"] == coarse["bits"] == 2.5
     assert coarse["film"]["at"]["1"]["psnr_db"] < 60 and coarse["past"]["1"]["bf16_psnr_db"] < 60
     assert 10 < coarse["past"]["1"]["world_psnr_db"] < 40
+    assert coarse["past"]["1"]["world_psnr_db_by_world"] == [coarse["past"]["1"]["world_psnr_db"]]
     assert coarse["peak_bytes"] == sum(coarse["memory_bytes"].values())
+    assert coarse["block_s"]["samples"] == dense["block_s"]["samples"] == 4
     before = path.read_bytes()
-    main([*arguments, "--methods", "BF16,RTN_INT2"])  # nothing is left to do
+    assert main([*arguments, "--methods", "BF16,RTN_INT2"]) == 0  # nothing is left to do
     assert path.read_bytes() == before
     with pytest.raises(ConfigError, match="holds figures of other settings"):
         main(["--json", str(path), "--seconds", "2", "--device", "cpu"])
 
 
-def test_a_method_that_fails_leaves_the_others_and_is_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "methods.json"
-    measured: list[str] = []
-    broken = {"LT2"}
+class FakeStage:
+    """Figures without a model: in the world of seed ``s`` a method is worth ``s`` - the first seed, in dB."""
 
-    def measure(stage: object, method: Method, reference: object) -> dict[str, str]:
-        measured.append(method.name)
-        if method.name in broken:
+    def __init__(self) -> None:
+        self.broken: set[str] = set()
+        self.done: list[Task] = []
+
+    def __call__(self, task: Task) -> dict[str, Any]:
+        self.done.append(task)
+        if task.method in self.broken:
             raise RuntimeError("no such kernel")
-        return {"group": method.group}
+        if task.timed:
+            return {"block_s": [0.5, 0.25, 0.25, 0.25]}
+        value = float(task.seed - FIRST_SEED)
+        kept = 100 if task.method == "BF16" else 25
+        return {
+            "encoded_bits": 4.0,
+            "memory_bytes": {"weights": 1, "device_arena": kept - 1, "device_slot_tables": 1},
+            "peak_bytes": 1000 + task.seed - FIRST_SEED,
+            "minute_bytes": 2 * kept,
+            "film": {"psnr_db": [value, value + 10, value + 20], "ssim": [0.5, 0.5, 0.5]},
+            "past": {
+                "2": {"world_psnr_db": value, "bf16_psnr_db": value, "world_ssim": 0.5, "bf16_ssim": 0.5},
+            },
+        }
 
-    monkeypatch.setattr(bench_methods, "load", lambda name, device: None)
-    monkeypatch.setattr(bench_methods, "Stage", lambda models, seeds, seconds: None)
-    monkeypatch.setattr(bench_methods, "render_reference", lambda stage: None)
-    monkeypatch.setattr(bench_methods, "measure", measure)
-    monkeypatch.setattr(bench_methods, "_line", lambda name, row: name)
-    arguments = ["--json", str(path), "--methods", "BF16,LT2,INT8", "--device", "cpu"]
+
+@pytest.fixture
+def stage(monkeypatch: pytest.MonkeyPatch) -> FakeStage:
+    fake = FakeStage()
+    monkeypatch.setattr(bench_methods, "StageConfig", lambda **config: lambda index: fake)
+    return fake
+
+
+def test_a_row_is_the_mean_over_worlds(tmp_path: Path, stage: FakeStage) -> None:
+    path = tmp_path / "methods.json"
+    assert main(["--json", str(path), "--methods", "INT8", "--seconds", "3", "--seeds", "4", "--device", "cpu"]) == 0
+    row = json.loads(path.read_text())["results"]["INT8"]
+    assert (row["ratio"], row["bits"], row["minute_ratio"], row["history_bytes"]) == (4, 4, 4, 25)
+    assert row["peak_bytes"] == 1003
+    assert row["film"]["at"] == {"2": {"psnr_db": 11.5, "ssim": 0.5}}
+    assert row["film"]["by_second"]["psnr_db"] == [1.5, 11.5, 21.5]
+    assert row["past"]["2"]["world_psnr_db"] == 1.5
+    assert row["past"]["2"]["world_psnr_db_by_world"] == [0, 1, 2, 3]
+    assert row["block_s"]["median"] == 0.25
+    assert [(task.method, task.seed - FIRST_SEED, task.timed) for task in stage.done] == [
+        *(("BF16", world, False) for world in range(4)),
+        *(("INT8", world, False) for world in range(4)),
+        ("BF16", 0, True),
+        ("INT8", 0, True),
+    ]
+
+
+def test_a_method_that_fails_leaves_the_others_and_is_tried_again(tmp_path: Path, stage: FakeStage) -> None:
+    path = tmp_path / "methods.json"
+    stage.broken.add("LT2")
+    arguments = ["--json", str(path), "--methods", "LT2,INT8", "--device", "cpu", "--seeds", "1", "--seconds", "3"]
     assert main(arguments) == 1
     written = json.loads(path.read_text())
     assert set(written["results"]) == {"BF16", "INT8"}
     assert written["config"]["failed"] == {"LT2": "RuntimeError: no such kernel"}
-    broken.clear()
-    assert main(arguments) == 0
-    assert measured == ["BF16", "LT2", "INT8", "LT2"]
+    stage.broken.clear()
+    stage.done.clear()
+    assert main([*arguments, "--processes", "1"]) == 0
+    assert [(task.method, task.timed) for task in stage.done] == [("BF16", False), ("LT2", False), ("LT2", True)]
     written = json.loads(path.read_text())
-    assert set(written["results"]) == {"BF16", "INT8", "LT2"} and written["config"]["failed"] == {}
+    assert list(written["results"]) == ["BF16", "INT8", "LT2"] and written["config"]["failed"] == {}
+
+
+def test_a_run_that_was_cut_off_goes_on_where_it_was(tmp_path: Path, stage: FakeStage) -> None:
+    path = tmp_path / "methods.json"
+    arguments = ["--json", str(path), "--methods", "INT8,LT2", "--device", "cpu", "--seeds", "2", "--seconds", "3"]
+    found = stage.__call__
+
+    def cut_off(task: Task) -> dict[str, Any]:
+        if task.method == "LT2" and task.seed > FIRST_SEED:
+            raise KeyboardInterrupt
+        return found(task)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FakeStage, "__call__", lambda self, task: cut_off(task))
+        with pytest.raises(KeyboardInterrupt):
+            main(arguments)
+    assert set(json.loads(path.read_text())["results"]) == {"BF16", "INT8"}, "what is whole is there"
+    assert main(arguments) == 0
+    assert all("block_s" in row for row in json.loads(path.read_text())["results"].values())
+
+
+def test_without_the_reference_there_is_no_map(tmp_path: Path, stage: FakeStage) -> None:
+    stage.broken.add("BF16")
+    with pytest.raises(WorkerError, match="BF16: RuntimeError: no such kernel"):
+        main(["--json", str(tmp_path / "methods.json"), "--methods", "INT8", "--device", "cpu"])
 
 
 def test_plots(tmp_path: Path) -> None:
