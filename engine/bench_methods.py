@@ -12,11 +12,12 @@ before, and only the history can tell how it looked: these are return visits. No
 
 ratio is bfloat16's bytes over the method's, as the caches of the film hold them: the arenas of all forms, with room for
 the block being committed, allocated once and so the same at every moment. bits are 16 / ratio; encoded_bits those of
-the first form's payloads; minute_ratio is the ratio for a film of a minute, by arithmetic. peak is the allocator's in
-one process on a GPU, recorded passes included, and on a CPU the sum of weights, text, scratch and cache. PSNR (dB) and
-SSIM are means over worlds, in a film over the frames of the second that ends at a moment, behind a past over two
-blocks. block_s, seconds a block, is measured when all that is done, one method at a time in one process: four blocks
-behind a full window in the first world, after three that are not timed.
+the first form's payloads; minute_ratio is the ratio for a film of a minute, by arithmetic. peak is what the allocator
+of one process gave out at once on a GPU, the VAE included, and on a CPU the sum of weights, text, scratch and cache;
+memory_bytes name what recorded passes keep beside, where a codec has kernels that can be recorded. PSNR (dB) and SSIM
+are means over worlds, in a film over the frames of the second that ends at a moment, behind a past over two blocks.
+block_s, seconds a block, is measured when all that is done, by one process on each GPU: four blocks behind a full
+window in the first world, after three that are not timed.
 """
 
 from __future__ import annotations
@@ -160,7 +161,8 @@ class Map:
                 others = [name for name in missing if name != REFERENCE]
                 self._collect(crew, [Task(method=name, seed=seed) for name in others for seed in self._seeds])
                 untimed = [name for name in names if name in self.results and "block_s" not in self.results[name]]
-                self._collect(crew, [Task(method=name, seed=FIRST_SEED, timed=True) for name in untimed], at_once=1)
+                timed = [Task(method=name, seed=FIRST_SEED, timed=True) for name in untimed]
+                self._collect(crew, timed, at_once=make.num_devices)
 
     def _collect(self, crew: Crew[Task, Row], tasks: Sequence[Task], at_once: int | None = None) -> None:
         for task, found in crew.run(tasks, at_once):

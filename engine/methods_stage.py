@@ -69,12 +69,16 @@ class StageConfig:
     seconds: float
     folder: Path
 
+    @property
+    def num_devices(self) -> int:
+        """What the processes share."""
+        return torch.cuda.device_count() if self.device == "cuda" else 1
+
     def __call__(self, index: int) -> Stage:
         """The stage of the process of that number."""
         device = torch.device(self.device)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", index % torch.cuda.device_count())
         if device.type == "cuda":
+            device = torch.device("cuda", index % self.num_devices if device.index is None else device.index)
             torch.cuda.set_device(device)
         return Stage(load(self.model, device), self.seconds, self.folder)
 
@@ -113,7 +117,7 @@ class Stage:
         self._folder = folder
         self._block_frames = models.spec.block_frames * models.spec.temporal_stride
         self._references: dict[int, Reference] = {}
-        self._contexts: dict[int, list[TextContext]] = {}
+        self._embeds: dict[int, Tensor] = {}  # on the CPU: a peak counts one film's alone
 
     @torch.inference_mode()
     def __call__(self, task: Task) -> dict[str, Any]:
@@ -145,8 +149,7 @@ class Stage:
             reset_peak(device)
             clean = rollout.step()
             await_device(device)
-            taken = reset_peak(device) + rollout.passes.pool_bytes  # which the allocator counts as free
-            peak_bytes = max(peak_bytes, taken or sum(rollout.memory().values()))
+            peak_bytes = max(peak_bytes, reset_peak(device) or sum(rollout.memory().values()))
             frames.append(decoder.decode(clean).cpu())
         memory, bits = rollout.memory(), rollout.codec.bits_per_element
         rollout.close()
@@ -260,10 +263,9 @@ class Stage:
         return method.applied_to(make_shot(self.models, seed, self._script(seed), case, num_blocks, num_prefix))
 
     def _context(self, seed: int) -> list[TextContext]:
-        if seed not in self._contexts:
-            embeds = self.models.text.encode(self._script(seed)[0].prompt)[None].to(self.models.device)
-            self._contexts[seed] = [self.models.transformer.text_context(embeds)]
-        return self._contexts[seed]
+        if seed not in self._embeds:
+            self._embeds[seed] = self.models.text.encode(self._script(seed)[0].prompt)[None].cpu()
+        return [self.models.transformer.text_context(self._embeds[seed].to(self.models.device))]
 
 
 def _mean(values: Tensor) -> float:

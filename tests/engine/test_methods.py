@@ -100,7 +100,16 @@ class FakeStage:
 @pytest.fixture
 def stage(monkeypatch: pytest.MonkeyPatch) -> FakeStage:
     fake = FakeStage()
-    monkeypatch.setattr(bench_methods, "StageConfig", lambda **config: lambda index: fake)
+
+    class FakeConfig:
+        num_devices = 1
+
+        def __init__(self, **config: object) -> None: ...
+
+        def __call__(self, index: int) -> FakeStage:
+            return fake
+
+    monkeypatch.setattr(bench_methods, "StageConfig", FakeConfig)
     return fake
 
 
