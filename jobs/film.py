@@ -18,6 +18,7 @@ from typing import Any
 from longtake.jobs.film_cluster import ClusterSettings, read_cluster
 from longtake.jobs.film_settings import SETTINGS_KEYS, Settings, read_settings
 from longtake.jobs.quantities import format_duration, parse_duration
+from longtake.jobs.shotlog import DIRECTOR_LOG
 from longtake.jobs.source import Source, Table, nearest, parse_source, quote, read_source
 from longtake.jobs.toml_lines import TomlPath
 
@@ -167,6 +168,8 @@ def _read_shot(table: Table, defaults: Settings) -> Shot:
         raise table.error(
             "name", f"{quote(name)} has other characters than allowed ({allowed}); write name = {quote(mend)}"
         )
+    if f"{name.lower()}.log" == DIRECTOR_LOG:
+        raise table.error("name", f'{quote(name)} is what the film\'s own log is called; write another, like "arrival"')
     table.required("duration", '"45s"')
     duration_s = _read_time(table, "duration")
     assert duration_s is not None

@@ -53,6 +53,7 @@ BAD: list[tuple[str, int, str]] = [
     ("[[shot]]\nname=1\nduration='9s'\nprompt='p'", 2, "shot.name: must be a string, not an integer"),
     (SHOT + SHOT, 6, 'shot.name: "a" names a shot already (line 2)'),
     (SHOT + SHOT.replace('"a"', '"A"'), 6, "names differ in more than case"),
+    (SHOT.replace('"a"', '"Director"'), 2, "own log"),
     # durations and prompts
     ("[[shot]]\nname='a'\nprompt='p'", 1, 'shot.duration: missing; add duration = "45s"'),
     (SHOT.replace("9s", "-9s"), 3, 'shot.duration: "-9s" is no duration; write it like "45s"'),
