@@ -185,7 +185,8 @@ def test_the_real_one_sums_over_many_keys() -> None:
         pytest.skip("FlashAttention-3 is not installed, or this is no Hopper GPU")
     g = torch.Generator(device).manual_seed(0)
     q, k, v = (torch.randn(2, n, 128, generator=g, device=device).bfloat16() for n in (256, 131_072, 131_072))
-    scalings = calibrate(k.transpose(0, 1)), calibrate(v.transpose(0, 1))
+    v = 1 + v / 2  # sums that grow: around zero little is cut off
+    scalings = calibrate(k.transpose(0, 1)), calibrate(v.transpose(0, 1), centred=False)
     queries = flash3.quantise(q, calibrate(q.transpose(0, 1), centred=False), scalings[0])
     k8, v8 = (scaling.store(x) for scaling, x in zip(scalings, (k, v), strict=True))
     want, _ = attend_reference(q, k, v)
