@@ -36,7 +36,7 @@ from longtake.engine import record
 from longtake.engine.bench_memory import FIRST_SEED
 from longtake.engine.crew import Crew
 from longtake.engine.methods import Method, methods
-from longtake.engine.methods_stage import PAN_PX, PAST_BLOCKS, REFERENCE, StageConfig, Task, moments
+from longtake.engine.methods_stage import PAN_PX, PAST_BLOCKS, REFERENCE, Part, StageConfig, Task, moments
 from longtake.engine.weights import read_spec
 from longtake.kernels.errors import ConfigError, WorkerError
 
@@ -155,25 +155,27 @@ class Map:
             size = self._processes if self._processes > 1 else 0
             with Crew[Task, Row](make, size) as crew:
                 worlds = self._seeds if missing else self._seeds[:1]
-                self._collect(crew, [Task(method=REFERENCE, seed=seed) for seed in worlds])
+                self._collect(crew, [_task(REFERENCE, seed, Part.REFERENCE) for seed in worlds])
                 if REFERENCE in self.failed:
                     raise WorkerError(f"{REFERENCE}: {self.failed[REFERENCE]}")
                 others = [name for name in missing if name != REFERENCE]
-                self._collect(crew, [Task(method=name, seed=seed) for name in others for seed in self._seeds])
-                untimed = [name for name in names if name in self.results and "block_s" not in self.results[name]]
-                timed = [Task(method=name, seed=FIRST_SEED, timed=True) for name in untimed]
+                parts = (Part.FILM, Part.PAST)
+                self._collect(crew, [_task(name, seed, part) for name in others for seed in worlds for part in parts])
+                untimed = [name for name in methods() if name in self.results and "block_s" not in self.results[name]]
+                timed = [_task(name, FIRST_SEED, Part.BLOCKS) for name in untimed]
                 self._collect(crew, timed, at_once=make.num_devices)
 
     def _collect(self, crew: Crew[Task, Row], tasks: Sequence[Task], at_once: int | None = None) -> None:
-        for task, found in crew.run(tasks, at_once):
+        wanted = (task for task in tasks if task.method not in self.failed)  # looked at when a worker is free
+        for task, found in crew.run(wanted, at_once):
             if isinstance(found, WorkerError):
                 self.failed[task.method] = str(found)
-            elif task.timed:
+            elif task.part is Part.BLOCKS:
                 self.results[task.method]["block_s"] = record.summary(found["block_s"])
             else:
                 worlds = self._worlds.setdefault(task.method, {})
-                worlds[task.seed] = found
-                if len(worlds) < len(self._seeds):
+                worlds.setdefault(task.seed, {}).update(found)
+                if sum("film" in world and "past" in world for world in worlds.values()) < len(self._seeds):
                     continue
                 self._add(methods()[task.method])
             self._write()
@@ -188,6 +190,10 @@ class Map:
         config = {**self._config, "processes": self._processes, "failed": self.failed}
         ordered = {name: self.results[name] for name in methods() if name in self.results}
         record.write(self._path, "methods", config, ordered)
+
+
+def _task(method: str, seed: int, part: Part) -> Task:
+    return Task(method=method, seed=seed, part=part)
 
 
 def _timing(row: Row) -> Row:

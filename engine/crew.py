@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import multiprocessing
 import traceback
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from itertools import islice
 from multiprocessing.connection import Connection, wait
 from typing import Generic, TypeVar
 
@@ -60,11 +60,11 @@ class Crew(Generic[Task, Result]):
         for worker in (*self._idle, *(worker for worker, _ in self._busy.values())):
             worker.close()
 
-    def run(self, tasks: Sequence[Task], at_once: int | None = None) -> Iterator[tuple[Task, Result | WorkerError]]:
+    def run(self, tasks: Iterable[Task], at_once: int | None = None) -> Iterator[tuple[Task, Result | WorkerError]]:
         """Do tasks, begun in their order.
 
         Args:
-            tasks: to be done.
+            tasks: to be done; the next is asked for when there is a worker for it.
             at_once: at most; None: one a worker.
 
         Yields:
@@ -73,10 +73,12 @@ class Crew(Generic[Task, Result]):
         if not self._size:
             yield from ((task, self._do_here(task)) for task in tasks)
             return
-        waiting = deque(tasks)
-        while waiting or self._busy:
-            while waiting and len(self._busy) < min(self._size, at_once or self._size):
-                self._begin(waiting.popleft())
+        waiting, most = iter(tasks), min(self._size, at_once or self._size)
+        while True:
+            for task in islice(waiting, most - len(self._busy)):
+                self._begin(task)
+            if not self._busy:
+                return
             for connection in wait(list(self._busy)):
                 assert isinstance(connection, Connection)
                 worker, task = self._busy.pop(connection)

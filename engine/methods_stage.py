@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import time
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,15 @@ _DECIMALS = 5
 _NO_PREFIX = Prefix()
 
 
+class Part(Enum):
+    """What of a method in a world is measured together."""
+
+    REFERENCE = "film and past of what all are compared with, which comes first in a world"
+    FILM = "film"
+    PAST = "past"
+    BLOCKS = "seconds a block"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """One method in one world.
@@ -45,12 +55,12 @@ class Task:
     Args:
         method: its name.
         seed: of the world.
-        timed: measure how long blocks take instead of how good they are.
+        part: what is measured.
     """
 
     method: str
     seed: int
-    timed: bool = False
+    part: Part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,20 +131,18 @@ class Stage:
 
     @torch.inference_mode()
     def __call__(self, task: Task) -> dict[str, Any]:
-        """What a method makes of one world, or its seconds a block; units are in the names.
-
-        The first task in a world is the reference's own, which writes its file.
-        """
+        """What a method makes of one world, or its seconds a block; units are in the names."""
         method = methods()[task.method]
-        if task.timed:
+        if task.part is Part.BLOCKS:
             return {"block_s": self._block_s(method, task.seed)}
-        row, film = self._film(method, task.seed)
-        if method.name == REFERENCE:
+        if task.part is Part.REFERENCE:
+            row, film = self._film(method, task.seed)
             self._make_reference(task.seed, film)
-        other = self._reference(task.seed)
-        row["film"] = self._by_second(film, other.film)
-        row["past"] = {str(moment): self._past_row(method, task.seed, moment) for moment in other.pasts}
-        return row
+            return row | self._film_row(task.seed, film) | self._past_row(method, task.seed)
+        if task.part is Part.PAST:
+            return self._past_row(method, task.seed)
+        row, film = self._film(method, task.seed)
+        return row | self._film_row(task.seed, film)
 
     # -- films from the prompt alone
 
@@ -161,18 +169,24 @@ class Stage:
         }
         return row, torch.cat(frames)[: round(self.seconds * spec.fps)]
 
-    def _by_second(self, film: Tensor, other: Tensor) -> dict[str, list[float]]:
-        curves = {name: self._compare(name, film, other) for name in COMPARE}
+    def _film_row(self, seed: int, film: Tensor) -> dict[str, Any]:
+        """By second, against bfloat16's."""
+        curves = {name: self._compare(name, film, self._reference(seed).film) for name in COMPARE}
         fps = self.models.spec.fps
-        return {name: [_mean(second) for second in curve.split(fps)] for name, curve in curves.items()}
+        return {"film": {name: [_mean(second) for second in curve.split(fps)] for name, curve in curves.items()}}
 
     # -- blocks behind a true past
 
-    def _past_row(self, method: Method, seed: int, moment: int) -> dict[str, float]:
-        bf16, truth = self._reference(seed).pasts[moment]
-        clip = bf16 if method.name == REFERENCE else self._past(method, seed, moment)
-        against = {"world": truth, "bf16": bf16}
-        return {f"{who}_{name}": _mean(self._compare(name, clip, against[who])) for who in against for name in COMPARE}
+    def _past_row(self, method: Method, seed: int) -> dict[str, Any]:
+        """By moment, against the world and bfloat16's."""
+        found = {}
+        for moment, (bf16, truth) in self._reference(seed).pasts.items():
+            clip = bf16 if method.name == REFERENCE else self._past(method, seed, moment)
+            against = {"world": truth, "bf16": bf16}
+            found[str(moment)] = {
+                f"{who}_{name}": _mean(self._compare(name, clip, against[who])) for who in against for name in COMPARE
+            }
+        return {"past": found}
 
     def _past(self, method: Method, seed: int, moment: int) -> Tensor:
         """The blocks generated from a true history, uint8 [N, Y, X, C] on the CPU."""

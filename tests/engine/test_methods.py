@@ -15,7 +15,7 @@ from longtake.engine.bench_methods import chosen, main
 from longtake.engine.config import HistoryPolicy
 from longtake.engine.forms import FormPolicy
 from longtake.engine.methods import methods
-from longtake.engine.methods_stage import Task
+from longtake.engine.methods_stage import Part, Task
 from longtake.engine.weights import read_spec
 from longtake.kernels.codec import BlockGeometry, codec_names
 from longtake.kernels.errors import ConfigError, WorkerError
@@ -81,20 +81,20 @@ class FakeStage:
         self.done.append(task)
         if task.method in self.broken:
             raise RuntimeError("no such kernel")
-        if task.timed:
+        if task.part is Part.BLOCKS:
             return {"block_s": [0.5, 0.25, 0.25, 0.25]}
         value = float(task.seed - FIRST_SEED)
         kept = 100 if task.method == "BF16" else 25
-        return {
+        film = {
             "encoded_bits": 4.0,
             "memory_bytes": {"weights": 1, "device_arena": kept - 1, "device_slot_tables": 1},
             "peak_bytes": 1000 + task.seed - FIRST_SEED,
             "minute_bytes": 2 * kept,
             "film": {"psnr_db": [value, value + 10, value + 20], "ssim": [0.5, 0.5, 0.5]},
-            "past": {
-                "2": {"world_psnr_db": value, "bf16_psnr_db": value, "world_ssim": 0.5, "bf16_ssim": 0.5},
-            },
         }
+        of_moment = {"world_psnr_db": value, "bf16_psnr_db": value, "world_ssim": 0.5, "bf16_ssim": 0.5}
+        past: dict[str, Any] = {"past": {"2": of_moment}}
+        return {Part.FILM: film, Part.PAST: past, Part.REFERENCE: film | past}[task.part]
 
 
 @pytest.fixture
@@ -124,11 +124,11 @@ def test_a_row_is_the_mean_over_worlds(tmp_path: Path, stage: FakeStage) -> None
     assert row["past"]["2"]["world_psnr_db"] == 1.5
     assert row["past"]["2"]["world_psnr_db_by_world"] == [0, 1, 2, 3]
     assert row["block_s"]["median"] == 0.25
-    assert [(task.method, task.seed - FIRST_SEED, task.timed) for task in stage.done] == [
-        *(("BF16", world, False) for world in range(4)),
-        *(("INT8", world, False) for world in range(4)),
-        ("BF16", 0, True),
-        ("INT8", 0, True),
+    assert [(task.method, task.seed - FIRST_SEED, task.part) for task in stage.done] == [
+        *(("BF16", world, Part.REFERENCE) for world in range(4)),
+        *(("INT8", world, part) for world in range(4) for part in (Part.FILM, Part.PAST)),
+        ("BF16", 0, Part.BLOCKS),
+        ("INT8", 0, Part.BLOCKS),
     ]
 
 
@@ -140,10 +140,16 @@ def test_a_method_that_fails_leaves_the_others_and_is_tried_again(tmp_path: Path
     written = json.loads(path.read_text())
     assert set(written["results"]) == {"BF16", "INT8"}
     assert written["config"]["failed"] == {"LT2": "RuntimeError: no such kernel"}
+    assert sum(task.method == "LT2" for task in stage.done) == 1, "nothing more of it is tried"
     stage.broken.clear()
     stage.done.clear()
     assert main([*arguments, "--processes", "1"]) == 0
-    assert [(task.method, task.timed) for task in stage.done] == [("BF16", False), ("LT2", False), ("LT2", True)]
+    assert [(task.method, task.part) for task in stage.done] == [
+        ("BF16", Part.REFERENCE),
+        ("LT2", Part.FILM),
+        ("LT2", Part.PAST),
+        ("LT2", Part.BLOCKS),
+    ]
     written = json.loads(path.read_text())
     assert list(written["results"]) == ["BF16", "INT8", "LT2"] and written["config"]["failed"] == {}
 
