@@ -5,10 +5,13 @@ a constant taken from all values is added to the output. So what is common to al
 of K, costs none of e4m3's three mantissa bits. The numbers come from a sample of the block's own tokens: the history is
 scaled by them too, with room for values eight times as large; beyond that they are clamped.
 
-A centre much smaller than its channel's values is left where it is: it would save no bit, and values that stand on a
-grid of their own (bfloat16's, a 4-bit codec's) would, moved by a constant, all be rounded a little more up or down.
-On Gaussian values that was an error of 0.001 of their spread in every channel's mean (int4's: 0.0003), which no number
-of keys averages out, against 0.00014 of 37,440 tokens' roundings.
+A centre is a multiple of what the last of bfloat16's bits is worth in its channel's largest value. Values that stand on
+bfloat16's grid then stay on it: some lie midway between two FP8 numbers and half of them are rounded up. Moved off it,
+all of those would go the same way: on Gaussian values an error of 0.001 of their spread in every channel's mean, which
+no number of keys averages out, against 0.00014 of 37,440 tokens' roundings.
+
+Small means are taken away too, though it saves no bit: a mean makes a tensor core's running sum over very many keys so
+large that what each key adds is cut off (flash3.py). Those that 512 tokens of mean 0 have by chance are left.
 
 Shape legend: T tokens, H heads, X rows of a scratch, D head dim.
 """
@@ -25,7 +28,9 @@ from longtake.kernels.grid import FP8_MAX, power_of_two_unit, to_fp8
 from longtake.kernels.head_dims import fits_kernels
 
 ROOM = 8.0
-LEAST_CENTRE = 0.125  # of a channel's largest value
+LEAST_CENTRE = 2.0**-5  # of a channel's largest value: a tenth of a Gaussian's spread
+CENTRE_BITS = 7  # as many as bfloat16 has after the first
+TINY = 1e-30  # largest value of a channel of zeros
 SAMPLED_TOKENS = 512
 
 
@@ -97,10 +102,19 @@ def calibrate_all(tensors: Sequence[Tensor], *, num_centred: int) -> tuple[Scali
     return tuple(calibrate_reference(x, centred=index < num_centred) for index, x in enumerate(tensors))
 
 
+def centre_step(largest: Tensor) -> Tensor:
+    """What a centre is a multiple of: the last bit of a channel's largest value in bfloat16."""
+    return torch.ldexp(torch.ones_like(largest), torch.frexp(largest.clamp(min=TINY))[1] - 1 - CENTRE_BITS)
+
+
 def calibrate_reference(x_THD: Tensor, *, centred: bool = True) -> Scaling:
     """The plain twin of `calibrate`."""
     sample = x_THD[:: sample_stride(x_THD.shape[0])].float()
-    mean_HD, none = sample.mean(0), torch.zeros_like(sample[0])
-    centre_HD = torch.where(mean_HD.abs() >= LEAST_CENTRE * sample.abs().amax(0), mean_HD, none) if centred else none
+    centre_HD = torch.zeros_like(sample[0])
+    if centred:
+        mean_HD, largest_HD = sample.mean(0), sample.abs().amax(0)
+        step_HD = centre_step(largest_HD)
+        rounded_HD = torch.floor(mean_HD / step_HD + 0.5) * step_HD
+        centre_HD = torch.where(mean_HD.abs() >= LEAST_CENTRE * largest_HD, rounded_HD, centre_HD)
     largest_H = (sample - centre_HD).abs().amax((0, 2))
     return Scaling(centre_HD=centre_HD, scale_H=power_of_two_unit(largest_H, FP8_MAX / ROOM))

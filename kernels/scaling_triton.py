@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longtake.kernels.grid import FP8_MAX
-from longtake.kernels.scaling import LEAST_CENTRE, ROOM, Rows, Scaling, sample_stride
+from longtake.kernels.scaling import CENTRE_BITS, LEAST_CENTRE, ROOM, TINY, Rows, Scaling, sample_stride
 
 CALIBRATE_ROWS, CALIBRATE_WARPS = 256, 16  # few programs, each bound by waiting for its loads: wide ones
 STORE_ROWS = 64
@@ -59,10 +59,12 @@ def emit(
 @triton.jit
 def calibrate_kernel(
     x, y, z, centre, scale, x_stride_t, x_stride_h, y_stride_t, y_stride_h, z_stride_t, z_stride_h, sampled, stride,
-    D: tl.constexpr, CENTRED: tl.constexpr, ROWS: tl.constexpr, TARGET: tl.constexpr, LEAST: tl.constexpr,
+    D: tl.constexpr, CENTRED: tl.constexpr, ROWS: tl.constexpr, TARGET: tl.constexpr,
+    LEAST: tl.constexpr, BITS: tl.constexpr, TINY: tl.constexpr,
 ):  # fmt: skip
-    """Of one head of x, y or z: mean of each channel (0 but for the first CENTRED tensors, and where it is less than
-    LEAST of the channel's largest), then the power of two that brings the largest distance from it to TARGET or below.
+    """Of one head of x, y or z: mean of each channel, to the next step of `scaling.centre_step` (0 but for the first
+    CENTRED tensors, and where it is less than LEAST of the channel's largest), then the power of two that brings the
+    largest distance from it to TARGET or below.
     """
     head, which = tl.program_id(0), tl.program_id(1)
     stride_t, stride_h = x_stride_t, x_stride_h
@@ -84,7 +86,9 @@ def calibrate_kernel(
             total += tile
             most = tl.maximum(most, tl.max(tl.abs(tile), 0))
         mean = tl.sum(total, 0) / sampled
-        mean = tl.where(tl.abs(mean) >= LEAST * most, mean, 0.0)
+        exponent = tl.maximum(most, TINY).to(tl.int32, bitcast=True) & 0x7F800000
+        step = exponent.to(tl.float32, bitcast=True) / (1 << BITS)
+        mean = tl.where(tl.abs(mean) >= LEAST * most, tl.floor(mean / step + 0.5) * step, 0.0)
     largest = tl.zeros((ROWS, D), tl.float32)
     for first in range(0, sampled, ROWS):
         row = first + tl.arange(0, ROWS)
@@ -149,8 +153,8 @@ def calibrate(tensors: Sequence[Tensor], num_centred: int) -> tuple[Scaling, ...
     calibrate_kernel[(num_heads, len(tensors))](
         x, y, z, centre, scale, x.stride(0), x.stride(1), y.stride(0), y.stride(1), z.stride(0), z.stride(1),
         triton.cdiv(tokens, stride), stride,
-        D=dim, CENTRED=num_centred, ROWS=CALIBRATE_ROWS, TARGET=FP8_MAX / ROOM, LEAST=LEAST_CENTRE,
-        num_warps=CALIBRATE_WARPS,
+        D=dim, CENTRED=num_centred, ROWS=CALIBRATE_ROWS, TARGET=FP8_MAX / ROOM,
+        LEAST=LEAST_CENTRE, BITS=CENTRE_BITS, TINY=TINY, num_warps=CALIBRATE_WARPS,
     )  # fmt: skip
     return tuple(Scaling(centre_HD=c, scale_H=s) for c, s in zip(centre, scale, strict=True))
 

@@ -11,7 +11,7 @@ import torch
 
 from longtake.kernels.attention import merge_reference
 from longtake.kernels.rotary import apply_rotary
-from longtake.kernels.scaling import calibrate_reference
+from longtake.kernels.scaling import calibrate_reference, centre_step
 from tests.kernels.twins import close, close_fp8, run_interpreted, structured, tables
 
 ATTENDED = [  # queries, keys, channels; steps of 128 keys: full ones and a part of one, full ones, a part
@@ -34,7 +34,9 @@ def check_scaling(tokens: int, dim: int, device: str, dtype: torch.dtype) -> Non
         assert len(found) == count
         for index, (got, tensor) in enumerate(zip(found, tensors, strict=False)):
             want = calibrate_reference(tensor, centred=index < num_centred)
-            torch.testing.assert_close(got.centre_HD, want.centre_HD, rtol=1e-5, atol=1e-5)
+            apart_HD = (got.centre_HD - want.centre_HD).abs()  # a mean midway between two steps may go either way
+            assert (apart_HD <= centre_step(tensor.float().abs().amax(0))).all()
+            assert (apart_HD > 0).float().mean() < 0.01
             assert torch.equal(got.scale_H, want.scale_H)
     for turned in (False, True):
         shapes = ((3, tokens + 16, dim), (3, dim, tokens + 16) if turned else (3, tokens + 16, dim))

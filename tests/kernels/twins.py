@@ -25,7 +25,7 @@ TOLERANCE = {
     "transform float32": (2**-10, "coefficients and cosines rounded to float16, 2^-12 each, summed over a tile"),
     "transform bfloat16": (ONE_ULP, "results that far apart often round to neighbours: one ulp of the largest"),
     "attention": (0.03, "queries and weights rounded to e4m3 relative to other maxima: 2^-4 each, averaged over keys"),
-    "attention interpreted": (0.05, "also the interpreter's roundings to e4m3, see above; 100 keys average less"),
+    "attention interpreted": (0.07, "also the interpreter's roundings to e4m3, see above; 100 keys average less"),
 }
 
 
