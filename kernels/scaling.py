@@ -10,8 +10,9 @@ bfloat16's grid then stay on it: some lie midway between two FP8 numbers and hal
 all of those would go the same way: on Gaussian values an error of 0.001 of their spread in every channel's mean, which
 no number of keys averages out, against 0.00014 of 37,440 tokens' roundings.
 
-Small means are taken away too, though it saves no bit: a mean makes a tensor core's running sum over very many keys so
-large that what each key adds is cut off (flash3.py). Those that 512 tokens of mean 0 have by chance are left.
+Smaller means are taken away too, though it saves no bit: a mean makes a tensor core's running sum over very many keys
+so large that what each key adds is cut off (flash3.py). Means that 512 tokens have by chance are left: taken from a
+history that has none, they would be such a mean.
 
 Shape legend: T tokens, H heads, X rows of a scratch, D head dim.
 """
@@ -28,7 +29,7 @@ from longtake.kernels.grid import FP8_MAX, power_of_two_unit, to_fp8
 from longtake.kernels.head_dims import fits_kernels
 
 ROOM = 8.0
-LEAST_CENTRE = 2.0**-5  # of a channel's largest value: a tenth of a Gaussian's spread
+LEAST_CENTRE = 2.0**-4  # of a channel's largest value: a fifth of a Gaussian's spread, four errors of the sample's mean
 CENTRE_BITS = 7  # as many as bfloat16 has after the first
 TINY = 1e-30  # largest value of a channel of zeros
 SAMPLED_TOKENS = 512

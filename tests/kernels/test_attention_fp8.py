@@ -71,7 +71,7 @@ def test_scaling_is_a_power_of_two_with_room_and_survives_zeros() -> None:
     assert torch.equal(unscaled(2, 64, CPU).load(stored), stored.float())
 
 
-@pytest.mark.parametrize("mean", [0.3, 3.0])
+@pytest.mark.parametrize("mean", [0.5, 3.0])
 def test_means_are_taken_away_and_no_rounding_is_common_to_all_tokens(mean: float) -> None:
     v = (torch.randn(37_440, 1, 64, generator=torch.Generator().manual_seed(0)) + mean).bfloat16().float()
     scaling = calibrate(v[:4680])
@@ -83,9 +83,8 @@ def test_means_are_taken_away_and_no_rounding_is_common_to_all_tokens(mean: floa
 
 def test_means_that_few_tokens_have_by_chance_are_left() -> None:
     v = torch.randn(4680, 1, 1024, generator=torch.Generator().manual_seed(0))
-    v[:, :, 7] += 0.3
-    centre_D = calibrate(v).centre_HD[0]
-    assert centre_D[7] != 0 and centre_D.count_nonzero() < 0.05 * 1024
+    v[:, :, 7] += 0.5
+    assert calibrate(v).centre_HD[0].nonzero().tolist() == [[7]]
 
 
 def test_calibration_of_several_is_that_of_each() -> None:

@@ -198,7 +198,7 @@ def test_the_real_one_sums_over_many_keys() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("mean", [0.0, 0.3])
+@pytest.mark.parametrize("mean", [0.0, 0.5])
 def test_over_many_keys_the_real_one_is_as_good_as_its_twin(mean: float) -> None:
     """Scaled by the last block's tokens, as a path does it."""
     device = torch.device("cuda")
@@ -216,7 +216,7 @@ def test_over_many_keys_the_real_one_is_as_good_as_its_twin(mean: float) -> None
     assert torch.equal(out, again) and torch.equal(lse, lse_again)
     twin, _ = attention_fp8.attend_reference(q, attention_fp8.Fp8Scratch(k_HXD=k8, v_HXD=v8), *scalings, 131_072)
     error, plain = ((x.float() - want).square().mean().sqrt() for x in (out, twin))
-    # the twin sums in float32, the tensor core keeps some 14 bits; a mean of 0.3 left in the values made it 50 times
+    # the twin sums in float32, the tensor core keeps some 14 bits; a mean left in the values would make it 50 times
     assert error < 4 * plain, f"{error} instead of {plain}"
 
 
