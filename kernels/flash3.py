@@ -7,21 +7,19 @@ et al., FlashAttention-3 (arXiv 2407.08608).
 
 Hopper's FP8 matrix products keep about 14 bits of a running sum and cut the rest off, so P.V over very many keys loses
 what each further key adds. FlashAttention-3 can split the keys and merge the splits in float32, so splits bound that
-sum, to about KEYS_PER_SPLIT keys (whole tiles of the package's). On an H200, 12 heads, 4,680 queries, relative error of
-the output for Gaussian and for structured inputs (benchmarks/results/splits_h200.json):
+sum, to about KEYS_PER_SPLIT keys (whole tiles of the package's). On an H200, 12 heads, 4,680 queries: time for
+structured inputs, relative error of the output for Gaussian and for structured ones
+(benchmarks/results/splits_h200.json):
 
     keys      1 split               2                     4                     8                     16
-    32,760    1.10 ms  .212 .060    1.03 ms  .148 .052    1.08 ms  .129 .048    1.14 ms  .125 .047
-    131,040   4.61 ms  1.288 .098   4.22 ms  .713 .080    4.27 ms  .405 .069    4.25 ms  .278 .061    4.45 ms  .239 .056
+    32,760    1.11 ms  .055 .060    1.04 ms  .055 .053    1.09 ms  .054 .049    1.14 ms  .054 .047    1.30 ms  .054 .047
+    131,040   4.42 ms  .055 .100    4.00 ms  .054 .082    4.15 ms  .054 .070    4.11 ms  .054 .062    4.29 ms  .054 .057
 
-Our own kernel, which adds each step in float32, had .124 .046 and .227 .051. With 3 heads over 32,760 keys, where one
-split fills the GPU evenly, 2 take 0.30 ms instead of 0.28, 4 take 0.31.
+Our own kernel, which adds each step in float32, has .054 .048 and .054 .052 (attention_h200.json). With 3 heads over
+32,760 keys, where one split fills the GPU evenly, 2 take 0.30 ms instead of 0.28, 4 take 0.31.
 
-Those values were centred about their sample's mean, which cost .12 and .22 of the Gaussian ones by itself (scaling.py
-says why, and what is done now). What is cut off depends on how far the mean of values is from 0: products and sums cut
-12 bits below the largest, on a CPU, give the table's 1.29, .71 and .28 as 1.22, .71 and .27, and for values whose mean
-was 0.3 of their spread, all of it left in, an error of 0.15 of the spread over 131,072 keys, 0.04 in 8 splits; with the
-mean taken away 0.006, and 0.0008 in 8 splits, where float32 sums have 0.0003.
+A mean of the values makes that sum large: a small one, wrongly taken from Gaussian values that had none, made their
+.055 over 131,040 keys .71, in 8 splits .11. scaling.py says which means are taken.
 
 Shape legend: H heads, T query tokens, X key tokens, D head dim, B batch (1).
 """
@@ -42,7 +40,7 @@ from longtake.kernels.scaling import Scaling
 
 _PACKAGES = ("flash_attn_3", "fa3_fwd")
 _HOPPER = (9, 0)
-KEYS_PER_SPLIT = 16384  # at most, in FP8: a quarter of what quantised keys and values cost anyway
+KEYS_PER_SPLIT = 16384  # at most, in FP8: sums then add no more than a fifth to what rounded keys and values cost
 _MOST_SPLITS = 256  # that the package takes
 
 
