@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from longtake.kernels.errors import ConfigError
 
 _MARKS = {"study": "o", "codecs": "s", "policies": "^"}
 _COLOURS = {"study": "tab:blue", "codecs": "tab:green", "policies": "tab:red"}
-_MOST_CURVES = 10
-_LABEL = (90, 9)  # width and height of a name, in pixels of the canvas
+_PLACES = (
+    (5, -2, "left"),
+    (-5, -2, "right"),
+    (0, 5, "center"),
+    (0, -9, "center"),
+)  # of a name, in points, and how it is set
 
 
 def draw(results: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Path]:
@@ -33,8 +38,24 @@ def draw(results: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Path]:
         raise ConfigError("plots need matplotlib: pip install matplotlib, or leave out --plots") from error
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
-    lossy = {name: row for name, row in results.items() if name != "BF16"}
-    return [_over_bits(lossy, folder), _over_time(lossy, folder), _peak_over_ratio(results, folder)]
+    return [_over_bits(results, folder), _over_time(results, folder), _peak_over_ratio(results, folder)]
+
+
+def lost_db(row: Mapping[str, Any], dense: Mapping[str, Any], moment: str) -> float:
+    """What a method loses of the world behind a true past, against bfloat16: the median over worlds, dB."""
+    worlds = [each["past"][moment]["world_psnr_db_by_world"] for each in (dense, row)]
+    found: float = median(bf16 - own for bf16, own in zip(*worlds, strict=True))
+    return found
+
+
+def front(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """The points than which none is both further left and higher, from left to right."""
+    best, names = float("-inf"), []
+    for name, (_, y) in sorted(points.items(), key=lambda item: (item[1][0], -item[1][1])):
+        if y > best:
+            best = y
+            names.append(name)
+    return names
 
 
 def _scatter(axis: Any, points: Mapping[str, tuple[float, float]], rows: Mapping[str, Mapping[str, Any]]) -> None:
@@ -48,27 +69,37 @@ def _scatter(axis: Any, points: Mapping[str, tuple[float, float]], rows: Mapping
     axis.legend(fontsize=8)
 
 
-def _label(axis: Any, points: Mapping[str, tuple[float, float]]) -> None:
-    """Names beside points, pushed up where they would lie on one another; the axis has its final size and limits."""
-    taken: list[tuple[float, float]] = []
-    for name, point in sorted(points.items(), key=lambda item: item[1][1]):
-        x, y = at = axis.transData.transform(point)
-        while any(abs(x - other_x) < _LABEL[0] and abs(y - other_y) < _LABEL[1] for other_x, other_y in taken):
-            y += 1
-        taken.append((x, y))
-        axis.annotate(name, point, fontsize=5.5, xytext=(5, y - at[1] + 2), textcoords="offset pixels")
+def _label(axis: Any, points: Mapping[str, tuple[float, float]], foremost: Sequence[str]) -> None:
+    """Names beside points, the foremost first; who finds no room has none. The axis has its final size and limits."""
+    from matplotlib.transforms import Bbox
+
+    renderer, frame = axis.figure.canvas.get_renderer(), axis.bbox
+    taken = [Bbox.from_bounds(x - 3, y - 3, 6, 6) for x, y in map(axis.transData.transform, points.values())]
+    taken.append(axis.get_legend().get_window_extent(renderer))
+    for name in sorted(points, key=lambda name: name not in foremost):
+        for x, y, align in _PLACES:
+            weight = "bold" if name in foremost else "normal"
+            style = {"fontsize": 6, "fontweight": weight, "textcoords": "offset points", "ha": align}
+            text = axis.annotate(name, points[name], xytext=(x, y), **style)
+            box = text.get_window_extent(renderer)
+            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+            if inside and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            text.remove()
 
 
-def _over_bits(rows: Mapping[str, Mapping[str, Any]], folder: Path) -> Path:
+def _over_bits(results: Mapping[str, Mapping[str, Any]], folder: Path) -> Path:
     from matplotlib import pyplot
 
+    dense, rows = results["BF16"], _lossy(results)
     moments = list(next(iter(rows.values()))["past"])
     last = moments[-1]
     panels: list[tuple[str, Callable[[Any], float]]] = [
         (f"film, second {moments[0]}, against BF16", lambda row: row["film"]["at"][moments[0]]["psnr_db"]),
         (f"film, second {last}, against BF16", lambda row: row["film"]["at"][last]["psnr_db"]),
         (f"behind a true past of {last} s, against BF16", lambda row: row["past"][last]["bf16_psnr_db"]),
-        (f"behind a true past of {last} s, against the world", lambda row: row["past"][last]["world_psnr_db"]),
+        (f"behind a true past of {last} s, against the world, of BF16's", lambda row: -lost_db(row, dense, last)),
     ]
     figure, axes = pyplot.subplots(2, 2, figsize=(15, 11), sharex=True, layout="constrained")
     labels = []
@@ -81,16 +112,16 @@ def _over_bits(rows: Mapping[str, Mapping[str, Any]], folder: Path) -> Path:
         axis.minorticks_off()
     figure.canvas.draw()
     for axis, points in labels:
-        _label(axis, points)
+        _label(axis, points, front(points))
     return _save(figure, folder / "methods_quality_over_bits.png")
 
 
-def _over_time(rows: Mapping[str, Mapping[str, Any]], folder: Path) -> Path:
+def _over_time(results: Mapping[str, Mapping[str, Any]], folder: Path) -> Path:
     from matplotlib import pyplot
 
-    order = sorted(rows, key=lambda name: -rows[name]["film"]["by_second"]["psnr_db"][-1])
-    step = max(1, -(-len(order) // _MOST_CURVES))
-    shown = order[::step]
+    rows = _lossy(results)
+    last = list(next(iter(rows.values()))["past"])[-1]
+    shown = front({name: (row["bits"], row["past"][last]["bf16_psnr_db"]) for name, row in rows.items()})
     figure, axes = pyplot.subplots(1, 2, figsize=(14, 5), layout="constrained")
     for axis, (name, unit) in zip(axes, (("psnr_db", "PSNR, dB"), ("ssim", "SSIM")), strict=True):
         for method in shown:
@@ -112,8 +143,12 @@ def _peak_over_ratio(rows: Mapping[str, Mapping[str, Any]], folder: Path) -> Pat
     _scatter(axis, points, rows)
     axis.set(xlabel="ratio: bytes of BF16's history over this one's", ylabel="peak memory, MiB")
     figure.canvas.draw()
-    _label(axis, points)
+    _label(axis, points, front({name: (-ratio, -peak) for name, (ratio, peak) in points.items()}))
     return _save(figure, folder / "methods_peak_over_ratio.png")
+
+
+def _lossy(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    return {name: row for name, row in results.items() if name != "BF16"}
 
 
 def _save(figure: Any, path: Path) -> Path:

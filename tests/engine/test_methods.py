@@ -179,6 +179,15 @@ def test_without_the_reference_there_is_no_map(tmp_path: Path, stage: FakeStage)
         main(["--json", str(tmp_path / "methods.json"), "--methods", "INT8", "--device", "cpu"])
 
 
+def test_a_loss_is_the_median_of_worlds_and_the_front_has_no_better_with_fewer_bits() -> None:
+    dense, own = (
+        {"past": {"2": {"world_psnr_db_by_world": worlds}}} for worlds in ([32.0, 24.0, 33.0], [31.0, 29.0, 30.0])
+    )
+    assert methods_plots.lost_db(own, dense, "2") == 1.0
+    points = {"fewest": (1.0, 20.0), "worse": (2.0, 19.0), "better": (2.0, 25.0), "most": (9.0, 24.0)}
+    assert methods_plots.front(points) == ["fewest", "better"]
+
+
 def test_plots(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     row = {
@@ -189,7 +198,7 @@ def test_plots(tmp_path: Path) -> None:
             "at": {"2": {"psnr_db": 30.0, "ssim": 0.9}},
             "by_second": {"psnr_db": [31.0, 30.0], "ssim": [0.9, 0.9]},
         },
-        "past": {"2": {"bf16_psnr_db": 40.0, "world_psnr_db": 25.0}},
+        "past": {"2": {"bf16_psnr_db": 40.0, "world_psnr_db_by_world": [25.0]}},
     }
     results = {"BF16": {**row, "group": "study"}, "LT2": {**row, "group": "codecs"}, "A": {**row, "group": "policies"}}
     paths = methods_plots.draw(results, tmp_path / "plots")
