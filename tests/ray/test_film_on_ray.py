@@ -85,13 +85,20 @@ def test_a_gang_of_two_shards_its_shots(following: Callable[..., Following], fil
     assert run.shot("a")["num_starts"] == 2
 
 
-def test_what_is_exported(following: Callable[..., Following], film_of: Callable[..., Path]) -> None:
+def test_what_is_exported(
+    following: Callable[..., Following], film_of: Callable[..., Path], local_cluster: str
+) -> None:
     import ray
+    from ray.job_submission import JobSubmissionClient
 
     from longtake.jobs.board import board_metrics
 
     run = following(film_of("measured", shots=(("a", 40, None), ("b", 4, "a")), title="Measured"))
     run.wait_blocks("a", 4)
+    dashboard: Any = JobSubmissionClient(local_cluster)
+    runs = dashboard._do_request("GET", "/api/train/v2/runs/v1").json()["train_runs"]
+    gangs = [gang for gang in runs if gang["name"].startswith("gang-cpu-1-") and gang["status"] == "RUNNING"]
+    assert [worker["status"] for gang in gangs for worker in gang["attempts"][-1]["workers"]] == ["ALIVE"]
     assert cli.run(["pause", str(run.out)]) == 0
     wait_for(lambda: run.shot("a")["state"] == "PAUSED")
     shot = run.shot("a")
