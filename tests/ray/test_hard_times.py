@@ -22,6 +22,13 @@ pytestmark = pytest.mark.ray
 WORKERS = ("ray::RayTrainWorker", "ray::_RayTrainWorker")
 
 
+@pytest.fixture
+def budgets_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A budget that holds nothing is found out by the shot, as what nobody thought of is."""
+    monkeypatch.setattr("longtake.jobs.driver.check_budgets", lambda *_: None)
+
+
+@pytest.mark.usefixtures("budgets_unchecked")
 def test_a_shot_that_fails_the_same_way_stops_costing(
     following: Callable[..., Following], film_of: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -39,6 +46,7 @@ def test_a_shot_that_fails_the_same_way_stops_costing(
     assert capsys.readouterr().out.count("failed: CapacityError") == 3
 
 
+@pytest.mark.usefixtures("budgets_unchecked")
 def test_a_shot_that_gets_nowhere_is_dead_after_so_many_tries(
     following: Callable[..., Following], film_of: Callable[..., Path]
 ) -> None:
