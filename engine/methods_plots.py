@@ -11,12 +11,7 @@ from longtake.kernels.errors import ConfigError
 
 _MARKS = {"study": "o", "codecs": "s", "policies": "^"}
 _COLOURS = {"study": "tab:blue", "codecs": "tab:green", "policies": "tab:red"}
-_PLACES = (
-    (5, -2, "left"),
-    (-5, -2, "right"),
-    (0, 5, "center"),
-    (0, -9, "center"),
-)  # of a name, in points, and how it is set
+_PLACES = ((5, -2, "left"), (-5, -2, "right"), (0, 5, "center"), (0, -9, "center"))  # of a name: x, y in points
 
 
 def draw(results: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Path]:
