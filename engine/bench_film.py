@@ -37,6 +37,7 @@ from longtake.engine.ledger import read_ledger, reset_peak
 from longtake.engine.mesh import ALONE, open_mesh, parse_mesh
 from longtake.engine.rollout import Rollout
 from longtake.engine.shotcache import open_cache
+from longtake.engine.streams import going_first
 from longtake.engine.timing import await_device
 from longtake.engine.vae import StreamingDecoder
 from longtake.engine.vae_fast import make_fast
@@ -251,7 +252,8 @@ def main(arguments: list[str]) -> int:
             if gang.leads:
                 record.write(options.json, "film", config, [{"num_ranks": gang.size, "result": result}])
 
-        result = run_film(case, gang, options.blocks, not options.plain_vae, options.rounds, failed, save)
+        with going_first(torch.device(gang.device(case.device))):
+            result = run_film(case, gang, options.blocks, not options.plain_vae, options.rounds, failed, save)
         save(result)
         if "frames_a_second" in result:
             print(f"{case.geometry} {case.mesh}: {result['frames_a_second']['median']:.1f} frames a second", flush=True)

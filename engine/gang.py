@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -371,6 +372,7 @@ def join(timeout_s: float = TIMEOUT_S, heartbeat_s: float = HEARTBEAT_S, lost_af
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(here.local_rank % torch.cuda.device_count())
+    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")  # as the rollout that waits for it: streams.py
     if not dist.is_initialized():
         dist.init_process_group(group_backend(on_gpu=cuda), timeout=datetime.timedelta(seconds=timeout_s))
     gang = Gang(here.rank, here.size, here.local_rank, timeout_s)

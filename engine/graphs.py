@@ -46,7 +46,8 @@ Recorder = Callable[[Callable[[], Tensor], Recording | None], Recording]
 
 
 class CudaRecording:
-    """A CUDA graph. Made on a stream of its own; nothing of it runs before the first replay.
+    """A CUDA graph. Made on a stream of its own, as urgent as the current one; nothing of it runs before the first
+    replay.
 
     Args:
         run: what to record; it ran before, so that all is compiled and warm.
@@ -60,7 +61,9 @@ class CudaRecording:
         self._graph = torch.cuda.CUDAGraph()
         pool = beside._graph.pool() if isinstance(beside, CudaRecording) else None
         # other threads may use CUDA meanwhile, though the rollout lets them finish before
-        with _own_workspaces(), torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+        stream = torch.cuda.Stream(priority=torch.cuda.current_stream().priority)
+        recording = torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+        with _own_workspaces(), recording:
             self._out = run()
 
     @property

@@ -24,7 +24,8 @@ class Ledger:
 
     Args:
         bytes_by_name: what is named.
-        peak_bytes: the most that was given out at once since `reset_peak`, the pool of recorded passes included.
+        peak_bytes: the most that was given out at once since `reset_peak`, the pool of recorded passes and
+            the exchange's buffers included.
         peak_reserved_bytes: the most that the allocator took from the device.
     """
 
@@ -58,6 +59,7 @@ def read_ledger(rollout: Rollout, others: dict[str, int] | None = None) -> Ledge
     peak = torch.cuda.max_memory_allocated(device)
     between = peak - torch.cuda.memory_allocated(device)
     pool = rollout.passes.pool_bytes  # the allocator holds it and counts it as free
+    beside = rollout.model.exchange_bytes  # not of the allocator
     named = {name: size for name, size in rollout.memory().items() if not name.startswith("host")} | (others or {})
     named["recorded_passes"] -= pool
     own_tokens = rollout.timeline.max_own_blocks * rollout.shot.tokens_per_block
@@ -67,7 +69,7 @@ def read_ledger(rollout: Rollout, others: dict[str, int] | None = None) -> Ledge
     named["workspaces"] = release_workspaces(device)
     return Ledger(
         bytes_by_name=named,
-        peak_bytes=peak + pool,
+        peak_bytes=peak + pool + beside,
         peak_reserved_bytes=torch.cuda.max_memory_reserved(device),
     )
 

@@ -305,6 +305,11 @@ class CausalWan(nn.Module):
         """The heads that ``attend`` is given; all of them unless the model is sharded."""
         return range(self.config.num_heads)
 
+    @property
+    def exchange_bytes(self) -> int:
+        """Device memory, not the caching allocator's, that other ranks write into; none unless the model is sharded."""
+        return 0
+
     def sum_ranks(self, x: Tensor) -> Tensor:
         """The sum of what each rank computed from its heads, the same on all; ``x`` unless the model is sharded."""
         return x

@@ -16,6 +16,7 @@ class Place:
         address: where rank 0 is.
         mesh: axes that the user asked for, like ``tp=2,sp=2``; empty: none.
         graphs: whether passes are recorded as CUDA graphs.
+        peer_memory: whether GPUs may write into each other's memory.
     """
 
     rank: int = 0
@@ -25,6 +26,7 @@ class Place:
     address: str = "127.0.0.1"
     mesh: str = ""
     graphs: bool = False
+    peer_memory: bool = True
 
     @property
     def is_one_of_many(self) -> bool:
@@ -37,6 +39,7 @@ def place() -> Place:
 
     The mesh is ``LONGTAKE_MESH``'s. ``LONGTAKE_GRAPHS`` 1 or 0 records passes as CUDA graphs or does not; unless it
     says so, they are where several processes share a shot: one GPU alone is slower than its host is.
+    ``LONGTAKE_PEER_MEMORY`` 0 keeps to collectives.
     """
     environment = os.environ
     rank, size = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
@@ -48,4 +51,5 @@ def place() -> Place:
         address=environment.get("MASTER_ADDR", "127.0.0.1"),
         mesh=environment.get("LONGTAKE_MESH", ""),
         graphs=environment.get("LONGTAKE_GRAPHS", str(int(size > 1))) != "0",
+        peer_memory=environment.get("LONGTAKE_PEER_MEMORY", "1") != "0",
     )

@@ -167,8 +167,8 @@ class Rollout:
         return clean
 
     def memory(self) -> dict[str, int]:
-        """Bytes by name: weights, scratch, text context, latents that may be committed anew, recorded passes, and the
-        cache's own."""
+        """Bytes by name: weights, scratch, text context, latents that may be committed anew, recorded passes, what
+        other ranks write into, and the cache's own."""
         return {
             "weights": sum(p.numel() * p.element_size() for p in self.model.parameters()),
             "scratch": self.path.num_bytes,
@@ -176,6 +176,7 @@ class Rollout:
             "retrieval_summaries": self._retrieval.num_bytes,
             "recent_latents": sum(latents.nbytes for latents in self._recent.values()),
             "recorded_passes": self.passes.num_bytes,
+            "exchange_buffers": self.model.exchange_bytes,
             **self.cache.memory(),
         }
 

@@ -28,6 +28,7 @@ from longtake.engine.rollout import Prefix, Rollout
 from longtake.engine.shotcache import open_cache
 from longtake.engine.shotfolder import METRICS_NAME, WINDOW_NAME, ShotFolder, shot_latents
 from longtake.engine.start import clip_latents, last_frame_latents, picture_latents, write_guide
+from longtake.engine.streams import going_first
 from longtake.engine.text import TextEncoder
 from longtake.engine.timing import NO_TIMER, StageClock
 from longtake.engine.vae import StreamingDecoder, StreamingEncoder, load_vae, receptive_latents
@@ -119,7 +120,8 @@ class ShotRenderer:
         gang, num_heads = self._gang, shot.model.transformer.num_heads
         device = parse_device(gang.device(device_name))
         heads = gang.mesh_shape(num_heads).heads(gang.rank, num_heads)
-        with ShotFolder(shot, folder, gang, heads) if gang.leads else RankFolder(shot, folder, gang, heads) as files:
+        opened = ShotFolder(shot, folder, gang, heads) if gang.leads else RankFolder(shot, folder, gang, heads)
+        with going_first(device), opened as files:
             if gang.lead(lambda: files.finished):
                 if shot.cache.keep is Keep.NEEDED:
                     for run in files.runs:

@@ -35,6 +35,7 @@ from longtake.engine.model import (
     GELUProjection,
     TextContext,
 )
+from longtake.engine.peer_exchange import PeerExchange, open_exchange
 from longtake.engine.timing import NO_TIMER, StageTimer
 from longtake.engine.ulysses import HeadExchange, TokenLayout
 
@@ -188,6 +189,7 @@ class ShardedWan(CausalWan):
         self.mesh = mesh
         self.timer: StageTimer = NO_TIMER
         self._compiled = False
+        self._exchanges: dict[TokenLayout, PeerExchange | None] = {}
         self._ffn = _hidden(config.ffn_dim, mesh.tp)
         self._weight_heads = mesh.shape.weight_heads(mesh.rank, config.num_heads)
         if mesh.tp.size == 1:
@@ -238,8 +240,20 @@ class ShardedWan(CausalWan):
         patch_f, patch_y, patch_x = self.config.patch_size
         _, _, frames, rows, columns = latents_BCFYX.shape
         layout = self._layout(frames // patch_f, (rows // patch_y) * (columns // patch_x))
-        exchanged = HeadExchange(self.mesh, layout, self.timer, compiled=self._compiled).around(attend)
-        return super().forward(latents_BCFYX, timesteps_BF, context, exchanged)
+        peers = self._open_exchange(layout, latents_BCFYX.dtype, latents_BCFYX.device)
+        exchange = HeadExchange(self.mesh, layout, self.timer, compiled=self._compiled, peers=peers)
+        return super().forward(latents_BCFYX, timesteps_BF, context, exchange.around(attend))
+
+    @property
+    def exchange_bytes(self) -> int:
+        """Device memory of buffers that other ranks write into; not the caching allocator's."""
+        return sum(one.num_bytes for one in self._exchanges.values() if one is not None)
+
+    def _open_exchange(self, layout: TokenLayout, dtype: torch.dtype, device: torch.device) -> PeerExchange | None:
+        if layout not in self._exchanges:
+            num_heads, head_dim = len(self._weight_heads), self.config.head_dim
+            self._exchanges[layout] = open_exchange(self.mesh.sp, layout, num_heads, head_dim, dtype, device)
+        return self._exchanges[layout]
 
     def take_share(self, x_BTM: Tensor, num_frames: int) -> Tensor:
         layout = self._layout(num_frames, x_BTM.shape[1] // num_frames)

@@ -6,7 +6,8 @@ Two exchanges a layer: q, k, v of all heads of a share become those of some head
 
     [share of tokens, all heads] -- all-to-all --> [all tokens, own heads] -- attend, all-to-all --> [share, all heads]
 
-Why torch's all-to-all and not DeepSpeed's DistributedAttention: docs/decisions/0010.
+GPUs of one machine store into each other's memory (peer_exchange.py), others use all-to-all. Why torch's and not
+DeepSpeed's DistributedAttention: docs/decisions/0010.
 
 Shape legend: B batch (1), F latent frames, S tokens of a latent frame, s those of a share, t = F*s, T = F*S, M width,
 H heads before the exchange, h = H/n after it, D head dim, n ranks along sp, m ranks along tp that split tokens too.
@@ -18,7 +19,8 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,6 +30,9 @@ from longtake.engine.compiling import compile_function
 from longtake.engine.mesh import Axis, Mesh, MeshShape
 from longtake.engine.model import Attend
 from longtake.engine.timing import NO_TIMER, StageTimer
+
+if TYPE_CHECKING:
+    from longtake.engine.peer_exchange import PeerExchange
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,14 +106,24 @@ class HeadExchange:
         layout: of the block's tokens.
         timer: where time goes, for benchmarks.
         compiled: fuse what reorders tokens before and after a collective, as the layers are compiled.
+        peers: exchange through it; None: by collectives.
     """
 
     def __init__(
-        self, mesh: Mesh, layout: TokenLayout, timer: StageTimer = NO_TIMER, *, compiled: bool = False
+        self,
+        mesh: Mesh,
+        layout: TokenLayout,
+        timer: StageTimer = NO_TIMER,
+        *,
+        compiled: bool = False,
+        peers: PeerExchange | None = None,
     ) -> None:
-        self._axis, self._layout, self._timer = mesh.sp, layout, timer
-        self._to_heads = _compiled(to_heads) if compiled else to_heads
-        self._to_tokens = _compiled(to_tokens) if compiled else to_tokens
+        self._layout, self._timer = layout, timer
+        if peers is not None:
+            self._to_heads, self._to_tokens = peers.to_heads, peers.to_tokens
+            return
+        self._to_heads = partial(_compiled(to_heads) if compiled else to_heads, axis=mesh.sp, layout=layout)
+        self._to_tokens = partial(_compiled(to_tokens) if compiled else to_tokens, axis=mesh.sp, layout=layout)
 
     @property
     def idle(self) -> bool:
@@ -122,10 +137,10 @@ class HeadExchange:
 
         def exchanged(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with self._timer("exchange"):
-                inside = self._to_heads(q, k, v, self._axis, self._layout)
+                inside = self._to_heads(q, k, v)
             out = attend(layer, *inside)
             with self._timer("exchange"):
-                return self._to_tokens(out, self._axis, self._layout)
+                return self._to_tokens(out)
 
         return exchanged
 

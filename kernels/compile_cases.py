@@ -17,6 +17,7 @@ from longtake.kernels import (
     attention_fp8_triton,
     attention_triton,
     dense_triton,
+    exchange_triton,
     fp8_rows_triton,
     lt2_triton,
     norm_silu_triton,
@@ -58,6 +59,7 @@ UNALIGNED = (
     "height",
     "width",
     "num_pixels",
+    "rank",
     "frames",
     "sampled",
     "stride",
@@ -277,7 +279,7 @@ def fp8_cases() -> Iterator[Case]:
                 types={**dict.fromkeys("xyz", "*bf16"), "centre": "*fp32", "scale": "*fp32", "sampled": "i32",
                        **sides("xyz", "stride_t", "stride_h"), "stride": "i32"},
                 constants={"D": dim, "CENTRED": centred, "ROWS": scaling_triton.CALIBRATE_ROWS, "TARGET": 56.0,
-                           "LEAST": 2.0**-4, "BITS": 7, "TINY": 1e-30},
+                           "LEAST": 2.0**-4, "BITS": 7, "TINY": 1e-30, "STAGES": scaling_triton.CALIBRATE_STAGES},
                 options={"num_warps": scaling_triton.CALIBRATE_WARPS},
             )  # fmt: skip
         for turned in (False, True):
@@ -303,7 +305,16 @@ def fp8_cases() -> Iterator[Case]:
 
 
 def other_cases() -> Iterator[Case]:
-    """What lies between the VAE's convolutions, at Wan's widths, and mini's norms."""
+    """What lies between the VAE's convolutions, at Wan's widths, and mini's norms; stores into other ranks' memory."""
+    for kernel, given in ((exchange_triton.to_heads_kernel, "qkv"), (exchange_triton.to_tokens_kernel, ("out",))):
+        yield Case(
+            name=kernel.__name__.removesuffix("_kernel").replace("_", " "),
+            kernel=kernel,
+            types={**dict.fromkeys(given, "*bf16"), "buffers": "*i64", "rank": "i32", "stride_t": "i32",
+                   "stride_h": "i32"},
+            constants={"m": 1, "F": 3, "S": 1560, "s": 390, "h": 3, "D": 128, "ROWS": exchange_triton.ROWS},
+            options={"num_warps": exchange_triton.WARPS},
+        )  # fmt: skip
     for channels in (24, 36, 32, 48):
         padded, rows = vae_layers_triton.tile(channels)
         yield Case(

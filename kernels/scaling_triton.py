@@ -18,7 +18,7 @@ from torch import Tensor
 from longtake.kernels.grid import FP8_MAX
 from longtake.kernels.scaling import CENTRE_BITS, LEAST_CENTRE, ROOM, TINY, Rows, Scaling, sample_stride
 
-CALIBRATE_ROWS, CALIBRATE_WARPS = 256, 16  # few programs, each bound by waiting for its loads: wide ones
+CALIBRATE_ROWS, CALIBRATE_WARPS, CALIBRATE_STAGES = 64, 16, 4  # few programs, each bound by waiting for its loads
 STORE_ROWS = 64
 
 
@@ -60,7 +60,7 @@ def emit(
 def calibrate_kernel(
     x, y, z, centre, scale, x_stride_t, x_stride_h, y_stride_t, y_stride_h, z_stride_t, z_stride_h, sampled, stride,
     D: tl.constexpr, CENTRED: tl.constexpr, ROWS: tl.constexpr, TARGET: tl.constexpr,
-    LEAST: tl.constexpr, BITS: tl.constexpr, TINY: tl.constexpr,
+    LEAST: tl.constexpr, BITS: tl.constexpr, TINY: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Of one head of x, y or z: mean of each channel, to the next step of `scaling.centre_step` (0 but for the first
     CENTRED tensors, and where it is less than LEAST of the channel's largest), then the power of two that brings the
@@ -75,28 +75,26 @@ def calibrate_kernel(
         x = z
         stride_t, stride_h = z_stride_t, z_stride_h
     column = tl.arange(0, D)[None, :]
-    mean = tl.zeros((D,), tl.float32)
-    most = tl.zeros((D,), tl.float32)
-    if which < CENTRED:
-        total = tl.zeros((ROWS, D), tl.float32)
-        for first in range(0, sampled, ROWS):
-            row = first + tl.arange(0, ROWS)
-            place = x + (row * stride).to(tl.int64)[:, None] * stride_t + head * stride_h + column
-            tile = tl.load(place, mask=(row < sampled)[:, None], other=0.0).to(tl.float32)
-            total += tile
-            most = tl.maximum(most, tl.max(tl.abs(tile), 0))
-        mean = tl.sum(total, 0) / sampled
-        exponent = tl.maximum(most, TINY).to(tl.int32, bitcast=True) & 0x7F800000
-        step = exponent.to(tl.float32, bitcast=True) / (1 << BITS)
-        mean = tl.where(tl.abs(mean) >= LEAST * most, tl.floor(mean / step + 0.5) * step, 0.0)
-    largest = tl.zeros((ROWS, D), tl.float32)
-    for first in range(0, sampled, ROWS):
+    total = tl.zeros((ROWS, D), tl.float32)
+    least = tl.full((ROWS, D), float("inf"), tl.float32)
+    most = tl.full((ROWS, D), float("-inf"), tl.float32)
+    for first in tl.range(0, sampled, ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)
         live = (row < sampled)[:, None]
         place = x + (row * stride).to(tl.int64)[:, None] * stride_t + head * stride_h + column
-        far = tl.abs(tl.load(place, mask=live, other=0.0).to(tl.float32) - mean[None, :])
-        largest = tl.maximum(largest, tl.where(live, far, 0.0))
-    top = tl.max(tl.max(largest, 1), 0)
+        tile = tl.load(place, mask=live, other=0.0).to(tl.float32)
+        total += tile
+        least = tl.minimum(least, tl.where(live, tile, float("inf")))
+        most = tl.maximum(most, tl.where(live, tile, float("-inf")))
+    low, high = tl.min(least, 0), tl.max(most, 0)
+    mean = tl.zeros((D,), tl.float32)
+    if which < CENTRED:
+        mean = tl.sum(total, 0) / sampled
+        largest = tl.maximum(-low, high)
+        exponent = tl.maximum(largest, TINY).to(tl.int32, bitcast=True) & 0x7F800000
+        step = exponent.to(tl.float32, bitcast=True) / (1 << BITS)
+        mean = tl.where(tl.abs(mean) >= LEAST * largest, tl.floor(mean / step + 0.5) * step, 0.0)
+    top = tl.max(tl.maximum(high - mean, mean - low), 0)  # the farthest is the least or the most
     exponent = tl.ceil(tl.math.log2(tl.where(top > 0, top, TARGET) / TARGET))
     line = which * tl.num_programs(0) + head
     tl.store(scale + line, tl.math.exp2(tl.minimum(tl.maximum(exponent, -120.0), 120.0)))
@@ -154,7 +152,7 @@ def calibrate(tensors: Sequence[Tensor], num_centred: int) -> tuple[Scaling, ...
         x, y, z, centre, scale, x.stride(0), x.stride(1), y.stride(0), y.stride(1), z.stride(0), z.stride(1),
         triton.cdiv(tokens, stride), stride,
         D=dim, CENTRED=num_centred, ROWS=CALIBRATE_ROWS, TARGET=FP8_MAX / ROOM,
-        LEAST=LEAST_CENTRE, BITS=CENTRE_BITS, TINY=TINY, num_warps=CALIBRATE_WARPS,
+        LEAST=LEAST_CENTRE, BITS=CENTRE_BITS, TINY=TINY, STAGES=CALIBRATE_STAGES, num_warps=CALIBRATE_WARPS,
     )  # fmt: skip
     return tuple(Scaling(centre_HD=c, scale_H=s) for c, s in zip(centre, scale, strict=True))
 

@@ -17,6 +17,7 @@ from longtake.engine.gang import join
 from longtake.engine.gang_failure import GangError
 from longtake.engine.mesh import open_mesh, parse_mesh
 from longtake.engine.model import CausalWan
+from longtake.engine.place import place
 from longtake.engine.random_model import write_random_model
 from longtake.engine.shot import ShotRenderer
 from longtake.engine.tensor_parallel import ShardedWan
@@ -61,6 +62,16 @@ def flow(model: CausalWan, device: torch.device) -> Tensor:
     return result.float().cpu()
 
 
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_stores_into_other_ranks_give_what_collectives_give(num_ranks: int) -> None:
+    need(num_ranks)
+    by_stores, by_collectives = (
+        run_ranks(on_every_mesh, num_ranks, MESHES[num_ranks], True, LONGTAKE_PEER_MEMORY=wanted) for wanted in "10"
+    )
+    for index, text in enumerate(MESHES[num_ranks]):
+        assert (by_stores[0][index] == by_collectives[0][index]).all(), text
+
+
 def on_every_mesh(rank: int, meshes: tuple[str, ...], compiled: bool) -> list[Any]:
     with join() as gang:
         device, found = torch.device(gang.device("cuda")), []
@@ -73,6 +84,8 @@ def on_every_mesh(rank: int, meshes: tuple[str, ...], compiled: bool) -> list[An
             if compiled:
                 model.compile_layers()
             found.append(flow(model, device).numpy())
+            stores = model.mesh.sp.size > 1 and place().peer_memory
+            assert (model.exchange_bytes > 0) == stores, "how ranks exchange"
         gang.any(False)
         return found
 
