@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from longtake.engine.model import Block, CausalWan, GELUProjection
+from longtake.engine.model import Block, CausalWan, GELUProjection, Rows
 from longtake.engine.tensor_parallel import RowLinear
-from longtake.kernels.fp8_rows import gelu_round_rows, round_rows
+from longtake.kernels.fp8_rows import Rounded, gelu_round_rows, round_rows
 
 _FP8_CAPABILITY = (8, 9)
 
@@ -37,18 +37,21 @@ class Fp8Linear(nn.Module):
             self.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
         self._round = gelu_round_rows if gelu else round_rows
         self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.dtype = linear.weight.dtype
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., I] to [..., O] in the type of ``x``."""
-        x_RI, scale_R1 = self._round(x.reshape(-1, self.in_features))
-        if has_fp8(x.device) and x.dtype == torch.bfloat16:
+    def forward(self, x: Rows) -> Tensor:
+        """[..., I] to [..., O], in the type of the layer it was made from."""
+        if isinstance(x, Tensor):
+            x = Rounded(*(one.unflatten(0, x.shape[:-1]) for one in self._round(x.reshape(-1, self.in_features))))
+        x_RI, scale_R1 = x.rows.reshape(-1, self.in_features), x.scale.reshape(-1, 1)
+        if has_fp8(x_RI.device) and self.dtype == torch.bfloat16:
             out_RO = torch._scaled_mm(
-                x_RI, self.weight.t(), scale_a=scale_R1, scale_b=self.scale.t(), bias=self.bias, out_dtype=x.dtype
+                x_RI, self.weight.t(), scale_a=scale_R1, scale_b=self.scale.t(), bias=self.bias, out_dtype=self.dtype
             )
         else:
             out_RO = (x_RI.float() @ self.weight.float().t()) * scale_R1 * self.scale.t()
-            out_RO = (out_RO if self.bias is None else out_RO + self.bias.float()).to(x.dtype)
-        out: Tensor = out_RO.unflatten(0, x.shape[:-1])
+            out_RO = (out_RO if self.bias is None else out_RO + self.bias.float()).to(self.dtype)
+        out: Tensor = out_RO.unflatten(0, x.rows.shape[:-1])
         return out
 
 
@@ -61,7 +64,7 @@ class Fp8RowLinear(Fp8Linear):
         if not self.joint.first:
             self.bias = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Rows) -> Tensor:
         return self.joint.sum(super().forward(x))
 
 
@@ -78,13 +81,14 @@ def is_fp8(model: CausalWan) -> bool:
 def quantise_linears(model: CausalWan) -> CausalWan:
     """Replace the linear layers of all blocks, one after the other, in place; what is outside of blocks stays.
 
-    The feed-forward's second one takes over the GELU before it.
+    The feed-forward's second one takes over the GELU before it, and norms round what the others take.
     """
     for block in model.blocks:
         assert isinstance(block, Block)
         first, net = block.ffn.net[0], block.ffn.net
         assert isinstance(first, GELUProjection)
         first.gelu, net[2] = nn.Identity(), _in_fp8(net[2], gelu=True)
+        block.rounds = True
         for parent in list(block.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.Linear):

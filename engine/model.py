@@ -20,9 +20,12 @@ from torch import Tensor, nn
 
 from longtake.engine.compiling import compile_function
 from longtake.engine.config import ModelConfig
+from longtake.kernels.fp8_rows import Rounded, add_norm_round_rows
 
 # attend(layer, q_BTHD, k_BTHD, v_BTHD) -> out_BTHD; q and k are normed and not yet rotated.
 Attend: TypeAlias = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# What a projection takes: tokens [B, T, M], or in FP8 their rounded rows.
+Rows: TypeAlias = Tensor | Rounded
 # Cross-attention keys and values of one prompt, one [B, H, K, D] pair a layer.
 TextContext: TypeAlias = list[tuple[Tensor, Tensor]]
 
@@ -112,15 +115,15 @@ class Attention(nn.Module):
         """[B, T, M] -> [B, T, H, D], a view."""
         return x.view(*x.shape[:-1], self.num_heads, -1)
 
-    def query(self, x: Tensor) -> Tensor:
+    def query(self, x: Rows) -> Tensor:
         """Normed queries [B, T, H, D] of ``x`` [B, T, M]."""
         return self.split(self.norm_q(self.to_q(x)))
 
-    def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def key_value(self, x: Rows) -> tuple[Tensor, Tensor]:
         """Normed keys and plain values, each [B, T, H, D], of ``x`` [B, T, M]."""
         return self.split(self.norm_k(self.to_k(x))), self.split(self.to_v(x))
 
-    def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def query_key_value(self, x: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Normed queries and keys and plain values, each [B, T, H, D], of the same ``x`` [B, T, M]."""
         return self.query(x), *self.key_value(x)
 
@@ -133,7 +136,7 @@ class GELUProjection(nn.Module):
         self.proj = nn.Linear(dim, ffn_dim)
         self.gelu: nn.Module = nn.GELU(approximate="tanh")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Rows) -> Tensor:
         out: Tensor = self.gelu(self.proj(x))
         return out
 
@@ -145,25 +148,25 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = nn.ModuleList([GELUProjection(dim, ffn_dim), nn.Identity(), nn.Linear(ffn_dim, dim)])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Rows) -> Tensor:
         out: Tensor = self.net[2](self.net[0](x))
         return out
 
 
-def modulated_norm(x_BTM: Tensor, scale_BFM: Tensor, shift_BFM: Tensor, eps: float) -> Tensor:
-    """LayerNorm without affine in float32, then ``* (1 + scale) + shift``, per latent frame.
+def modulated_norm(x_BTM: Tensor, factor_BFM: Tensor, shift_BFM: Tensor, eps: float) -> Tensor:
+    """LayerNorm without affine in float32, then ``* factor + shift``, per latent frame.
 
     Args:
         x_BTM: [B, T, M], any float dtype; T is a multiple of F.
-        scale_BFM, shift_BFM: float32 [B, F, M].
+        factor_BFM, shift_BFM: float32 [B, F, M].
         eps: of the norm.
 
     Returns:
         [B, T, M] in the dtype of ``x_BTM``.
     """
-    num_frames = scale_BFM.shape[1]
+    num_frames = factor_BFM.shape[1]
     x_BFSM = F.layer_norm(x_BTM.float(), x_BTM.shape[-1:], eps=eps).unflatten(1, (num_frames, -1))
-    modulated: Tensor = x_BFSM * (1 + scale_BFM[:, :, None]) + shift_BFM[:, :, None]
+    modulated: Tensor = x_BFSM * factor_BFM[:, :, None] + shift_BFM[:, :, None]
     return modulated.flatten(1, 2).to(x_BTM.dtype)
 
 
@@ -177,11 +180,13 @@ class Block(nn.Module):
     """One transformer layer, cut in two where self-attention happens.
 
     ``before`` and ``after`` hold no state and are compiled apart on CUDA; all layers share one compiled graph each.
+    With ``rounds``, for linear layers in FP8, norms give rounded rows.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.eps = config.eps
+        self.rounds = False
         self.attn1 = Attention(config)
         self.attn2 = Attention(config)
         self.norm2 = nn.LayerNorm(config.dim, eps=config.eps)
@@ -195,7 +200,7 @@ class Block(nn.Module):
     def before(self, x_BTM: Tensor, mod_BF6M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [B, T, H, D]: normed, not rotated."""
         shift, scale, *_ = self.modulation(mod_BF6M)
-        normed = modulated_norm(x_BTM, scale, shift, self.eps)
+        _, normed = self.add_norm(x_BTM, None, None, 1 + scale, shift)
         return self.attn1.query_key_value(normed)
 
     def after(
@@ -209,13 +214,32 @@ class Block(nn.Module):
     ) -> Tensor:
         """Output projection, cross-attention and feed-forward; returns the next [B, T, M]."""
         _, _, gate, ffn_shift, ffn_scale, ffn_gate = self.modulation(mod_BF6M)
-        x = gated_add(x_BTM, self.attn1.to_out[0](attended_BTHD.flatten(2)), gate)
-        normed = F.layer_norm(x.float(), x.shape[-1:], self.norm2.weight.float(), self.norm2.bias.float(), self.eps)
-        q_BHTD = self.attn2.query(normed.to(x.dtype)).transpose(1, 2)
+        attended = self.attn1.to_out[0](attended_BTHD.flatten(2))
+        of_all = (self.norm2.weight.float()[None, None], self.norm2.bias.float()[None, None])
+        x, normed = self.add_norm(x_BTM, attended, gate, *of_all)
+        q_BHTD = self.attn2.query(normed).transpose(1, 2)
         crossed = F.scaled_dot_product_attention(q_BHTD, k_BHKD, v_BHKD, text_mask).transpose(1, 2).flatten(2)
-        x = x + self.attn2.to_out[0](crossed)
-        update = self.ffn(modulated_norm(x, ffn_scale, ffn_shift, self.eps))
-        return gated_add(x, update, ffn_gate)
+        x, normed = self.add_norm(x, self.attn2.to_out[0](crossed), None, 1 + ffn_scale, ffn_shift)
+        return gated_add(x, self.ffn(normed), ffn_gate)
+
+    def add_norm(
+        self,
+        x_BTM: Tensor,
+        update_BTM: Tensor | None,
+        gate_BFM: Tensor | None,
+        factor_BGM: Tensor,
+        shift_BGM: Tensor,
+    ) -> tuple[Tensor, Rows]:
+        """``x + update * gate`` (1 where there is none), and its `modulated_norm`; G is F, or 1: all tokens alike."""
+        if self.rounds:
+            of_groups = (gate_BFM, factor_BGM, shift_BGM)
+            gate, factor, shift = (None if one is None else one.expand(len(x_BTM), -1, -1) for one in of_groups)
+            assert factor is not None and shift is not None
+            return add_norm_round_rows(x_BTM, update_BTM, gate, factor, shift, self.eps)
+        x = x_BTM
+        if update_BTM is not None:
+            x = x + update_BTM if gate_BFM is None else gated_add(x, update_BTM, gate_BFM)
+        return x, modulated_norm(x, factor_BGM, shift_BGM, self.eps)
 
 
 class CausalWan(nn.Module):
@@ -297,7 +321,7 @@ class CausalWan(nn.Module):
             attended = attend(layer, *block.before(x, mod_BF6M))
             x = block.after(x, attended, mod_BF6M, k_text, v_text, text_mask_B1TK)
         shift, scale = (self.scale_shift_table.float() + temb[:, :, None]).unbind(2)
-        x = self.proj_out(modulated_norm(x, scale, shift, self.config.eps))
+        x = self.proj_out(modulated_norm(x, 1 + scale, shift, self.config.eps))
         return self.unpatchify(self.join_shares(x, math.prod(grid.shape[2:]), grid.shape[2]), grid.shape[2:])
 
     @property

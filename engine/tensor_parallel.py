@@ -33,11 +33,13 @@ from longtake.engine.model import (
     CausalWan,
     FeedForward,
     GELUProjection,
+    Rows,
     TextContext,
 )
-from longtake.engine.peer_exchange import PeerExchange, open_exchange
+from longtake.engine.peer_exchange import PeerExchange, PeerSums, open_exchange, open_sums
 from longtake.engine.timing import NO_TIMER, StageTimer
 from longtake.engine.ulysses import HeadExchange, TokenLayout
+from longtake.kernels.fp8_rows import Rounded
 
 _FP8_UNIT = 16
 _COLUMNS = re.compile(r"blocks\.\d+\.(attn[12]\.(to_[qkv]|norm_[qk])|ffn\.net\.0\.proj)\.(weight|bias)$")
@@ -55,13 +57,23 @@ class Joint:
     def __init__(self, axis: Axis, split: bool) -> None:
         self.axis, self.split = axis, split and axis.size > 1
         self.first = axis.index == 0
+        self.peers: PeerSums | None = None  # what split tokens are exchanged through; None: collectives
 
-    def gather(self, x_BTM: Tensor) -> Tensor:
-        """[1, t, M] to [1, T, M], shares in order of rank."""
-        return self.axis.all_gather(x_BTM[0].contiguous())[None] if self.split else x_BTM
+    def gather(self, x: Rows) -> Rows:
+        """[1, t, M] to [1, T, M], shares in order of rank; rounded rows travel as such."""
+        if not self.split:
+            return x
+        if self.peers is not None:
+            return self.peers.all_gather(x)
+        if isinstance(x, Rounded):
+            rows = self.axis.all_gather(x.rows[0].view(torch.uint8)).view(x.rows.dtype)
+            return Rounded(rows[None], self.axis.all_gather(x.scale[0])[None])
+        return self.axis.all_gather(x[0].contiguous())[None]
 
     def sum(self, partial_BTM: Tensor) -> Tensor:
         """The ranks' partial sums [1, T, M] to the sum of this rank's tokens [1, t, M]."""
+        if self.peers is not None:
+            return self.peers.reduce_scatter(partial_BTM)
         if self.split:
             return self.axis.reduce_scatter(partial_BTM[0].contiguous())[None]
         return self.axis.all_reduce(partial_BTM)
@@ -123,7 +135,7 @@ class ShardedAttention(nn.Module):
         """[B, T, h*D] -> [B, T, h, D], a view."""
         return x.view(*x.shape[:-1], self.num_heads, -1)
 
-    def query(self, x: Tensor) -> Tensor:
+    def query(self, x: Rows) -> Tensor:
         """Normed queries [1, T, h, D] of ``x`` [1, t, M]."""
         q = self.to_q(self.joint.gather(x))
         squares = self.joint.axis.all_reduce(self.norm_q.squares(q))
@@ -136,7 +148,7 @@ class ShardedAttention(nn.Module):
         v = self.to_v(x)
         return self.split(self.norm_k.scale(k, self._wait(squares))), self.split(v)
 
-    def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def query_key_value(self, x: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Normed queries and keys and plain values, [1, T, h, D] each, of ``x`` [1, t, M]."""
         x = self.joint.gather(x)
         q, k = self.to_q(x), self.to_k(x)
@@ -158,7 +170,7 @@ class ShardedFeedForward(FeedForward):
         self.net = nn.ModuleList([GELUProjection(dim, own), nn.Identity(), RowLinear(own, dim, joint)])
         self.joint = joint
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Rows) -> Tensor:
         return super().forward(self.joint.gather(x))
 
 
@@ -192,13 +204,14 @@ class ShardedWan(CausalWan):
         self._exchanges: dict[TokenLayout, PeerExchange | None] = {}
         self._ffn = _hidden(config.ffn_dim, mesh.tp)
         self._weight_heads = mesh.shape.weight_heads(mesh.rank, config.num_heads)
+        self._joint = Joint(mesh.tp, mesh.shape.split_norms)
+        self._sums: dict[TokenLayout, PeerSums | None] = {}
         if mesh.tp.size == 1:
             return
-        joint = Joint(mesh.tp, mesh.shape.split_norms)
         for block in self.blocks:
-            block.attn1 = ShardedAttention(config, self._weight_heads, joint)
-            block.attn2 = ShardedAttention(config, self._weight_heads, joint)
-            block.ffn = ShardedFeedForward(config.dim, len(self._ffn), joint)
+            block.attn1 = ShardedAttention(config, self._weight_heads, self._joint)
+            block.attn2 = ShardedAttention(config, self._weight_heads, self._joint)
+            block.ffn = ShardedFeedForward(config.dim, len(self._ffn), self._joint)
 
     def compile_layers(self) -> None:
         super().compile_layers()
@@ -240,20 +253,26 @@ class ShardedWan(CausalWan):
         patch_f, patch_y, patch_x = self.config.patch_size
         _, _, frames, rows, columns = latents_BCFYX.shape
         layout = self._layout(frames // patch_f, (rows // patch_y) * (columns // patch_x))
-        peers = self._open_exchange(layout, latents_BCFYX.dtype, latents_BCFYX.device)
+        self._open_peers(layout, latents_BCFYX.dtype, latents_BCFYX.device)
+        peers = self._exchanges[layout]
         exchange = HeadExchange(self.mesh, layout, self.timer, compiled=self._compiled, peers=peers)
         return super().forward(latents_BCFYX, timesteps_BF, context, exchange.around(attend))
 
     @property
     def exchange_bytes(self) -> int:
         """Device memory of buffers that other ranks write into; not the caching allocator's."""
-        return sum(one.num_bytes for one in self._exchanges.values() if one is not None)
+        opened = (*self._exchanges.values(), *self._sums.values())
+        return sum(one.num_bytes for one in opened if one is not None)
 
-    def _open_exchange(self, layout: TokenLayout, dtype: torch.dtype, device: torch.device) -> PeerExchange | None:
+    def _open_peers(self, layout: TokenLayout, dtype: torch.dtype, device: torch.device) -> None:
+        """What this layout's tokens are exchanged through, made when it is first seen."""
+        mesh, config = self.mesh, self.config
         if layout not in self._exchanges:
-            num_heads, head_dim = len(self._weight_heads), self.config.head_dim
-            self._exchanges[layout] = open_exchange(self.mesh.sp, layout, num_heads, head_dim, dtype, device)
-        return self._exchanges[layout]
+            heads = len(self._weight_heads)
+            self._exchanges[layout] = open_exchange(mesh.sp, layout, heads, config.head_dim, dtype, device)
+            rows = layout.num_frames * layout.share_tokens
+            self._sums[layout] = open_sums(mesh.tp, rows, config.dim, dtype, device) if layout.tp > 1 else None
+        self._joint.peers = self._sums[layout]
 
     def take_share(self, x_BTM: Tensor, num_frames: int) -> Tensor:
         layout = self._layout(num_frames, x_BTM.shape[1] // num_frames)

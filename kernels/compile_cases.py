@@ -60,6 +60,8 @@ UNALIGNED = (
     "width",
     "num_pixels",
     "rank",
+    "rows_a_gate",
+    "rows_a_group",
     "frames",
     "sampled",
     "stride",
@@ -303,9 +305,34 @@ def fp8_cases() -> Iterator[Case]:
             options={"num_warps": fp8_rows_triton.num_warps(width)},
         )
 
+    for width in (384, 1536, 3072, 5120):
+        main, rest = fp8_rows_triton.tiles(width)
+        yield Case(
+            name=f"norm and round {width}",
+            kernel=fp8_rows_triton.add_norm_round_rows_kernel,
+            types={**dict.fromkeys(("x", "update", "added"), "*bf16"), "out": "*fp8e4nv",
+                   **dict.fromkeys(("gate", "factor", "shift", "scale"), "*fp32"),
+                   **dict.fromkeys(("rows_a_gate", "rows_a_group"), "i32")},
+            constants={"WIDTH": width, "MAIN": main, "REST": rest, "EPS": 1e-6, "FLOOR": 1e-12, "UPDATED": True,
+                       "GATED": True},
+            options={"num_warps": fp8_rows_triton.num_warps(width, fp8_rows_triton.NORM_ELEMENTS_A_WARP)},
+        )  # fmt: skip
+
 
 def other_cases() -> Iterator[Case]:
     """What lies between the VAE's convolutions, at Wan's widths, and mini's norms; stores into other ranks' memory."""
+    yield Case(
+        name="spread",
+        kernel=exchange_triton.spread_kernel,
+        types={"x": "*i32", "buffers": "*i64", "words": "i32", "stride": "i32", "place": "i32"},
+        constants={"WORDS": exchange_triton.WORDS},
+    )
+    yield Case(
+        name="sum of ranks",
+        kernel=exchange_triton.sum_kernel,
+        types={"parts": "*bf16", "out": "*bf16", "elements": "i32"},
+        constants={"n": 4, "ELEMENTS": exchange_triton.ELEMENTS},
+    )
     for kernel, given in ((exchange_triton.to_heads_kernel, "qkv"), (exchange_triton.to_tokens_kernel, ("out",))):
         yield Case(
             name=kernel.__name__.removesuffix("_kernel").replace("_", " "),

@@ -1,22 +1,25 @@
-"""Ulysses' two exchanges as plain stores into the other ranks' memory: what is sent lies where it will be read.
+"""Exchanges as plain stores into the other ranks' memory: what is sent lies where it will be read.
 
-Each program copies some rows of one head to the rank that wants them: no packing before and no reordering after, as a
-collective needs. Whoever reads waits until all have written (engine/peer_exchange.py). Tokens are dealt to ranks as
-engine/ulysses.py says.
+Ulysses: each program copies some rows of one head to the rank that wants them, without packing before or reordering
+after, as a collective needs. Tensor parallelism: a part for each rank, or one for all, and the sum of what came.
+Whoever reads waits until all have written (engine/peer_exchange.py). Tokens are dealt to ranks as engine/ulysses.py
+says.
 
-Shape legend: n ranks along sp, m ranks along tp that split tokens too, F latent frames, S tokens of a latent frame, s
-those of a share, t = F*s, T = F*S, H heads before the exchange, h = H/n after it, D head dim.
+Shape legend: n ranks along sp or tp, m ranks along tp that split tokens too, F latent frames, S tokens of a latent
+frame, s those of a share, t = F*s, T = F*S, H heads before the exchange, h = H/n after it, D head dim.
 """
 
 # Triton has no type stubs and its kernels no types.
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator, no-untyped-call"
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 ROWS, WARPS = 64, 8
+WORDS, ELEMENTS = 4096, 2048  # of a program
 
 
 @triton.jit
@@ -63,6 +66,24 @@ def to_tokens_kernel(
     tl.store(target, rows, mask=live[:, None])
 
 
+@triton.jit
+def spread_kernel(x, buffers, words, stride, place, WORDS: tl.constexpr):
+    """Words x[peer * stride ..] to place .. of each rank's buffer."""
+    peer, word = tl.program_id(1), tl.program_id(0) * WORDS + tl.arange(0, WORDS)
+    target = tl.multiple_of(tl.load(buffers + peer).to(tl.pointer_type(tl.int32)), 16)
+    tl.store(target + place + word, tl.load(x + peer * stride + word, mask=word < words), mask=word < words)
+
+
+@triton.jit
+def sum_kernel(parts, out, elements, n: tl.constexpr, ELEMENTS: tl.constexpr):
+    """The sum of n parts, in their order, in float32."""
+    element = tl.program_id(0) * ELEMENTS + tl.arange(0, ELEMENTS)
+    total = tl.zeros((ELEMENTS,), tl.float32)
+    for part in tl.static_range(n):
+        total += tl.load(parts + part * elements + element, mask=element < elements, other=0.0).to(tl.float32)
+    tl.store(out + element, total, mask=element < elements)
+
+
 def to_heads(q: Tensor, k: Tensor, v: Tensor, buffers_n: Tensor, rank: int, sizes: dict[str, int]) -> None:
     """This rank's q, k and v into all ranks' buffers, on the current stream.
 
@@ -89,3 +110,27 @@ def to_tokens(out: Tensor, buffers_n: Tensor, rank: int, sizes: dict[str, int]) 
     to_tokens_kernel[(triton.cdiv(rows, ROWS), out.shape[1], buffers_n.shape[0])](
         out, buffers_n, rank, *out.stride()[:2], **sizes, D=out.shape[2], ROWS=ROWS, num_warps=WARPS
     )
+
+
+def spread(x: Tensor, buffers_n: Tensor, rank: int, *, each: bool, offset_bytes: int = 0) -> None:
+    """This rank's part into all ranks' buffers, on the current stream.
+
+    Args:
+        x: contiguous, of a multiple of 16 bytes; with ``each`` as many parts for the ranks one after the other.
+        buffers_n: as above; what comes from rank i is the i-th part in them.
+        rank: of this one.
+        each: whether each rank gets a part of its own, or all the whole of ``x``.
+        offset_bytes: where parts begin in the buffers; a multiple of 16.
+    """
+    words_x = x.view(-1).view(torch.int32)
+    words = words_x.shape[0] // (buffers_n.shape[0] if each else 1)
+    spread_kernel[(triton.cdiv(words, WORDS), buffers_n.shape[0])](
+        words_x, buffers_n, words, words if each else 0, offset_bytes // 4 + rank * words, WORDS=WORDS, num_warps=WARPS
+    )
+
+
+def sum_parts(parts: Tensor) -> Tensor:
+    """Sum of [n, ...] over n, in float32 and the order of ranks, in the type of the parts."""
+    out = torch.empty_like(parts[0])
+    sum_kernel[(triton.cdiv(out.numel(), ELEMENTS),)](parts, out, out.numel(), n=parts.shape[0], ELEMENTS=ELEMENTS)
+    return out

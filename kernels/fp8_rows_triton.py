@@ -1,4 +1,5 @@
-"""GELU, largest value and rounding to e4m3 of a row in one pass: one program a row, the whole row in registers.
+"""Rounding to e4m3 by a row's largest value in one pass with what comes before, GELU, or sum, norm and modulation: one
+program a row, the whole row in registers.
 
 A tile's size is a power of two and Wan's rows are not (8,960, 13,824, 14,336), so a row is two tiles: the largest power
 of two that it holds, and the rest, padded.
@@ -15,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longtake.kernels.fp8_rows import FLOOR
+from longtake.kernels.fp8_rows import FLOOR, Rounded
 
-ELEMENTS_A_WARP = 1024  # of the first tile
+ELEMENTS_A_WARP, NORM_ELEMENTS_A_WARP = 1024, 256  # of the first tile; sums and norms wait for more loads
 
 
 @triton.jit
@@ -48,13 +49,88 @@ def gelu_round_rows_kernel(
         top = tl.maximum(top, tl.max(tl.abs(rest), 0))
     unit = tl.maximum(top, FLOOR) * (1.0 / 448.0)
     tl.store(scale + row, unit)
-    inverse = 1.0 / unit
-    column = tl.arange(0, MAIN)
-    tl.store(out + row * WIDTH + column, tl.clamp(main * inverse, -448.0, 448.0).to(tl.float8e4nv))
+    store_part(main, out, row, 1.0 / unit, 0, MAIN, WIDTH)
     if REST:
-        column = MAIN + tl.arange(0, REST)
-        rounded = tl.clamp(rest * inverse, -448.0, 448.0).to(tl.float8e4nv)
-        tl.store(out + row * WIDTH + column, rounded, mask=column < WIDTH)
+        store_part(rest, out, row, 1.0 / unit, MAIN, REST, WIDTH)
+
+
+@triton.jit
+def store_part(value, out, row, inverse, FIRST: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    """Elements of a row from FIRST on, in e4m3."""
+    column = FIRST + tl.arange(0, SIZE)
+    rounded = tl.clamp(value * inverse, -448.0, 448.0).to(tl.float8e4nv)
+    tl.store(out + row * WIDTH + column, rounded, mask=column < WIDTH)
+
+
+@triton.jit
+def added_part(
+    x, update, gate, added, row, group, FIRST: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
+    UPDATED: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """Elements of x + update * gate from FIRST on, float32 rounded to x's type, also stored; zeros behind the end."""
+    column = FIRST + tl.arange(0, SIZE)
+    live, place = column < WIDTH, row * WIDTH + column
+    value = tl.load(x + place, mask=live, other=0.0).to(tl.float32)
+    if UPDATED:
+        more = tl.load(update + place, mask=live, other=0.0).to(tl.float32)
+        if GATED:
+            more *= tl.load(gate + group * WIDTH + column, mask=live, other=0.0)
+        rounded = (value + more).to(added.dtype.element_ty)
+        tl.store(added + place, rounded, mask=live)
+        value = rounded.to(tl.float32)
+    return value
+
+
+@triton.jit
+def normed_part(
+    value, factor, shift, group, mean, inverse, dtype: tl.constexpr,
+    FIRST: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """(value - mean) * inverse * factor + shift, rounded to a type; zeros behind the end."""
+    column = FIRST + tl.arange(0, SIZE)
+    live = column < WIDTH
+    of_group = group * WIDTH + column
+    normed = (value - mean) * inverse * tl.load(factor + of_group, mask=live, other=0.0)
+    return (normed + tl.load(shift + of_group, mask=live, other=0.0)).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def off_mean(value, mean, FIRST: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    """Sum of squares of what lies off the mean."""
+    off = tl.where(FIRST + tl.arange(0, SIZE) < WIDTH, value - mean, 0.0)
+    return tl.sum(off * off, 0)
+
+
+@triton.jit
+def add_norm_round_rows_kernel(
+    x, update, gate, factor, shift, added, out, scale, rows_a_gate, rows_a_group,
+    WIDTH: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, EPS: tl.constexpr, FLOOR: tl.constexpr,
+    UPDATED: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """One row; tiles and constants as in gelu_round_rows_kernel."""
+    row, group = tl.program_id(0).to(tl.int64), tl.program_id(0) // rows_a_group
+    gated = tl.program_id(0) // rows_a_gate
+    dtype: tl.constexpr = x.dtype.element_ty
+    main = added_part(x, update, gate, added, row, gated, 0, MAIN, WIDTH, UPDATED, GATED)
+    total = tl.sum(main, 0)
+    if REST:
+        rest = added_part(x, update, gate, added, row, gated, MAIN, REST, WIDTH, UPDATED, GATED)
+        total += tl.sum(rest, 0)
+    mean = total * (1.0 / WIDTH)
+    squares = off_mean(main, mean, 0, MAIN, WIDTH)
+    if REST:
+        squares += off_mean(rest, mean, MAIN, REST, WIDTH)
+    inverse = tl.math.rsqrt(squares * (1.0 / WIDTH) + EPS)
+    main = normed_part(main, factor, shift, group, mean, inverse, dtype, 0, MAIN, WIDTH)
+    top = tl.max(tl.abs(main), 0)
+    if REST:
+        rest = normed_part(rest, factor, shift, group, mean, inverse, dtype, MAIN, REST, WIDTH)
+        top = tl.maximum(top, tl.max(tl.abs(rest), 0))
+    unit = tl.maximum(top, FLOOR) * (1.0 / 448.0)
+    tl.store(scale + row, unit)
+    store_part(main, out, row, 1.0 / unit, 0, MAIN, WIDTH)
+    if REST:
+        store_part(rest, out, row, 1.0 / unit, MAIN, REST, WIDTH)
 
 
 def tiles(width: int) -> tuple[int, int]:
@@ -63,9 +139,9 @@ def tiles(width: int) -> tuple[int, int]:
     return main, triton.next_power_of_2(width - main) if width > main else 0
 
 
-def num_warps(width: int) -> int:
+def num_warps(width: int, elements_a_warp: int = ELEMENTS_A_WARP) -> int:
     """Of a program."""
-    return min(8, max(1, tiles(width)[0] // ELEMENTS_A_WARP))
+    return min(8, max(1, tiles(width)[0] // elements_a_warp))
 
 
 def gelu_round_rows(x_RI: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,3 +154,26 @@ def gelu_round_rows(x_RI: Tensor) -> tuple[Tensor, Tensor]:
         x_RI, out_RI, scale_R1, WIDTH=width, MAIN=main, REST=rest, FLOOR=FLOOR, num_warps=num_warps(width)
     )
     return out_RI, scale_R1
+
+
+def add_norm_round_rows(
+    x_RI: Tensor,
+    update_RI: Tensor | None,
+    gate_AI: Tensor | None,
+    factor_GI: Tensor,
+    shift_GI: Tensor,
+    eps: float,
+) -> tuple[Tensor, Rounded]:
+    """Triton twin of fp8_rows.add_norm_round_rows_reference: all contiguous, I from 1 to 16384."""
+    rows, width = x_RI.shape
+    added_RI = x_RI if update_RI is None else torch.empty_like(x_RI)
+    out_RI = torch.empty((rows, width), dtype=torch.float8_e4m3fn, device=x_RI.device)
+    scale_R1 = torch.empty((rows, 1), dtype=torch.float32, device=x_RI.device)
+    main, rest = tiles(width)
+    add_norm_round_rows_kernel[(rows,)](
+        x_RI, x_RI if update_RI is None else update_RI, factor_GI if gate_AI is None else gate_AI, factor_GI, shift_GI,
+        added_RI, out_RI, scale_R1, rows // (1 if gate_AI is None else len(gate_AI)), rows // len(factor_GI),
+        WIDTH=width, MAIN=main, REST=rest, EPS=eps, FLOOR=FLOOR,
+        UPDATED=update_RI is not None, GATED=gate_AI is not None, num_warps=num_warps(width, NORM_ELEMENTS_A_WARP),
+    )  # fmt: skip
+    return added_RI, Rounded(out_RI, scale_R1)

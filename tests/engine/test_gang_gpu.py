@@ -69,7 +69,8 @@ def test_stores_into_other_ranks_give_what_collectives_give(num_ranks: int) -> N
         run_ranks(on_every_mesh, num_ranks, MESHES[num_ranks], True, LONGTAKE_PEER_MEMORY=wanted) for wanted in "10"
     )
     for index, text in enumerate(MESHES[num_ranks]):
-        assert (by_stores[0][index] == by_collectives[0][index]).all(), text
+        apart = abs(by_stores[0][index] - by_collectives[0][index]).max()
+        assert apart <= (TOLERANCE if "norms" in text else 0), text  # sums over ranks are rounded otherwise
 
 
 def on_every_mesh(rank: int, meshes: tuple[str, ...], compiled: bool) -> list[Any]:
@@ -84,7 +85,7 @@ def on_every_mesh(rank: int, meshes: tuple[str, ...], compiled: bool) -> list[An
             if compiled:
                 model.compile_layers()
             found.append(flow(model, device).numpy())
-            stores = model.mesh.sp.size > 1 and place().peer_memory
+            stores = place().peer_memory and (model.mesh.sp.size > 1 or model.mesh.shape.split_norms)
             assert (model.exchange_bytes > 0) == stores, "how ranks exchange"
         gang.any(False)
         return found

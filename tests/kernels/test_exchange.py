@@ -1,4 +1,4 @@
-"""Ulysses' stores into other ranks' memory: the ranks of a mesh one after the other, each buffer a tensor here."""
+"""Stores into other ranks' memory: the ranks of a mesh one after the other, each buffer a tensor here."""
 
 from __future__ import annotations
 
@@ -44,12 +44,30 @@ def check_exchange(sp: int, tp: int, frame_tokens: int, device: str, dtype: torc
         assert torch.equal(back[rank], 2 * part(whole[0], rank))
 
 
+def check_sums(num_ranks: int, device: str, dtype: torch.dtype) -> None:
+    """Each rank gets the sum of its part, and what all have to say to all."""
+    from longtake.kernels import exchange_triton
+
+    torch.manual_seed(num_ranks)
+    own = [torch.randn(num_ranks * 5, 48).to(device, dtype) for _ in range(num_ranks)]
+    buffers = [torch.full((2, num_ranks, 5, 48), torch.nan, device=device, dtype=dtype) for _ in range(num_ranks)]
+    addresses = torch.tensor([buffer.data_ptr() for buffer in buffers], device=device)
+    for rank, x in enumerate(own):
+        exchange_triton.spread(x, addresses, rank, each=True)
+        exchange_triton.spread(x[:5], addresses, rank, each=False, offset_bytes=buffers[0][0].nbytes)
+    for rank, (parts, said) in enumerate(buffers):
+        want = torch.stack([x[5 * rank : 5 * rank + 5].float() for x in own]).sum(0).to(dtype)
+        torch.testing.assert_close(exchange_triton.sum_parts(parts), want)
+        assert torch.equal(said.flatten(0, 1), torch.cat([x[:5] for x in own]))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("sp", "tp"), MESHES)
 @pytest.mark.parametrize("frame_tokens", [15, 1560])
 def test_stores_reach_every_rank(sp: int, tp: int, frame_tokens: int, dtype: torch.dtype) -> None:
     check_exchange(sp, tp, frame_tokens, "cuda", dtype)
+    check_sums(sp, "cuda", dtype)
 
 
 def test_interpreted_stores_reach_every_rank() -> None:
@@ -61,6 +79,7 @@ def main() -> None:
     for sp, tp in MESHES:
         for frame_tokens in (15, 16):
             check_exchange(sp, tp, frame_tokens, "cpu", torch.float32)
+        check_sums(sp, "cpu", torch.float32)
 
 
 if __name__ == "__main__":

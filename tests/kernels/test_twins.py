@@ -97,6 +97,23 @@ def check_gelu_rows(rows: int, width: int, device: str, dtype: torch.dtype) -> N
     close_fp8(got, want)
 
 
+def check_norm_rows(rows: int, width: int, device: str, dtype: torch.dtype) -> None:
+    """With and without what is added before, and its gate; groups of rows with factors of their own."""
+    from longtake.kernels.fp8_rows import add_norm_round_rows_reference
+    from longtake.kernels.fp8_rows_triton import add_norm_round_rows
+
+    draw = torch.Generator().manual_seed(width)
+    x, update = (torch.randn(rows, width, generator=draw).to(device, dtype) for _ in range(2))
+    gate, factor, shift = (torch.randn(3, width, generator=draw).to(device) for _ in range(3))
+    x[0] = 0
+    for more, by, groups in ((None, None, 3), (update, None, 3), (update, gate, 3), (update, gate, 1)):
+        given = (x, more, by, factor[:groups], shift[:groups], 1e-6)
+        (sums, got), (want_sums, want) = (of(*given) for of in (add_norm_round_rows, add_norm_round_rows_reference))
+        close(sums, want_sums, "float32" if dtype == torch.float32 else "bfloat16")
+        torch.testing.assert_close(got.scale, want.scale, rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=0)
+        close_fp8(got.rows, want.rows, equal=0.97)
+
+
 def check_norm_silu(channels: int, device: str, dtype: torch.dtype) -> None:
     from longtake.kernels.norm_silu_triton import normalise
 
@@ -239,9 +256,10 @@ def test_query_and_norm_kernels_equal_their_twins(dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("width", [96, 1024, 8960, 13824, 14336])
-def test_gelu_kernel_equals_its_twin(width: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("width", [96, 1024, 1536, 5120, 8960, 13824, 14336])
+def test_row_kernels_equal_their_twins(width: int, dtype: torch.dtype) -> None:
     check_gelu_rows(77, width, "cuda", dtype)
+    check_norm_rows(78, width, "cuda", dtype)
 
 
 def test_interpreted_kernels_equal_their_twins() -> None:
@@ -266,6 +284,7 @@ def main() -> None:
     check_queries(77, 64, "cpu", torch.float32)
     for width in (1, 64, 96, 700):
         check_gelu_rows(5, width, "cpu", torch.float32)
+        check_norm_rows(6, width, "cpu", torch.float32)
     check_norm_silu(24, "cpu", torch.float32)
     check_vae_layers(24, "cpu", torch.float32)
     check_vae_layers(192, "cpu", torch.float32)
