@@ -153,8 +153,8 @@ class FeedForward(nn.Module):
         return out
 
 
-def modulated_norm(x_BTM: Tensor, factor_BFM: Tensor, shift_BFM: Tensor, eps: float) -> Tensor:
-    """LayerNorm without affine in float32, then ``* factor + shift``, per latent frame.
+def scaled_norm(x_BTM: Tensor, factor_BFM: Tensor, shift_BFM: Tensor, eps: float) -> Tensor:
+    """LayerNorm in float32, then ``* factor + shift``, per latent frame.
 
     Args:
         x_BTM: [B, T, M], any float dtype; T is a multiple of F.
@@ -200,7 +200,7 @@ class Block(nn.Module):
     def before(self, x_BTM: Tensor, mod_BF6M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [B, T, H, D]: normed, not rotated."""
         shift, scale, *_ = self.modulation(mod_BF6M)
-        _, normed = self.add_norm(x_BTM, None, None, 1 + scale, shift)
+        _, normed = self.add_norm(x_BTM, None, None, scale, shift)
         return self.attn1.query_key_value(normed)
 
     def after(
@@ -215,11 +215,11 @@ class Block(nn.Module):
         """Output projection, cross-attention and feed-forward; returns the next [B, T, M]."""
         _, _, gate, ffn_shift, ffn_scale, ffn_gate = self.modulation(mod_BF6M)
         attended = self.attn1.to_out[0](attended_BTHD.flatten(2))
-        of_all = (self.norm2.weight.float()[None, None], self.norm2.bias.float()[None, None])
-        x, normed = self.add_norm(x_BTM, attended, gate, *of_all)
+        weight, bias = self.norm2.weight.float()[None, None], self.norm2.bias.float()[None, None]
+        x, normed = self.add_norm(x_BTM, attended, gate, weight, bias, around_one=False)
         q_BHTD = self.attn2.query(normed).transpose(1, 2)
         crossed = F.scaled_dot_product_attention(q_BHTD, k_BHKD, v_BHKD, text_mask).transpose(1, 2).flatten(2)
-        x, normed = self.add_norm(x, self.attn2.to_out[0](crossed), None, 1 + ffn_scale, ffn_shift)
+        x, normed = self.add_norm(x, self.attn2.to_out[0](crossed), None, ffn_scale, ffn_shift)
         return gated_add(x, self.ffn(normed), ffn_gate)
 
     def add_norm(
@@ -227,19 +227,24 @@ class Block(nn.Module):
         x_BTM: Tensor,
         update_BTM: Tensor | None,
         gate_BFM: Tensor | None,
-        factor_BGM: Tensor,
+        scale_BGM: Tensor,
         shift_BGM: Tensor,
+        *,
+        around_one: bool = True,
     ) -> tuple[Tensor, Rows]:
-        """``x + update * gate`` (1 where there is none), and its `modulated_norm`; G is F, or 1: all tokens alike."""
+        """``x + update * gate`` (1 where there is none), and its norm ``* (1 + scale) + shift``, or without the 1.
+
+        G is F, or 1: all tokens alike.
+        """
         if self.rounds:
-            of_groups = (gate_BFM, factor_BGM, shift_BGM)
-            gate, factor, shift = (None if one is None else one.expand(len(x_BTM), -1, -1) for one in of_groups)
-            assert factor is not None and shift is not None
-            return add_norm_round_rows(x_BTM, update_BTM, gate, factor, shift, self.eps)
+            of_groups = (gate_BFM, scale_BGM, shift_BGM)
+            gate, scale, shift = (None if one is None else one.expand(len(x_BTM), -1, -1) for one in of_groups)
+            assert scale is not None and shift is not None
+            return add_norm_round_rows(x_BTM, update_BTM, gate, scale, shift, self.eps, around_one=around_one)
         x = x_BTM
         if update_BTM is not None:
             x = x + update_BTM if gate_BFM is None else gated_add(x, update_BTM, gate_BFM)
-        return x, modulated_norm(x, factor_BGM, shift_BGM, self.eps)
+        return x, scaled_norm(x, 1 + scale_BGM if around_one else scale_BGM, shift_BGM, self.eps)
 
 
 class CausalWan(nn.Module):
@@ -321,7 +326,7 @@ class CausalWan(nn.Module):
             attended = attend(layer, *block.before(x, mod_BF6M))
             x = block.after(x, attended, mod_BF6M, k_text, v_text, text_mask_B1TK)
         shift, scale = (self.scale_shift_table.float() + temb[:, :, None]).unbind(2)
-        x = self.proj_out(modulated_norm(x, 1 + scale, shift, self.config.eps))
+        x = self.proj_out(scaled_norm(x, 1 + scale, shift, self.config.eps))
         return self.unpatchify(self.join_shares(x, math.prod(grid.shape[2:]), grid.shape[2]), grid.shape[2:])
 
     @property

@@ -17,8 +17,10 @@ Shape legend: as in kernels/exchange_triton.py.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import socket
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -133,8 +135,8 @@ class PeerSums:
         self.axis, self.shape = axis, (num_rows, width)
         self._gathered = _Peers(axis, (axis.size * num_rows * (width * dtype.itemsize + 16),), torch.uint8, device)
         self._partial = _Peers(axis, (axis.size, num_rows, width), dtype, device)
-        self._key = len(_open_sums)
-        _open_sums.append(self)
+        self._key = next(_keys)
+        _open_sums[self._key] = self
 
     @property
     def num_bytes(self) -> int:
@@ -177,7 +179,8 @@ class PeerSums:
         return exchange_triton.sum_parts(self._partial.own)
 
 
-_open_sums: list[PeerSums] = []  # operators know them by number
+_keys = itertools.count()
+_open_sums: weakref.WeakValueDictionary[int, PeerSums] = weakref.WeakValueDictionary()  # operators know them by number
 
 
 @torch.library.custom_op("longtake::gather_rows", mutates_args=())
@@ -223,7 +226,7 @@ def open_exchange(
 
 def open_sums(axis: Axis, num_rows: int, width: int, dtype: torch.dtype, device: torch.device) -> PeerSums | None:
     """Tensor parallelism's, where `open_where_possible` makes one; arguments as for PeerSums."""
-    if num_rows * width * dtype.itemsize % 16 or num_rows % 4:
+    if width % 16:
         return None
     return open_where_possible(axis, device, lambda: PeerSums(axis, num_rows, width, dtype, device))
 

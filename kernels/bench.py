@@ -199,7 +199,7 @@ def measure_splits(
     queries = flash3.quantise(q_HTD, calibrate(q_HTD.transpose(0, 1), centred=False), k_scaling)
     k8_HXD, v8_HXD = k_scaling.store(k_HXD), v_scaling.store(v_HXD)
     flop, found = 4 * q_HTD.numel() * k_HXD.shape[1], []
-    chosen = flash3.fp8_splits(k_HXD.shape[1])
+    chosen = flash3.fp8_splits(*q_HTD.shape, k_HXD.shape[1])
     for splits in sorted({*SPLITS, chosen}):
 
         def call(splits: int = splits) -> Tensor:

@@ -312,9 +312,10 @@ def fp8_cases() -> Iterator[Case]:
             kernel=fp8_rows_triton.add_norm_round_rows_kernel,
             types={**dict.fromkeys(("x", "update", "added"), "*bf16"), "out": "*fp8e4nv",
                    **dict.fromkeys(("gate", "factor", "shift", "scale"), "*fp32"),
+                   **dict.fromkeys(("gate_stride", "factor_stride", "shift_stride"), "i32"),
                    **dict.fromkeys(("rows_a_gate", "rows_a_group"), "i32")},
             constants={"WIDTH": width, "MAIN": main, "REST": rest, "EPS": 1e-6, "FLOOR": 1e-12, "UPDATED": True,
-                       "GATED": True},
+                       "GATED": True, "AROUND_ONE": True},
             options={"num_warps": fp8_rows_triton.num_warps(width, fp8_rows_triton.NORM_ELEMENTS_A_WARP)},
         )  # fmt: skip
 

@@ -116,7 +116,7 @@ def spread(x: Tensor, buffers_n: Tensor, rank: int, *, each: bool, offset_bytes:
     """This rank's part into all ranks' buffers, on the current stream.
 
     Args:
-        x: contiguous, of a multiple of 16 bytes; with ``each`` as many parts for the ranks one after the other.
+        x: contiguous, in parts of whole words (4 bytes); with ``each`` as many parts for the ranks one after the other.
         buffers_n: as above; what comes from rank i is the i-th part in them.
         rank: of this one.
         each: whether each rank gets a part of its own, or all the whole of ``x``.

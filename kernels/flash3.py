@@ -15,8 +15,10 @@ structured inputs, relative error of the output for Gaussian and for structured 
     32,760    1.11 ms  .055 .060    1.04 ms  .055 .053    1.09 ms  .054 .049    1.14 ms  .054 .047    1.30 ms  .054 .047
     131,040   4.42 ms  .055 .100    4.00 ms  .054 .082    4.15 ms  .054 .070    4.11 ms  .054 .062    4.29 ms  .054 .057
 
-Our own kernel, which adds each step in float32, has .054 .048 and .054 .052 (attention_h200.json). With 3 heads over
-32,760 keys, where one split fills the GPU evenly, 2 take 0.30 ms instead of 0.28, 4 take 0.31.
+Our own kernel, which adds each step in float32, has .054 .048 and .054 .052 (attention_h200.json).
+
+More splits than that are made where they fill the GPU better: 3 heads of 4,680 queries are 111 tiles, in 2 splits 222,
+two rounds of 132 processors of which the second is two thirds full; in 7 splits 777, six rounds, nearly full.
 
 A mean of the values makes that sum large: a small one, wrongly taken from Gaussian values that had none, made their
 .055 over 131,040 keys .71, in 8 splits .11. scaling.py says which means are taken.
@@ -42,6 +44,8 @@ _PACKAGES = ("flash_attn_3", "fa3_fwd")
 _HOPPER = (9, 0)
 KEYS_PER_SPLIT = 16384  # at most, in FP8: sums then add no more than a fifth to what rounded keys and values cost
 _MOST_SPLITS = 256  # that the package takes
+_TILE_QUERIES, _PROCESSORS = 128, 132  # of the package's kernel, of a Hopper GPU
+_CHANNEL_NS, _BYTES_A_NS, _MERGE_NS = 0.071, 4000, 5000  # a tile's key, per channel; memory; launching one more kernel
 
 
 @functools.cache
@@ -108,15 +112,32 @@ def attend(q_HTD: Tensor, k_HXD: Tensor, v_HXD: Tensor) -> tuple[Tensor, Tensor]
     return out_BTHD[0].transpose(0, 1), lse_BHT[0]
 
 
-def fp8_splits(num_keys: int) -> int:
-    """Splits of FP8 attention over a number of keys: nothing else decides, so the same keys give the same bits."""
-    return min(max(1, -(-num_keys // KEYS_PER_SPLIT)), _MOST_SPLITS)
+@functools.lru_cache(maxsize=1024)
+def fp8_splits(num_heads: int, num_queries: int, head_dim: int, num_keys: int) -> int:
+    """Splits of FP8 attention: enough to bound its sums, and up to four times as many if that is faster.
+
+    Sizes alone decide: the same ones give the same bits on any GPU. Times are a model of an H200 that agrees with
+    splits_h200.json: tiles of 128 queries in rounds of all processors, then results written and read once more.
+    """
+    least = max(1, -(-num_keys // KEYS_PER_SPLIT))
+    tiles = num_heads * -(-num_queries // _TILE_QUERIES)
+
+    def nanoseconds(splits: int) -> float:
+        rounds = -(-tiles * splits // _PROCESSORS)
+        merging = 2 * _partial_bytes(splits, num_heads, num_queries, head_dim) / _BYTES_A_NS + _MERGE_NS
+        return rounds * num_keys / splits * head_dim * _CHANNEL_NS + (merging if splits > 1 else 0.0)
+
+    return min(range(min(least, _MOST_SPLITS), min(4 * least, _MOST_SPLITS) + 1), key=nanoseconds)
+
+
+def _partial_bytes(splits: int, num_heads: int, num_queries: int, head_dim: int) -> int:
+    return 0 if splits == 1 else splits * num_heads * num_queries * (head_dim + 1) * torch.float32.itemsize
 
 
 def partial_bytes(num_heads: int, num_queries: int, head_dim: int, num_keys: int) -> int:
     """Bytes that the package takes for an FP8 call whose keys are split: float32 outputs and lse of each split."""
-    splits = fp8_splits(num_keys)
-    return 0 if splits == 1 else splits * num_heads * num_queries * (head_dim + 1) * torch.float32.itemsize
+    splits = fp8_splits(num_heads, num_queries, head_dim, num_keys)
+    return _partial_bytes(splits, num_heads, num_queries, head_dim)
 
 
 def attend_fp8(
@@ -137,7 +158,7 @@ def attend_fp8(
         k_HXD: e4m3 [H, X, D], channels contiguous, as k_scaling stores them.
         v_HXD: likewise.
         k_scaling, v_scaling: what they were stored with.
-        num_splits: parts of the keys that are summed apart, 1 to 256; None: fp8_splits(X).
+        num_splits: parts of the keys that are summed apart, 1 to 256; None: as fp8_splits says.
 
     Returns:
         out_HTD bfloat16 and lse_HT float32, of the scores as they are without centring.
@@ -146,7 +167,7 @@ def attend_fp8(
         queries.q_HTD,
         k_HXD,
         v_HXD,
-        fp8_splits(k_HXD.shape[1]) if num_splits is None else num_splits,
+        num_splits or fp8_splits(*queries.q_HTD.shape, k_HXD.shape[1]),
         q_descale=queries.scale_H[None],
         k_descale=k_scaling.scale_H[None],
         v_descale=v_scaling.scale_H[None],

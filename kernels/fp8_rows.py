@@ -56,9 +56,16 @@ def gelu_round_rows_reference(x_RI: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def add_norm_round_rows(
-    x: Tensor, update: Tensor | None, gate: Tensor | None, factor: Tensor, shift: Tensor, eps: float
+    x: Tensor,
+    update: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    *,
+    around_one: bool,
 ) -> tuple[Tensor, Rounded]:
-    """``x + update * gate``, and `round_rows` of ``layer_norm(that) * factor + shift``.
+    """``x + update * gate``, and `round_rows` of ``layer_norm(that) * scale + shift``, or ``* (1 + scale) + shift``.
 
     All in float32; the sum is rounded to x's type, and so is what its rows are rounded from. On a GPU one kernel, which
     reads a row once; it can stand in a graph of torch.compile. Does not synchronise.
@@ -66,24 +73,25 @@ def add_norm_round_rows(
     Args:
         x: [..., I] any float type, R rows in all, a multiple of A and of G.
         update: of the same type and shape; None: nothing is added.
-        gate: float32 [..., I], A rows in all; None: 1.
-        factor, shift: float32 [..., I], G rows in all.
+        gate: float32 [..., I], A rows in all, channels contiguous; None: 1.
+        scale, shift: likewise, G rows in all.
         eps: of the norm.
+        around_one: add 1 to ``scale``.
 
     Returns:
         The sum in the type of ``x`` (``x`` itself without an update), and the rounded rows, [..., I] and [..., 1].
     """
-    rows = [None if one is None else one.flatten(0, -2).contiguous() for one in (x, update, gate)]
-    factor_GI, shift_GI = (one.flatten(0, -2).contiguous() for one in (factor, shift))
+    x_RI = x.flatten(0, -2).contiguous()
+    update_RI = None if update is None else update.flatten(0, -2).contiguous()
+    gate_AI, scale_GI, shift_GI = (None if one is None else one.flatten(0, -2) for one in (gate, scale, shift))
+    assert scale_GI is not None and shift_GI is not None
     if x.is_cuda and 0 < x.shape[-1] <= _WIDEST:
         from longtake.kernels import fp8_rows_triton
 
         make = fp8_rows_triton.add_norm_round_rows
     else:
         make = add_norm_round_rows_reference
-    x_RI, update_RI, gate_AI = rows
-    assert x_RI is not None
-    added_RI, rounded = make(x_RI, update_RI, gate_AI, factor_GI, shift_GI, eps)
+    added_RI, rounded = make(x_RI, update_RI, gate_AI, scale_GI, shift_GI, eps, around_one=around_one)
     return added_RI.view(x.shape), Rounded(rounded.rows.view(x.shape), rounded.scale.view(*x.shape[:-1], 1))
 
 
@@ -91,9 +99,11 @@ def add_norm_round_rows_reference(
     x_RI: Tensor,
     update_RI: Tensor | None,
     gate_AI: Tensor | None,
-    factor_GI: Tensor,
+    scale_GI: Tensor,
     shift_GI: Tensor,
     eps: float,
+    *,
+    around_one: bool,
 ) -> tuple[Tensor, Rounded]:
     """The plain twin of `add_norm_round_rows`."""
     if update_RI is not None:
@@ -101,6 +111,7 @@ def add_norm_round_rows_reference(
         if gate_AI is not None:
             update_RI = (update_RI.unflatten(0, (len(gate_AI), -1)) * gate_AI[:, None]).flatten(0, 1)
         x_RI = (x_RI.float() + update_RI).to(x_RI.dtype)
+    factor_GI = 1 + scale_GI if around_one else scale_GI
     normed = F.layer_norm(x_RI.float(), x_RI.shape[1:], eps=eps).unflatten(0, (len(factor_GI), -1))
     normed = (normed * factor_GI[:, None] + shift_GI[:, None]).flatten(0, 1).to(x_RI.dtype)
     return x_RI, Rounded(*round_rows(normed))

@@ -64,7 +64,7 @@ def store_part(value, out, row, inverse, FIRST: tl.constexpr, SIZE: tl.constexpr
 
 @triton.jit
 def added_part(
-    x, update, gate, added, row, group, FIRST: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
+    x, update, gate, added, row, FIRST: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
     UPDATED: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """Elements of x + update * gate from FIRST on, float32 rounded to x's type, also stored; zeros behind the end."""
@@ -74,7 +74,7 @@ def added_part(
     if UPDATED:
         more = tl.load(update + place, mask=live, other=0.0).to(tl.float32)
         if GATED:
-            more *= tl.load(gate + group * WIDTH + column, mask=live, other=0.0)
+            more *= tl.load(gate + column, mask=live, other=0.0)
         rounded = (value + more).to(added.dtype.element_ty)
         tl.store(added + place, rounded, mask=live)
         value = rounded.to(tl.float32)
@@ -83,15 +83,17 @@ def added_part(
 
 @triton.jit
 def normed_part(
-    value, factor, shift, group, mean, inverse, dtype: tl.constexpr,
+    value, scale, shift, mean, inverse, dtype: tl.constexpr, AROUND_ONE: tl.constexpr,
     FIRST: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """(value - mean) * inverse * factor + shift, rounded to a type; zeros behind the end."""
+    """(value - mean) * inverse * scale + shift, rounded to a type; zeros behind the end."""
     column = FIRST + tl.arange(0, SIZE)
     live = column < WIDTH
-    of_group = group * WIDTH + column
-    normed = (value - mean) * inverse * tl.load(factor + of_group, mask=live, other=0.0)
-    return (normed + tl.load(shift + of_group, mask=live, other=0.0)).to(dtype).to(tl.float32)
+    factor = tl.load(scale + column, mask=live, other=0.0)
+    if AROUND_ONE:
+        factor = tl.where(live, 1.0 + factor, 0.0)
+    normed = (value - mean) * inverse * factor + tl.load(shift + column, mask=live, other=0.0)
+    return normed.to(dtype).to(tl.float32)
 
 
 @triton.jit
@@ -103,28 +105,31 @@ def off_mean(value, mean, FIRST: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.con
 
 @triton.jit
 def add_norm_round_rows_kernel(
-    x, update, gate, factor, shift, added, out, scale, rows_a_gate, rows_a_group,
+    x, update, gate, factor, shift, added, out, scale, gate_stride, factor_stride, shift_stride, rows_a_gate,
+    rows_a_group,
     WIDTH: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, EPS: tl.constexpr, FLOOR: tl.constexpr,
-    UPDATED: tl.constexpr, GATED: tl.constexpr,
+    UPDATED: tl.constexpr, GATED: tl.constexpr, AROUND_ONE: tl.constexpr,
 ):  # fmt: skip
     """One row; tiles and constants as in gelu_round_rows_kernel."""
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(0) // rows_a_group
-    gated = tl.program_id(0) // rows_a_gate
+    gate += tl.program_id(0) // rows_a_gate * gate_stride
+    factor += group * factor_stride
+    shift += group * shift_stride
     dtype: tl.constexpr = x.dtype.element_ty
-    main = added_part(x, update, gate, added, row, gated, 0, MAIN, WIDTH, UPDATED, GATED)
+    main = added_part(x, update, gate, added, row, 0, MAIN, WIDTH, UPDATED, GATED)
     total = tl.sum(main, 0)
     if REST:
-        rest = added_part(x, update, gate, added, row, gated, MAIN, REST, WIDTH, UPDATED, GATED)
+        rest = added_part(x, update, gate, added, row, MAIN, REST, WIDTH, UPDATED, GATED)
         total += tl.sum(rest, 0)
     mean = total * (1.0 / WIDTH)
     squares = off_mean(main, mean, 0, MAIN, WIDTH)
     if REST:
         squares += off_mean(rest, mean, MAIN, REST, WIDTH)
     inverse = tl.math.rsqrt(squares * (1.0 / WIDTH) + EPS)
-    main = normed_part(main, factor, shift, group, mean, inverse, dtype, 0, MAIN, WIDTH)
+    main = normed_part(main, factor, shift, mean, inverse, dtype, AROUND_ONE, 0, MAIN, WIDTH)
     top = tl.max(tl.abs(main), 0)
     if REST:
-        rest = normed_part(rest, factor, shift, group, mean, inverse, dtype, MAIN, REST, WIDTH)
+        rest = normed_part(rest, factor, shift, mean, inverse, dtype, AROUND_ONE, MAIN, REST, WIDTH)
         top = tl.maximum(top, tl.max(tl.abs(rest), 0))
     unit = tl.maximum(top, FLOOR) * (1.0 / 448.0)
     tl.store(scale + row, unit)
@@ -160,20 +165,23 @@ def add_norm_round_rows(
     x_RI: Tensor,
     update_RI: Tensor | None,
     gate_AI: Tensor | None,
-    factor_GI: Tensor,
+    scale_GI: Tensor,
     shift_GI: Tensor,
     eps: float,
+    *,
+    around_one: bool,
 ) -> tuple[Tensor, Rounded]:
-    """Triton twin of fp8_rows.add_norm_round_rows_reference: all contiguous, I from 1 to 16384."""
+    """Triton twin of fp8_rows.add_norm_round_rows_reference: channels contiguous, I from 1 to 16384."""
     rows, width = x_RI.shape
     added_RI = x_RI if update_RI is None else torch.empty_like(x_RI)
+    gate = scale_GI if gate_AI is None else gate_AI
     out_RI = torch.empty((rows, width), dtype=torch.float8_e4m3fn, device=x_RI.device)
     scale_R1 = torch.empty((rows, 1), dtype=torch.float32, device=x_RI.device)
     main, rest = tiles(width)
     add_norm_round_rows_kernel[(rows,)](
-        x_RI, x_RI if update_RI is None else update_RI, factor_GI if gate_AI is None else gate_AI, factor_GI, shift_GI,
-        added_RI, out_RI, scale_R1, rows // (1 if gate_AI is None else len(gate_AI)), rows // len(factor_GI),
-        WIDTH=width, MAIN=main, REST=rest, EPS=eps, FLOOR=FLOOR,
-        UPDATED=update_RI is not None, GATED=gate_AI is not None, num_warps=num_warps(width, NORM_ELEMENTS_A_WARP),
+        x_RI, x_RI if update_RI is None else update_RI, gate, scale_GI, shift_GI, added_RI, out_RI, scale_R1,
+        gate.stride(0), scale_GI.stride(0), shift_GI.stride(0), rows // gate.shape[0], rows // scale_GI.shape[0],
+        WIDTH=width, MAIN=main, REST=rest, EPS=eps, FLOOR=FLOOR, UPDATED=update_RI is not None,
+        GATED=gate_AI is not None, AROUND_ONE=around_one, num_warps=num_warps(width, NORM_ELEMENTS_A_WARP),
     )  # fmt: skip
     return added_RI, Rounded(out_RI, scale_R1)

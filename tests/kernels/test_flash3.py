@@ -147,7 +147,7 @@ def test_partial_results_are_counted() -> None:
     # 2 and 8 splits, each with 128 channels and an lse for every query and head, in float32
     assert flash3.partial_bytes(12, 4680, 128, 32_760) == 2 * 12 * 4680 * 129 * 4
     assert flash3.partial_bytes(12, 4680, 128, 131_040) == 8 * 12 * 4680 * 129 * 4
-    assert flash3.partial_bytes(12, 4680, 128, flash3.KEYS_PER_SPLIT) == 0
+    assert flash3.partial_bytes(12, 4680, 128, 1000) == 0
     codec = make_codec("int4", BlockGeometry(num_tokens=180, head_dim=64))
     path = Flash3Fp8Path(codec, 2, 20_000, torch.bfloat16, torch.device("meta"))
     assert path.partial_bytes(180) == flash3.partial_bytes(2, 180, 64, 20_000) > 0
@@ -155,12 +155,18 @@ def test_partial_results_are_counted() -> None:
 
 def test_splits_bound_what_is_summed_in_the_tensor_core() -> None:
     for keys in (0, 1, 16384, 16385, 32_760, 131_040):
-        splits = flash3.fp8_splits(keys)
-        assert splits >= 1 and 16384 * (splits - 1) < max(keys, 1) <= 16384 * splits
-    assert flash3.fp8_splits(10**9) == 256
+        splits = flash3.fp8_splits(12, 4680, 128, keys)
+        assert splits >= 1 and keys <= 16384 * splits
+        assert splits <= 4 * max(1, -(-keys // 16384))
+    assert flash3.fp8_splits(12, 4680, 128, 10**9) == 256
 
 
-def test_keys_alone_decide_the_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_splits_fill_a_gpu_that_few_heads_leave_idle() -> None:
+    assert [flash3.fp8_splits(heads, 4680, 128, 32_760) for heads in (12, 3)] == [2, 7]
+    assert flash3.fp8_splits(2, 180, 64, 540) == 1  # merging costs more than it gains
+
+
+def test_sizes_alone_decide_the_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def operator(q: Tensor, k: Tensor, v: Tensor, *, num_splits: int, **scales: Tensor | float) -> tuple[Tensor, ...]:
@@ -175,7 +181,7 @@ def test_keys_alone_decide_the_splits(monkeypatch: pytest.MonkeyPatch) -> None:
         flash3.attend_fp8(queries, rows, rows, scaling, scaling)
         flash3.attend_fp8(queries, rows, rows, scaling, scaling, num_splits=7)
         flash3.attend(*(x.bfloat16() for x in (torch.randn(2, 5, 64), rows.float(), rows.float())))
-    assert asked == [1, 7, 1, 3, 7, 1]
+    assert asked == [1, 7, 1, flash3.fp8_splits(2, 5, 64, 40_000), 7, 1] and asked[3] >= 3
 
 
 @pytest.mark.gpu
