@@ -221,7 +221,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--geometry", choices=sorted(GEOMETRIES), default="1.3b")
     parser.add_argument("--kv", type=int, default=32760, help="tokens that a block attends, its own included")
     parser.add_argument("--mesh", help="like sp=4 (default: all along sp)")
-    parser.add_argument("--codec", default="lt2")
+    parser.add_argument("--codec", default="int4")
     parser.add_argument("--attention", default="fp8")
     parser.add_argument("--weights", choices=[*Precision], default="model")
     parser.add_argument("--size", default="480x832")

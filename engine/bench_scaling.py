@@ -296,7 +296,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--geometries", default="1.3b,14b")
     parser.add_argument("--kv", default="32760,131040", help="tokens that a block attends, its own included")
     parser.add_argument("--meshes", help="separated by ; like sp=4;tp=4,norms (default: each axis alone)")
-    parser.add_argument("--codec", default="lt2")
+    parser.add_argument("--codec", default="int4")
     parser.add_argument("--attention", default="fp8")
     parser.add_argument("--weights", choices=[*Precision], default="model")
     parser.add_argument("--size", default="480x832")

@@ -17,6 +17,7 @@ from longtake.engine.gang import join
 from longtake.engine.gang_failure import GangError
 from longtake.engine.mesh import open_mesh, parse_mesh
 from longtake.engine.model import CausalWan
+from longtake.engine.peer_exchange import open_sums
 from longtake.engine.place import place
 from longtake.engine.random_model import write_random_model
 from longtake.engine.shot import ShotRenderer
@@ -142,20 +143,30 @@ def test_shots_go_on_with_other_numbers_of_gpus(mesh: str, tmp_path: Path) -> No
     assert latents(folder).isfinite().all()
 
 
-def die(rank: int) -> None:
+def die(rank: int, by_stores: bool) -> None:
     with join(3600.0) as gang:  # no collective's own limit ends this
         x = torch.ones(1 << 20, device=gang.device("cuda"))
-        dist.all_reduce(x)
-        torch.cuda.synchronize()
+        axis = open_mesh(parse_mesh(f"tp={gang.size}")).tp
+        sums = open_sums(axis, 64, 64, x.dtype, x.device)
+        assert sums is not None
+
+        def exchange() -> None:
+            if by_stores:
+                sums.reduce_scatter(x.view(1, -1, 64)[:, : 64 * gang.size])
+            else:
+                dist.all_reduce(x)
+            torch.cuda.synchronize()
+
+        exchange()
         if rank == gang.size - 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        dist.all_reduce(x)
-        torch.cuda.synchronize()
+        exchange()
         gang.any(False)
 
 
-def test_a_killed_rank_ends_all_while_nccl_waits() -> None:
+@pytest.mark.parametrize("by_stores", [False, True], ids=["nccl", "barrier"])
+def test_a_killed_rank_ends_all_while_others_wait(by_stores: bool) -> None:
     need(2)
-    found = run_ranks(die, 2, timeout_s=120)
+    found = run_ranks(die, 2, by_stores, timeout_s=120)
     assert isinstance(found[0], GangError) or str(found[0]) == "died with 1"
     assert isinstance(found[1], RankError)
