@@ -320,7 +320,7 @@ class HistoryAttention:
         for form, part in zip(self._forms, commit.parts, strict=True):
             if part is not None:
                 page_HP = part.page(layer)
-                form.encode(k_THD, v_THD, page_HP)
+                form.encode(layer, k_THD, v_THD, page_HP)
 
     def _write(self, chunk: _Chunk, layer: int) -> None:
         assert self._reading is not None, "a plan with history needs a reading"
@@ -328,7 +328,7 @@ class HistoryAttention:
             pages = self._reading.parts[part.form]
             assert pages is not None, "the reading has the plan's forms"
             pages_GHP, slots_N = pages.pages(layer)
-            codec = self._forms[part.form].codec
+            codec = self._forms[part.form].of_layer(layer)
             self._path.write_history(pages_GHP, slots_N[part.first : part.last], part.rotary, codec=codec, row=part.row)
 
 

@@ -17,13 +17,16 @@ import torch
 from torch import Tensor
 
 from longtake.engine import record
+from longtake.engine.basis import BASIS_NAME, read_basis
 from longtake.engine.bench_memory import FIRST_SEED, FULL, Case, Models, film_truth, load, make_shot, plain_script
 from longtake.engine.rollout import Prefix, Rollout, open_cache
 from longtake.engine.vae import StreamingEncoder, from_uint8
+from longtake.engine.weights import read_spec
 from longtake.kernels import compare, synthetic
 from longtake.kernels.attention_path import AttentionPath
 from longtake.kernels.codec import codec_names
 from longtake.kernels.errors import ConfigError
+from longtake.kernels.principal import HistoryBasis
 from longtake.kernels.rotary import Turns, apply_rotary, rotary_table
 
 _STEP = 2  # whose queries are recorded: neither noise nor finished
@@ -84,6 +87,7 @@ def recorded(models: Models, seed: int, num_blocks: int) -> list[compare.Sample]
                 q_THD=apply_rotary(q_THD, own).cpu(),
                 rotary=rotary_table(range(num_latents), *shot.grid, spec.transformer.head_dim),
                 grid=shot.grid,
+                layer=layer,
             )
         )
     return samples
@@ -105,13 +109,24 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     names = options.codecs.split(";") if options.codecs else codec_names()
     inputs = _inputs(options)
+    basis = _basis(options.model) if options.model in inputs else None
     with torch.inference_mode():
         rows = [
-            compare.measure(kind, name, samples, options.queries) for kind, samples in inputs.items() for name in names
+            compare.measure(kind, name, samples, options.queries, basis)
+            for kind, samples in inputs.items()
+            for name in names
         ]
     print(compare.table(rows))
     config = {key: str(value) for key, value in vars(options).items() if key != "json"}
     record.write(options.json, "codecs", config, [dataclasses.asdict(row) for row in rows])
+
+
+def _basis(model: str) -> HistoryBasis | None:
+    """The model's table, if it has one."""
+    spec = read_spec(model)
+    if not (spec.path / BASIS_NAME).is_file():
+        return None
+    return read_basis(spec, range(spec.transformer.num_heads), torch.device("cpu"))
 
 
 def _inputs(options: argparse.Namespace) -> dict[str, list[compare.Sample]]:

@@ -41,12 +41,13 @@ from longtake.engine.model import CausalWan
 from longtake.engine.presets import PRESETS, preset_spec
 from longtake.engine.random_model import randomise
 from longtake.engine.rollout import Rollout
-from longtake.engine.shotcache import open_cache
+from longtake.engine.shotcache import open_cache, wants_basis
 from longtake.engine.timing import StageClock, await_device
 from longtake.engine.vae import StreamingDecoder, load_vae
 from longtake.engine.vae_fast import make_fast
 from longtake.engine.weights import load_transformer, read_spec
 from longtake.kernels.clock import survive
+from longtake.kernels.synthetic import random_basis
 
 GEOMETRIES = {
     "1.3b": WAN_1_3B,
@@ -171,7 +172,11 @@ def run_rollout(bench: RolloutBench, failed: dict[str, str]) -> dict[str, Any]:
     with torch.inference_mode():
         contexts = [model.text_context(text)]
     del text
-    with closing(Rollout(shot, model, contexts, open_cache(shot, device))) as rollout:
+    config = shot.model.transformer
+    basis = None
+    if bench.model is None and wants_basis(shot):
+        basis = random_basis(config.num_layers, config.num_heads, config.head_dim, device)
+    with closing(Rollout(shot, model, contexts, open_cache(shot, device), basis=basis)) as rollout:
         result, clean = _run_blocks(rollout, bench.blocks)
     result["left_by_earlier_cases_bytes"] = left_bytes
     if bench.vae:

@@ -311,7 +311,8 @@ class ShotConfig:
     ``attention`` is how history is attended: dense (the model's dtype) or fp8.
     ``beats[0].at_s`` is 0. ``after`` names the shot whose last ``after_blocks`` blocks start this one; if that is 0,
     its last frame is this one's first. ``clip`` is a video whose last blocks, as many, do so instead. ``image`` is the
-    first frame. ``guide`` is a video that every block starts from, noised to ``strength``.
+    first frame. ``guide`` is a video that every block starts from, noised to ``strength``. ``history_basis``:
+    hash of the model's table, where a codec needs it.
     """
 
     name: str
@@ -333,6 +334,7 @@ class ShotConfig:
     image: MediaConfig | None = None
     guide: MediaConfig | None = None
     strength: float = 1.0
+    history_basis: str | None = None
 
     @property
     def continues(self) -> bool:

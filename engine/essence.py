@@ -33,7 +33,8 @@ def essence(config: dict[str, Any]) -> dict[str, Any]:
     history = {key: value for key, value in config["history"].items() if key not in _LATER_KEYS or value}
     plain = to_json(CacheConfig())
     cache = {key: value for key, value in config["cache"].items() if key in _CODEC_KEYS and value != plain[key]}
-    return {**config, **located, "history": history, "cache": {"codec": config["cache"]["codec"], **cache}}
+    whole = {key: value for key, value in config.items() if key != "history_basis" or value}
+    return {**whole, **located, "history": history, "cache": {"codec": config["cache"]["codec"], **cache}}
 
 
 def fingerprint(shot: ShotConfig) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from longtake.engine.attention import HistoryAttention
+from longtake.engine.basis import read_basis
 from longtake.engine.config import Loop, Precision, ShotConfig
 from longtake.engine.fp8_linear import is_fp8
 from longtake.engine.graphs import CudaRecording, PassGraphs
@@ -26,11 +27,12 @@ from longtake.engine.retrieval import Retrieval
 from longtake.engine.rolling import RollingWindow, WindowStore
 from longtake.engine.sampler import denoise, shifted_sigmas
 from longtake.engine.shotcache import open_cache as open_cache
-from longtake.engine.shotcache import shot_forms
+from longtake.engine.shotcache import shot_forms, wants_basis
 from longtake.engine.timeline import Entry, Kind, Timeline
 from longtake.engine.timing import NO_TIMER, StageTimer
 from longtake.kernels.attention_path import make_path
 from longtake.kernels.errors import ConfigError, StorageError
+from longtake.kernels.principal import HistoryBasis
 from longtake.offload.cache import KVCache
 from longtake.offload.forms import FormCache
 
@@ -74,6 +76,7 @@ class Rollout:
             prompt that has history committed anew.
         windows: keeps a rolling window between blocks, so that a shot can go on.
         graphs: record passes that repeat as CUDA graphs, on a GPU.
+        basis: of a model without a folder, for codecs that want one; None: the one in the model's folder.
 
     Attributes:
         rest: where passes may be recorded, told before those of each plan whether they will be; if so, it returns when
@@ -93,6 +96,7 @@ class Rollout:
         windows: WindowStore | None = None,
         stages: StageTimer = NO_TIMER,
         graphs: bool = True,
+        basis: HistoryBasis | None = None,
     ) -> None:
         weight = model.proj_out.weight
         self.device, self.dtype = weight.device, weight.dtype
@@ -109,7 +113,10 @@ class Rollout:
         self._recent: OrderedDict[int, Tensor] = OrderedDict()
         self._drawn: tuple[int, Tensor] | None = None  # a block, and its first noise
         self._fixed = None if prefix.fixed is None else prefix.fixed.to(self.device, torch.float32)
-        self.forms = shot_forms(shot)
+        if basis is None and wants_basis(shot):
+            basis = read_basis(shot.model, model.heads, self.device, shot.history_basis)
+        self._basis_bytes = 0 if basis is None else basis.num_bytes
+        self.forms = shot_forms(shot, basis)
         self.codec = self.forms[0].codec
         self.path = make_path(
             shot.attention,
@@ -171,7 +178,7 @@ class Rollout:
 
     def memory(self) -> dict[str, int]:
         """Bytes by name: weights, scratch, text context, latents that may be committed anew, recorded passes, what
-        other ranks write into, and the cache's own."""
+        other ranks write into, the model's table of its heads, and the cache's own."""
         return {
             "weights": sum(p.numel() * p.element_size() for p in self.model.parameters()),
             "scratch": self.path.num_bytes,
@@ -180,6 +187,7 @@ class Rollout:
             "recent_latents": sum(latents.nbytes for latents in self._recent.values()),
             "recorded_passes": self.passes.num_bytes,
             "exchange_buffers": self.model.exchange_bytes,
+            "history_basis": self._basis_bytes,
             **self.cache.memory(),
         }
 

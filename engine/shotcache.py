@@ -15,14 +15,19 @@ from longtake.engine.timeline import Timeline
 from longtake.kernels.codec import BlockGeometry
 from longtake.kernels.errors import CapacityError
 from longtake.kernels.forms import Form, make_form
+from longtake.kernels.principal import HistoryBasis
 from longtake.offload.cache import CacheBudget, KVCache
 from longtake.offload.forms import FormCache, make_form_cache, open_runs
 from longtake.offload.run import RunDirectory
 from longtake.offload.shape import ModelKVShape
 
 
-def shot_forms(shot: ShotConfig) -> tuple[Form, ...]:
+def shot_forms(shot: ShotConfig, basis: HistoryBasis | None = None) -> tuple[Form, ...]:
     """The forms in which a shot's history is kept; the first has every block.
+
+    Args:
+        shot: what is rendered.
+        basis: for codecs that want one; None: the forms have sizes and names, and are not to encode.
 
     Raises:
         ConfigError: there is no such codec, or it cannot hold this geometry.
@@ -30,7 +35,12 @@ def shot_forms(shot: ShotConfig) -> tuple[Form, ...]:
     head_dim = shot.model.transformer.head_dim
     geometry = BlockGeometry(num_tokens=shot.tokens_per_block, head_dim=head_dim, grid=shot.grid)
     specs = FormPolicy(shot.history, shot.cache).specs
-    return tuple(make_form(spec.codec, geometry, spec.window) for spec in specs)
+    return tuple(make_form(spec.codec, geometry, spec.window, basis) for spec in specs)
+
+
+def wants_basis(shot: ShotConfig) -> bool:
+    """Whether a codec of the shot turns heads by the model's table."""
+    return any(form.codec.wants_basis for form in shot_forms(shot))
 
 
 def kv_shape(shot: ShotConfig, heads: range | None = None, form: int = 0) -> ModelKVShape:

@@ -194,6 +194,34 @@ def plan(
 
 
 @app.command()
+def calibrate(
+    film_path: FilmPath,
+    blocks: Annotated[int, typer.Option(metavar="N", help="Of each shot, from its first.")] = 12,
+    device: Annotated[str | None, typer.Option(metavar="cpu|cuda", help="Default: cuda if there is one.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: in the model's folder.")] = None,
+) -> None:
+    """Make the table of a film's model that the codecs pc2, pc3 and pc4 need, from what the model makes of the film."""
+    from longtake.jobs.film import load_film
+    from longtake.jobs.render import check_device
+    from longtake.jobs.resolve import plain_film
+
+    if not 1 <= blocks <= 4096:
+        raise ConfigError(f"--blocks {blocks}: write a number from 1 to 4096")
+    film = load_film(film_path)
+    shots = list(_resolve(plain_film(film)).values())
+    if len({shot.model.path for shot in shots}) > 1:
+        raise ConfigError(f"{film_path}: its shots name several models; calibrate each with a film of its own")
+    from longtake.engine.basis import BASIS_NAME, write_basis
+    from longtake.engine.calibrate import calibrate as gather
+    from longtake.engine.shot import parse_device
+
+    table = gather(shots, blocks, parse_device(check_device(device)), lambda line: print(line, flush=True))
+    path = out or shots[0].model.path / BASIS_NAME
+    write_basis(table, path)
+    print(path)
+
+
+@app.command()
 def verify(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The --out of a render.")],
     json_path: JsonPath = None,

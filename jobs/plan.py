@@ -42,6 +42,7 @@ class ShotPlan:
         scratch_bytes: dense K and V of one layer's chunk of history.
         weights_bytes: the transformer's.
         summary_bytes: what retrieval remembers of every block.
+        basis_bytes: the model's table of its heads, where a codec needs it.
         vae_bytes: the VAE's weights and its decoder's state; 0 where the model's folder is not here.
         partials_bytes: results of parts of the keys that FlashAttention-3 keeps meanwhile, where FP8 attention uses it.
         activation_bytes: what else a pass computed in between in the benchmark, by tokens and width; 0 without one.
@@ -72,6 +73,7 @@ class ShotPlan:
     scratch_bytes: int
     weights_bytes: int
     summary_bytes: int
+    basis_bytes: int
     vae_bytes: int
     partials_bytes: int
     activation_bytes: int
@@ -85,6 +87,7 @@ class ShotPlan:
     def device_bytes(self) -> int:
         """Device memory as far as it is known before rendering."""
         named = self.arena_bytes + self.scratch_bytes + self.weights_bytes + self.summary_bytes
+        named += self.basis_bytes
         return named + self.vae_bytes + self.partials_bytes + self.activation_bytes
 
 
@@ -103,8 +106,9 @@ def plan_shot(
     """
     import torch
 
+    from longtake.engine.basis import basis_bytes
     from longtake.engine.retrieval import summary_bytes
-    from longtake.engine.shotcache import shot_forms
+    from longtake.engine.shotcache import shot_forms, wants_basis
 
     dtype: torch.dtype = getattr(torch, dtype_name)
     geometry, timeline = shot.model.transformer, Timeline(shot, shot.after_blocks)
@@ -135,6 +139,7 @@ def plan_shot(
         scratch_bytes=scratch_bytes,
         weights_bytes=_weights_bytes(geometry, shot.model.weights.precision, dtype),
         summary_bytes=summary_bytes(timeline.num_entries, geometry.num_heads, geometry.head_dim) if retrieve else 0,
+        basis_bytes=basis_bytes(geometry) if wants_basis(shot) else 0,
         vae_bytes=vae_bytes,
         partials_bytes=partials_bytes,
         activation_bytes=round(activations),

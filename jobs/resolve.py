@@ -28,7 +28,7 @@ from longtake.engine.config import (
 from longtake.engine.forms import FormPolicy
 from longtake.engine.timeline import Timeline
 from longtake.jobs.film import Beat, Film, Shot
-from longtake.jobs.film_settings import Prune, Settings
+from longtake.jobs.film_settings import Cache, Prune, Settings
 from longtake.jobs.media import check_length, clip_blocks, read_media, unreadable
 from longtake.jobs.source import quote
 from longtake.kernels.errors import ConfigError
@@ -113,6 +113,7 @@ def _resolve_shot(film: Film, shot: Shot, model: ModelSpec, before: ShotConfig |
         strength=shot.strength or (0.6 if shot.video is not None else 1.0),
     )
     _check_forms(film, shot, config)
+    config = _with_basis(film, shot, config)
     if config.clip is not None:
         config = dataclasses.replace(config, after_blocks=clip_blocks(film, shot, config, config.clip))
     try:
@@ -255,6 +256,31 @@ def _check_forms(film: Film, shot: Shot, config: ShotConfig) -> None:
             check()
         except ConfigError as error:
             raise film.source.error(film.key(shot, *keys), str(error)) from error
+
+
+def _with_basis(film: Film, shot: Shot, config: ShotConfig) -> ShotConfig:
+    """The shot with the hash of its model's table, if a codec needs that."""
+    from longtake.engine.basis import basis_hash  # imports torch
+    from longtake.engine.shotcache import wants_basis
+
+    if not wants_basis(config):
+        return config
+    try:
+        return dataclasses.replace(config, history_basis=basis_hash(config.model.path))
+    except ConfigError as error:
+        raise film.source.error(film.key(shot, "codec"), str(error)) from error
+
+
+def plain_film(film: Film) -> Film:
+    """The film with every shot on its own, from its prompts alone, and with a history in bfloat16 of all its tokens."""
+    shots = []
+    for shot in film.shots:
+        history = dataclasses.replace(shot.settings.history, prune=None)
+        settings = dataclasses.replace(shot.settings, codec="bf16", attention=None, cache=Cache(), history=history)
+        shots.append(
+            Shot(name=shot.name, duration_s=shot.duration_s, prompt=shot.prompt, beats=shot.beats, settings=settings)
+        )
+    return dataclasses.replace(film, shots=tuple(shots))
 
 
 def _after_blocks(film: Film, shot: Shot, history: HistoryConfig, before: ShotConfig | None) -> int:

@@ -42,6 +42,13 @@ SPLITS = (1, 2, 4, 8, 16, 32)
 PATHS = ("fp8", "dense/flash3", "fp8/flash3")  # FlashAttention-3's where it is installed
 
 
+def bound(codec: Codec, heads: int, device: torch.device) -> Codec:
+    """The codec, with some basis if it wants one."""
+    if not codec.wants_basis:
+        return codec
+    return codec.of_layer(synthetic.random_basis(1, heads, codec.geometry.head_dim, device), 0)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     """Everything one measurement needs.
@@ -268,7 +275,7 @@ def measure(
     for name in filter(None, args.codecs.split(";" if "=" in args.codecs else ",")):
         with survive(failed, label := f"{kind} {blocks} {name}"):
             case = Case(
-                codec=make_codec(name, grid.geometry(args.dim)),
+                codec=bound(make_codec(name, grid.geometry(args.dim)), k_NTHD.shape[2], k_NTHD.device),
                 k_NTHD=k_NTHD,
                 v_NTHD=v_NTHD,
                 q_THD=q_THD,

@@ -23,6 +23,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -33,6 +34,9 @@ from longtake.kernels.layout import ALIGNMENT_BYTES
 from longtake.kernels.rotary import HeadRotary, Turns, check_heads
 from longtake.kernels.scaling import Scaling
 from longtake.kernels.tensor_codec import TensorCodec
+
+if TYPE_CHECKING:
+    from longtake.kernels.principal import HistoryBasis
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +99,15 @@ class Codec(ABC):
     def bits_per_element(self) -> float:
         """Stored bits for one element of K or V."""
         return self.payload_bytes * 8 / (2 * self.geometry.num_tokens * self.geometry.head_dim)
+
+    @property
+    def wants_basis(self) -> bool:
+        """Whether a model's heads are turned first, by matrices that come with it (kernels/principal.py)."""
+        return False
+
+    def of_layer(self, basis: HistoryBasis, layer: int) -> Codec:
+        """The codec of one layer, which turns its heads so; itself where none are turned."""
+        return self
 
     @abstractmethod
     def encode(self, k_THD: Tensor, v_THD: Tensor, out_HP: Tensor) -> None:
@@ -255,11 +268,13 @@ _FAMILIES: dict[str, str] = {
     **dict.fromkeys(("qaq2", "qaq4", "tptq2", "tptq4"), "adaptive"),
     **dict.fromkeys(("nvfp4", "fp8"), "minifloat"),
 }
+# name -> module whose `codec(name, geometry)` makes it, for keys and values together
+_JOINT: dict[str, str] = dict.fromkeys(("pc2", "pc3", "pc4"), "principal")
 
 
 def codec_names() -> list[str]:
-    """Every plain codec name; any two join as "k=NAME,v=NAME", and as "CENTRE+REST"."""
-    return sorted(_FAMILIES)
+    """Every plain codec name; any two but `pc2` to `pc4` join as "k=NAME,v=NAME", and as "CENTRE+REST"."""
+    return sorted([*_FAMILIES, *_JOINT])
 
 
 def make_tensor_codec(name: str, geometry: BlockGeometry, side: Side) -> TensorCodec:
@@ -277,8 +292,10 @@ def make_tensor_codec(name: str, geometry: BlockGeometry, side: Side) -> TensorC
         spatial = importlib.import_module("longtake.kernels.spatial")
         split: TensorCodec = spatial.tensor_codec(name, geometry, side)
         return split
+    if name in _JOINT:
+        raise ConfigError(f"codec {name} is for keys and values together and for all of a block: write it alone.")
     if name not in _FAMILIES:
-        nearest = difflib.get_close_matches(name.lower(), _FAMILIES, n=1)
+        nearest = difflib.get_close_matches(name.lower(), codec_names(), n=1)
         hint = f"did you mean {nearest[0]!r}? " if nearest else ""
         raise ConfigError(
             f"unknown codec {name!r}: {hint}Known: {', '.join(codec_names())}; or 'k=NAME,v=NAME', or 'CENTRE+REST'."
@@ -298,6 +315,10 @@ def make_codec(name: str, geometry: BlockGeometry) -> Codec:
     Raises:
         ConfigError: no such codec (the nearest name is given), or it cannot hold this geometry.
     """
+    if name in _JOINT:
+        module = importlib.import_module(f"longtake.kernels.{_JOINT[name]}")
+        joint: Codec = module.codec(name, geometry)
+        return joint
     key = value = name
     if "=" in name:
         parts = dict(part.partition("=")[::2] for part in name.replace(" ", "").split(","))

@@ -34,6 +34,7 @@ from longtake.kernels.attention import attend
 from longtake.kernels.clock import relative_error
 from longtake.kernels.codec import BlockGeometry, Codec, make_codec
 from longtake.kernels.errors import ConfigError
+from longtake.kernels.principal import HistoryBasis
 from longtake.kernels.rotary import Rotary, apply_rotary, rotary_table
 
 
@@ -47,6 +48,7 @@ class Sample:
         q_THD: queries, turned to their positions.
         rotary: tables of the keys.
         grid: rows and columns of a latent frame's tokens.
+        layer: of the model, where one was recorded.
     """
 
     k_NTHD: Tensor
@@ -54,6 +56,7 @@ class Sample:
     q_THD: Tensor
     rotary: Rotary
     grid: tuple[int, int]
+    layer: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,12 +155,19 @@ def varying(x_NTHD: Tensor) -> float:
     return float((x_XHD - x_XHD.mean(0)).norm())
 
 
-def measure(kind: str, name: str, samples: Sequence[Sample], num_queries: int) -> Row:
-    """One codec over all samples of a kind; errors are averaged, the time is the median's mean."""
+def measure(
+    kind: str, name: str, samples: Sequence[Sample], num_queries: int, basis: HistoryBasis | None = None
+) -> Row:
+    """One codec over all samples of a kind; errors are averaged, the time is the median's mean.
+
+    Codecs that turn heads do so by ``basis``, of the model whose layers were recorded; without it heads stay.
+    """
     sums, bits = [0.0] * 4, 0.0
     for sample in samples:
         tokens, dim = sample.k_NTHD.shape[1], sample.k_NTHD.shape[3]
         codec = make_codec(name, BlockGeometry(num_tokens=tokens, head_dim=dim, grid=sample.grid))
+        if basis is not None and sample.layer is not None:
+            codec = codec.of_layer(basis, sample.layer)
         bits = codec.bits_per_element
         stride = max(1, sample.q_THD.shape[0] // num_queries)
         q_HTD = sample.q_THD[::stride].transpose(0, 1)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from longtake.kernels.codec import BlockGeometry, Codec, make_codec
 from longtake.kernels.errors import ConfigError
+from longtake.kernels.principal import HistoryBasis
 from longtake.kernels.rotary import THETA, HeadRotary, Turns, rotary_table
 
 
@@ -46,12 +47,14 @@ class Form:
         codec: of the tokens that are kept.
         grid: rows and columns of a full latent frame.
         window: rows and columns that are merged into one token; (1, 1) for none.
+        layers: the codec of each layer, where layers differ.
     """
 
     name: str
     codec: Codec
     grid: tuple[int, int]
     window: tuple[int, int] = (1, 1)
+    layers: tuple[Codec, ...] = ()
 
     @property
     def mass(self) -> int:
@@ -63,11 +66,15 @@ class Form:
         """Kept tokens of a block, M."""
         return self.codec.geometry.num_tokens
 
-    def encode(self, k_THD: Tensor, v_THD: Tensor, out_HP: Tensor) -> None:
-        """As Codec.encode, from all T tokens of the block."""
+    def of_layer(self, layer: int) -> Codec:
+        """The codec of one layer."""
+        return self.layers[layer] if self.layers else self.codec
+
+    def encode(self, layer: int, k_THD: Tensor, v_THD: Tensor, out_HP: Tensor) -> None:
+        """As Codec.encode, of one layer and from all T tokens of the block."""
         if self.mass > 1:
             k_THD, v_THD = (merge_tokens(x_THD, self.grid, self.window) for x_THD in (k_THD, v_THD))
-        self.codec.encode(k_THD, v_THD, out_HP)
+        self.of_layer(layer).encode(k_THD, v_THD, out_HP)
 
     def rotary(
         self, frame_positions: Sequence[float], device: torch.device, thetas: Sequence[float] = (THETA,)
@@ -82,13 +89,16 @@ class Form:
         return heads[0] if len(heads) == 1 else HeadRotary(heads=tuple(heads))
 
 
-def make_form(codec: str, geometry: BlockGeometry, window: tuple[int, int] = (1, 1)) -> Form:
+def make_form(
+    codec: str, geometry: BlockGeometry, window: tuple[int, int] = (1, 1), basis: HistoryBasis | None = None
+) -> Form:
     """Make a form.
 
     Args:
         codec: name, as for make_codec.
         geometry: of a block, with its grid.
         window: rows and columns of tokens that are merged.
+        basis: for codecs that want one; None: the form is to be asked for names and sizes only.
 
     Raises:
         ConfigError: no such codec, or the window does not divide the frame.
@@ -101,12 +111,12 @@ def make_form(codec: str, geometry: BlockGeometry, window: tuple[int, int] = (1,
             f"tokens cannot be merged by {high} x {wide} in frames of {rows} x {columns}; rows by one of "
             f"{divide[0]}, columns by one of {divide[1]}"
         )
-    if window == (1, 1):
-        return Form(name=codec, codec=make_codec(codec, geometry), grid=geometry.grid)
     kept = BlockGeometry(
         num_tokens=geometry.num_tokens // (high * wide),
         head_dim=geometry.head_dim,
         grid=(rows // high, columns // wide),
     )
-    name = f"{codec}-mean{high}x{wide}"
-    return Form(name=name, codec=make_codec(codec, kept), grid=geometry.grid, window=window)
+    name = codec if window == (1, 1) else f"{codec}-mean{high}x{wide}"
+    made = make_codec(codec, kept)
+    layers = [made.of_layer(basis, layer) for layer in range(basis.num_layers)] if basis is not None else []
+    return Form(name=name, codec=made, grid=geometry.grid, window=window, layers=tuple(layers))

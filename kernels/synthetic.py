@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from longtake.kernels.codec import BlockGeometry
+from longtake.kernels.principal import HistoryBasis
 
 NUM_PATTERNS = 12
 
@@ -115,6 +116,14 @@ def _tensor(grid: Grid, blocks: int, dim: int, offset: float, outlier: float, ge
     loud = torch.ones(dim, device=device)
     loud[torch.randperm(dim, generator=generator, device=device)[: dim // 32]] = outlier
     return offset * normal(dim) * loud + (smooth + 0.5 * tails) * loud.clamp(max=3.0)
+
+
+def random_basis(layers: int, heads: int, dim: int, device: torch.device | str = "cpu") -> HistoryBasis:
+    """Matrices for the codecs that turn heads: they mix channels at random, and make some components larger."""
+    generator = torch.Generator().manual_seed(dim)
+    mixing_HEE = torch.linalg.qr(torch.randn(heads, 2 * dim, 2 * dim, generator=generator)).Q
+    turn_HEE = mixing_HEE * torch.linspace(0.5, 2.0, 2 * dim)
+    return HistoryBasis(turn_HEE.to(device, torch.bfloat16).expand(layers, -1, -1, -1))
 
 
 def noise(

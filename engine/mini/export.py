@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from longtake.engine.basis import BASIS_NAME
 from longtake.engine.mini.train_dit import LAYOUT, TEXT, TRANSFORMER
 from longtake.engine.mini.world import FPS, HEIGHT, WIDTH
 
@@ -85,6 +86,7 @@ def export(weights: dict[str, Tensor], vae: Path, out: Path) -> None:
     }
     _write_json(out / "model_index.json", index)
     _write_json(out / "longtake.json", SETTINGS)
+    (out / BASIS_NAME).unlink(missing_ok=True)  # of other weights; longtake.engine.mini.calibrate makes it
     for file in vae.iterdir():
         if file.resolve() != (out / "vae" / file.name).resolve():
             shutil.copyfile(file, out / "vae" / file.name)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -221,6 +222,29 @@ def test_plan(film: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (data["num_frames"], data["num_blocks"]) == (32, 3)
     assert cli.run(["plan", str(film), "--json", "/proc/x"]) == 2
     assert "--json /proc/x: cannot be written" in error_line(capsys)
+
+
+def test_calibrate(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A film that asks for pc2 says what to run, and that command makes what it needs."""
+    model, film = tmp_path / "model", tmp_path / "film.toml"
+    shutil.copytree(tiny_model, model)
+    shot = '[[shot]]\nname = "%s"\nduration = "1s"\nprompt = "p"\nmodel = "%s"\ncodec = "pc2"\ncache.first = "bf16"\n'
+    film.write_text(shot % ("a", model))
+    render = ["render", str(film), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert cli.run(render) == 2
+    message = error_line(capsys)
+    assert message.startswith(f"{film}:6: shot.codec: ") and "longtake calibrate FILM.toml" in message
+    elsewhere = ["calibrate", str(film), "--device", "cpu", "--blocks", "2", "--out", str(tmp_path / "no" / "table")]
+    assert cli.run(elsewhere) == 2
+    assert "cannot be written (No such file or directory); name another file with --out" in error_line(capsys)
+    assert cli.run([*elsewhere[:-2], "--blocks", "0"]) == 2
+    assert "--blocks 0: write a number from 1 to 4096" in error_line(capsys)
+    assert cli.run(elsewhere[:-2]) == 0
+    assert capsys.readouterr().out.splitlines() == ["a: 2 blocks", str(model / "history_basis.safetensors")]
+    assert cli.run(render) == 0
+    film.write_text(shot % ("a", model) + shot % ("b", "mini"))
+    assert cli.run(elsewhere) == 2
+    assert "calibrate each with a film of its own" in error_line(capsys).replace("\n", " ")
 
 
 @pytest.mark.parametrize("command", ["status", "report", "verify", "pause", "logs"])

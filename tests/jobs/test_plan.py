@@ -82,6 +82,15 @@ def test_retrieval_keeps_a_little_of_every_block(spec: ModelSpec) -> None:
         plan_film(resolve(parse_film(small), lambda name: spec))
 
 
+def test_a_models_table_counts_where_a_codec_needs_it(spec: ModelSpec) -> None:
+    spec.path.mkdir()
+    (spec.path / "history_basis.safetensors").write_bytes(b"")
+    film = '[[shot]]\nname = "a"\nduration = "5s"\nprompt = "p"\ncodec = "%s"\n'
+    turned, plain = (plan_film(resolve(parse_film(film % codec), lambda name: spec))[0] for codec in ("pc3", "tc3"))
+    assert turned.basis_bytes == 8 * 4 * 128 * 128 * 4 and plain.basis_bytes == 0
+    assert turned.device_bytes - plain.device_bytes == turned.basis_bytes + turned.arena_bytes - plain.arena_bytes
+
+
 def test_what_shots_share_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A film of hundreds of shots is planned in seconds."""
     counted: list[tuple[int, int]] = []

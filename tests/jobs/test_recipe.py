@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from longtake.engine.config import BeatConfig, CacheConfig, ModelSpec, ShotConfig
+from longtake.engine.essence import essence, to_json
 from longtake.jobs.recipe import RECIPE_NAME, Recipe
 from longtake.kernels.errors import ConfigError, StorageError
 
@@ -69,6 +70,15 @@ def test_differences_are_named(config: ShotConfig, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=message) as caught:
             recipe.keep_in(tmp_path)
         assert len(str(caught.value).splitlines()) == 1
+
+
+def test_another_table_of_the_models_heads_is_another_film(config: ShotConfig, tmp_path: Path) -> None:
+    before, after = (Recipe(config=dataclasses.replace(config, history_basis=digest * 8)) for digest in ("0a", "1b"))
+    before.keep_in(tmp_path)
+    before.keep_in(tmp_path)
+    with pytest.raises(ConfigError, match=r'from another film \(history_basis: "0a0a.*" -> "1b1b.*"\); .* --fresh'):
+        after.keep_in(tmp_path)
+    assert "history_basis" not in essence(to_json(config)), "a shot without one is the shot that it was"
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def test_equal_tokens_merge_exactly(window: tuple[int, int]) -> None:
     k[..., 2 * axis_pairs(64)[0] :] = 0
     q, own_k, own_v = (draw(10 + i, 2, 64).transpose(0, 1) for i in (0, 5, 5))
     page = torch.zeros((1, 2, form.codec.payload_bytes), dtype=torch.uint8)
-    form.encode(k, v, page[0])
+    form.encode(0, k, v, page[0])
     k_out, v_out = torch.empty(2, 2, form.num_tokens, 64).unbind(0)
     positions = [3, 4]
     form.codec.materialise(

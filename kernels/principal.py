@@ -1,0 +1,195 @@
+"""The project's transform codec behind a turn of each head's channels, `pc2`, `pc3` and `pc4`: 2.33, 3 and 4 bits.
+
+    [k | v] A = [y1 | y2]        of a head, before RoPE; read back by A^-1
+
+A cosine transform takes away what neighbouring tokens share, not what channels share; and a head's keys and values, two
+views of the same tokens, share much. The matrices of a layer's heads come with the model (`longtake calibrate` makes
+them, engine/basis.py reads them): they turn keys and values together to principal components, after weighing them by
+what an error costs, so that an error of any component costs the same. Components are dealt in turn to two tensors of D
+channels, which `tc` stores as it does keys and values, with as many bits for each. Source of the idea: KV Cache
+Transform Coding, arXiv 2511.01815, whose principal components are calibrated too, of K and V apart.
+
+    payload of one head:   | y1: section of tc | y2: section of tc |
+
+On a GPU some blocks at a time are unpacked by `tc`'s kernel, turned back by a matrix product each for keys and values,
+and put in place, with RoPE or scaled for FP8, by the dense codec's kernel.
+
+Shape legend: L layers, H heads, T tokens of a block, D head dim, E = 2 D components, N blocks, G slots, P payload
+bytes, X rows.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from longtake.kernels.codec import BlockGeometry, Codec
+from longtake.kernels.dense import DenseCodec
+from longtake.kernels.errors import ConfigError
+from longtake.kernels.rotary import HeadRotary, Rotary, Turns, rotate_pairs
+from longtake.kernels.scaling import Scaling
+from longtake.kernels.transform import TransformCodec
+
+BITS = {"pc2": 2.33, "pc3": 3.0, "pc4": 4.0}
+BYTES_AN_ENTRY = 4  # of a table in memory: a bfloat16 there, one back
+_CHUNK_ELEMENTS = 1 << 27  # components that are unpacked at a time: 9 blocks of 4,680 tokens x 12 heads x 128
+
+
+class HistoryBasis:
+    """The matrices of all layers, for the heads that are kept here.
+
+    Args:
+        turn_LHEE: bfloat16 [L, H, E, E], on the device of the rollout: a row of a head's keys and values times its
+            matrix is a row of components, those of y1 before those of y2.
+
+    Raises:
+        ConfigError: a matrix has no inverse.
+    """
+
+    def __init__(self, turn_LHEE: Tensor) -> None:
+        self.turn_LHEE = turn_LHEE
+        back = [torch.linalg.inv_ex(turn_HEE.double())[0].to(torch.bfloat16) for turn_HEE in turn_LHEE.cpu()]
+        self.back_LHEE = torch.stack(back).to(turn_LHEE.device)
+        if not self.back_LHEE.isfinite().all():
+            raise ConfigError("a matrix of the model's table has no inverse; run  longtake calibrate FILM.toml")
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return len(self.turn_LHEE)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on the device."""
+        num_bytes: int = self.turn_LHEE.nbytes + self.back_LHEE.nbytes
+        return num_bytes
+
+
+class PrincipalCodec(Codec):
+    """The transform codec, of turned heads; of one layer once it has its basis, without it heads stay as they are.
+
+    Args:
+        name: of BITS.
+        geometry: the block.
+    """
+
+    def __init__(self, name: str, geometry: BlockGeometry) -> None:
+        super().__init__(name, geometry)
+        self.coder = TransformCodec(geometry, BITS[name])
+        self._rows = DenseCodec(geometry, torch.bfloat16)
+        self._turn_HEE: Tensor | None = None
+        self._back_HEE: Tensor | None = None
+
+    @property
+    def payload_bytes(self) -> int:
+        return 2 * self.coder.num_bytes
+
+    @property
+    def recordable(self) -> bool:
+        return self.coder.recordable
+
+    @property
+    def wants_basis(self) -> bool:
+        return True
+
+    def of_layer(self, basis: HistoryBasis, layer: int) -> PrincipalCodec:
+        bound = copy.copy(self)
+        bound._turn_HEE, bound._back_HEE = basis.turn_LHEE[layer], basis.back_LHEE[layer]
+        return bound
+
+    def encode(self, k_THD: Tensor, v_THD: Tensor, out_HP: Tensor) -> None:
+        self._check_encode(k_THD, v_THD, out_HP)
+        dim = self.geometry.head_dim
+        y_HTE = torch.cat((k_THD, v_THD), dim=-1).transpose(0, 1)
+        if not self._has_kernels(out_HP):
+            y_HTE = y_HTE.float()
+        if self._turn_HEE is not None:
+            y_HTE = turned(y_HTE, self._turn_HEE.to(y_HTE.dtype))
+        y_THE = y_HTE.transpose(0, 1)
+        self.coder.pack_pair_into(self.coder, y_THE[..., :dim], y_THE[..., dim:], out_HP)
+
+    def materialise(
+        self,
+        pages_GHP: Tensor,
+        slots_N: Tensor,
+        rotary: Turns,
+        k_out_HXD: Tensor,
+        v_out_HXD: Tensor,
+        *,
+        k_scaling: Scaling | None = None,
+        v_scaling: Scaling | None = None,
+    ) -> None:
+        self._check_materialise(pages_GHP, slots_N, rotary, (k_out_HXD, k_scaling), (v_out_HXD, v_scaling))
+        tokens, dim = self.geometry.num_tokens, self.geometry.head_dim
+        chunk = max(1, _CHUNK_ELEMENTS // (2 * tokens * dim * pages_GHP.shape[1]))
+        for first in range(0, len(slots_N), chunk):
+            slots = slots_N[first : first + chunk]
+            rows = slice(first * tokens, (first + len(slots)) * tokens)
+            y_HXE = self._components(pages_GHP, slots)
+            k_HXD = self._channels(y_HXE, slice(0, dim))
+            if isinstance(rotary, HeadRotary):
+                for head, one in enumerate(rotary.heads):
+                    alone = slice(head, head + 1)
+                    scaling = None if k_scaling is None else k_scaling.of_head(head)
+                    self._put(k_HXD[alone], part(one, rows), k_out_HXD[alone, rows], scaling)
+            else:
+                self._put(k_HXD, part(rotary, rows), k_out_HXD[:, rows], k_scaling)
+            self._put(self._channels(y_HXE, slice(dim, 2 * dim)), None, v_out_HXD[:, rows], v_scaling)
+
+    def _has_kernels(self, x: Tensor) -> bool:
+        return x.is_cuda and self.coder.has_kernels
+
+    def _components(self, pages_GHP: Tensor, slots_N: Tensor) -> Tensor:
+        """Components of some slots' tokens, [H, X, E]: bfloat16 by kernels, otherwise float32."""
+        (_, num_heads, _), dim = pages_GHP.shape, self.geometry.head_dim
+        dtype = torch.bfloat16 if self._has_kernels(pages_GHP) else torch.float32
+        shape = (len(slots_N) * self.geometry.num_tokens, 2 * num_heads, dim)
+        y_XID = torch.empty(shape, dtype=dtype, device=pages_GHP.device)  # I: y1 and y2 of each head, as in a page
+        sections_GIB = pages_GHP.reshape(len(pages_GHP), 2 * num_heads, self.coder.num_bytes)
+        self.coder.unpack_into(sections_GIB, slots_N, None, y_XID.transpose(0, 1), None)
+        return y_XID.view(-1, num_heads, 2 * dim).transpose(0, 1)
+
+    def _channels(self, y_HXE: Tensor, which: slice) -> Tensor:
+        """Keys before RoPE, or values: [H, X, D], contiguous."""
+        if self._back_HEE is None:
+            return y_HXE[..., which].contiguous()
+        return turned(y_HXE, self._back_HEE[..., which].to(y_HXE.dtype))
+
+    def _put(self, x_HXD: Tensor, rotary: Rotary | None, out_HXD: Tensor, scaling: Scaling | None) -> None:
+        """Put rows in place, at their positions and scaled if asked."""
+        if rotary is None and scaling is None:
+            out_HXD.copy_(x_HXD)
+        elif self._has_kernels(x_HXD):
+            blocks_HNB = x_HXD.view(torch.uint8).view(x_HXD.shape[0], -1, self._rows.num_bytes)
+            slots_N = first_slots(blocks_HNB.shape[1], x_HXD.device)
+            self._rows.unpack_into(blocks_HNB.transpose(0, 1), slots_N, rotary, out_HXD, scaling)
+        else:
+            x_HXD = x_HXD if rotary is None else rotate_pairs(x_HXD, rotary)
+            out_HXD.copy_(x_HXD if scaling is None else scaling.store(x_HXD))
+
+
+@cache  # stays: recorded passes read it
+def first_slots(count: int, device: torch.device) -> Tensor:
+    """Blocks that follow one another: int32 [count]."""
+    return torch.arange(count, dtype=torch.int32, device=device)
+
+
+def turned(x_HTE: Tensor, matrix_HED: Tensor) -> Tensor:
+    """Rows times their head's matrix; on a CPU head by head, for a batch's bits may depend on its size."""
+    if x_HTE.is_cuda:
+        return torch.bmm(x_HTE, matrix_HED)
+    return torch.stack([x_TE @ matrix_ED for x_TE, matrix_ED in zip(x_HTE, matrix_HED, strict=True)])
+
+
+def part(rotary: Rotary, rows: slice) -> Rotary:
+    """The tables of some rows, whole frames."""
+    first, last = rows.start // rotary.tokens_per_frame, rows.stop // rotary.tokens_per_frame
+    return rotary.frames(first, last - first)
+
+
+def codec(name: str, geometry: BlockGeometry) -> PrincipalCodec:
+    """Make `pc2`, `pc3` or `pc4`, without a basis."""
+    return PrincipalCodec(name, geometry)
