@@ -54,7 +54,10 @@ def test_what_an_error_costs_is_what_autograd_says(model: CausalWan) -> None:
     """Sums of squared derivatives of the layer's output, by each row of keys before RoPE and of values."""
     moments, dim, keys = HeadMoments(model), model.config.head_dim, 12
     q_SD, k_XD, v_XD = normal(5, dim), normal(keys, dim, seed=1), normal(keys, dim, seed=2)
-    turns = [rotary_table([3.0], 2, 3, dim), rotary_table([8.0], 2, 3, dim)]
+    tables = [rotary_table([position], 2, 3, dim) for position in (3.0, 8.0)]
+    turns = [  # what is kept of tables may be of inference, where autograd cannot follow
+        replace(one, temporal_YP2=one.temporal_YP2.clone(), spatial_SQ2=one.spatial_SQ2.clone()) for one in tables
+    ]
 
     def turned(k_XD: Tensor) -> Tensor:
         parts = zip(k_XD.split(6), turns, strict=True)
