@@ -35,7 +35,7 @@ from longtake.kernels.transform import TransformCodec
 
 BITS = {"pc2": 2.33, "pc3": 3.0, "pc4": 4.0}
 BYTES_AN_ENTRY = 4  # of a table in memory: a bfloat16 there, one back
-_CHUNK_ELEMENTS = 1 << 27  # components that are unpacked at a time: 9 blocks of 4,680 tokens x 12 heads x 128
+_CHUNK_ELEMENTS = 1 << 26  # components that are unpacked at a time: 4 blocks of 4,680 tokens x 12 heads x 128
 
 
 class HistoryBasis:
