@@ -29,7 +29,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from longtake.engine import record
-from longtake.engine.bench_rollout import GEOMETRIES
+from longtake.engine.bench_rollout import GEOMETRIES, made_up_basis
 from longtake.engine.bench_scaling import ScalingCase, default_meshes, fill_history, random_sharded
 from longtake.engine.config import Precision
 from longtake.engine.gang import Gang, join
@@ -190,7 +190,8 @@ def make_rollout(case: ScalingCase, gang: Gang, device: torch.device) -> Rollout
     text = torch.zeros(1, shot.model.text_len, config.text_dim, device=device)
     with torch.inference_mode():
         contexts = [model.text_context(text)]
-    rollout = Rollout(shot, model, contexts, open_cache(shot, device, heads=model.heads))
+    basis = made_up_basis(shot, len(model.heads), device)
+    rollout = Rollout(shot, model, contexts, open_cache(shot, device, heads=model.heads), basis=basis)
     with torch.inference_mode():
         fill_history(rollout, shot.history.sink_blocks + shot.history.recent_blocks)
     return rollout

@@ -47,6 +47,7 @@ from longtake.engine.vae import StreamingDecoder, load_vae
 from longtake.engine.vae_fast import make_fast
 from longtake.engine.weights import load_transformer, read_spec
 from longtake.kernels.clock import survive
+from longtake.kernels.principal import HistoryBasis
 from longtake.kernels.synthetic import random_basis
 
 GEOMETRIES = {
@@ -146,6 +147,12 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
     return randomise(model, device, dtype)
 
 
+def made_up_basis(shot: ShotConfig, num_heads: int, device: torch.device) -> HistoryBasis | None:
+    """A table of random weights' heads, as many as are attended here, if a codec of the shot wants one."""
+    config = shot.model.transformer
+    return random_basis(config.num_layers, num_heads, config.head_dim, device) if wants_basis(shot) else None
+
+
 def run_rollout(bench: RolloutBench, failed: dict[str, str]) -> dict[str, Any]:
     """Run one configuration.
 
@@ -172,10 +179,7 @@ def run_rollout(bench: RolloutBench, failed: dict[str, str]) -> dict[str, Any]:
     with torch.inference_mode():
         contexts = [model.text_context(text)]
     del text
-    config = shot.model.transformer
-    basis = None
-    if bench.model is None and wants_basis(shot):
-        basis = random_basis(config.num_layers, config.num_heads, config.head_dim, device)
+    basis = made_up_basis(shot, shot.model.transformer.num_heads, device) if bench.model is None else None
     with closing(Rollout(shot, model, contexts, open_cache(shot, device), basis=basis)) as rollout:
         result, clean = _run_blocks(rollout, bench.blocks)
     result["left_by_earlier_cases_bytes"] = left_bytes

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from longtake.engine import record
-from longtake.engine.bench_rollout import GEOMETRIES, RolloutBench, make_shot
+from longtake.engine.bench_rollout import GEOMETRIES, RolloutBench, made_up_basis, make_shot
 from longtake.engine.config import ModelConfig, Precision, ShotConfig
 from longtake.engine.fp8_linear import quantise_linears
 from longtake.engine.gang import Gang, join
@@ -101,8 +101,8 @@ def random_sharded(
 
 def fill_history(rollout: Rollout, num_blocks: int) -> None:
     """Commit blocks of random K/V, encoded as any other, without running the model."""
-    cache, codec, heads = rollout.cache, rollout.codec, rollout.model.heads
-    shape = (codec.geometry.num_tokens, len(heads), codec.geometry.head_dim)
+    cache, form, geometry = rollout.cache, rollout.forms[0], rollout.codec.geometry
+    shape = (geometry.num_tokens, len(rollout.model.heads), geometry.head_dim)
     torch.manual_seed(1)
     k, v = (torch.randn(shape, device=rollout.device, dtype=rollout.dtype) for _ in range(2))
     for block in range(num_blocks):
@@ -110,7 +110,7 @@ def fill_history(rollout: Rollout, num_blocks: int) -> None:
         for layer in range(rollout.model.config.num_layers):
             for part in commit.parts:
                 assert part is not None, "one form"
-                codec.encode(k, v, part.page(layer))
+                form.encode(layer, k, v, part.page(layer))
         commit.complete()
         cache.retain(rollout.timeline.needed_later(block + 1))
 
@@ -127,7 +127,8 @@ def run_case(case: ScalingCase, gang: Gang, model: ShardedWan, device: torch.dev
     with torch.inference_mode():
         contexts = [model.text_context(text)]
     cache = open_cache(shot, device, heads=model.heads)
-    with closing(cache), closing(Rollout(shot, model, contexts, cache)) as rollout:
+    basis = made_up_basis(shot, len(model.heads), device)
+    with closing(cache), closing(Rollout(shot, model, contexts, cache, basis=basis)) as rollout:
         return measure(rollout, case, gang, device)
 
 

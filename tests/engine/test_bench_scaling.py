@@ -28,3 +28,12 @@ def test_figures_are_there_when_a_later_case_fails(tmp_path: Path, monkeypatch: 
     bench_scaling.main(["--json", str(target), "--kv", "400,400", "--budget", "-1", *options])
     written = json.loads(target.read_text())["results"]
     assert written["cases"] == [] and len(written["skipped"]) == 2
+
+
+@pytest.mark.parametrize("codec", ["int4", "pc2"])
+def test_random_weights_have_what_a_codec_needs(codec: str, tmp_path: Path) -> None:
+    target = tmp_path / "scaling.json"
+    options = ["--geometries", "tiny", "--size", "32x48", "--device", "cpu", "--attention", "dense", "--blocks", "1"]
+    bench_scaling.main(["--json", str(target), "--kv", "100", "--codec", codec, *options])
+    (case,) = json.loads(target.read_text())["results"]["cases"]
+    assert case["result"]["seconds_a_block"]["median"] > 0

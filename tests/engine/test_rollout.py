@@ -93,6 +93,24 @@ def test_equals_uncached(history_config: HistoryConfig, model: CausalWan, contex
     torch.testing.assert_close(render(shot, model, contexts), uncached(shot, model, contexts), rtol=0, atol=TOLERANCE)
 
 
+def test_noise_is_drawn_once_the_first_of_a_block_before_it_begins(
+    model: CausalWan, contexts: list[TextContext], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[int, int]] = []
+
+    def noise(seed: int, name: str, block: int, step: int, shape: tuple[int, ...]) -> Tensor:
+        drawn.append((block, step))
+        return block_noise(seed, name, block, step, shape)
+
+    monkeypatch.setattr(rollout, "block_noise", noise)
+    shot = make_shot(WINDOW, num_blocks=3)
+    run = Rollout(shot, model, contexts, open_cache(shot, torch.device("cpu")))
+    for block in range(shot.num_blocks):
+        run.step()
+        assert ((block + 1, 0) in drawn) == (block + 1 < shot.num_blocks)
+    assert drawn == [(block, step) for block in range(3) for step in range(len(shot.sampler.timesteps))]
+
+
 def test_heads_turn_alike_on_any_number_of_ranks() -> None:
     thetas = history.head_thetas(HEADS_APART, range(12))
     assert thetas == (*history.head_thetas(HEADS_APART, range(5)), *history.head_thetas(HEADS_APART, range(5, 12)))
