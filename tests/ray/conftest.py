@@ -39,6 +39,12 @@ def film_of(tiny_model: Path, tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
+@pytest.fixture(autouse=True)
+def no_other_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that an earlier test ran in this process named its own cluster to the job interface."""
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+
+
 @pytest.fixture(scope="module")
 def local_cluster() -> Iterator[str]:
     """Ray of this process, with its dashboard; yields the dashboard's address."""
