@@ -120,8 +120,8 @@ class ShotRenderer:
         gang, num_heads = self._gang, shot.model.transformer.num_heads
         device = parse_device(gang.device(device_name))
         heads = gang.mesh_shape(num_heads).heads(gang.rank, num_heads)
-        opened = ShotFolder(shot, folder, gang, heads) if gang.leads else RankFolder(shot, folder, gang, heads)
-        with going_first(device), opened as files:
+        open_folder = ShotFolder if gang.leads else RankFolder
+        with going_first(device), open_folder(shot, folder, gang, heads) as files:
             if gang.lead(lambda: files.finished):
                 if shot.cache.keep is Keep.NEEDED:
                     for run in files.runs:
