@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from longtake.engine import record
-from longtake.engine.basis import BASIS_NAME, read_basis
+from longtake.engine.basis import BASIS_NAME, read_basis, read_table
 from longtake.engine.bench_memory import FIRST_SEED, FULL, Case, Models, film_truth, load, make_shot, plain_script
 from longtake.engine.rollout import Prefix, Rollout, open_cache
 from longtake.engine.vae import StreamingEncoder, from_uint8
 from longtake.engine.weights import read_spec
 from longtake.kernels import compare, synthetic
 from longtake.kernels.attention_path import AttentionPath
-from longtake.kernels.codec import codec_names
+from longtake.kernels.codec import Rates, codec_names
 from longtake.kernels.errors import ConfigError
 from longtake.kernels.principal import HistoryBasis
 from longtake.kernels.rotary import Turns, apply_rotary, rotary_table
@@ -109,10 +109,10 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     names = options.codecs.split(";") if options.codecs else codec_names()
     inputs = _inputs(options)
-    basis = _basis(options.model) if options.model in inputs else None
+    basis, rates = _table(options.model) if options.model in inputs else (None, ())
     with torch.inference_mode():
         rows = [
-            compare.measure(kind, name, samples, options.queries, basis)
+            compare.measure(kind, name, samples, options.queries, basis, rates)
             for kind, samples in inputs.items()
             for name in names
         ]
@@ -121,12 +121,13 @@ def main(arguments: list[str]) -> None:
     record.write(options.json, "codecs", config, [dataclasses.asdict(row) for row in rows])
 
 
-def _basis(model: str) -> HistoryBasis | None:
-    """The model's table, if it has one."""
+def _table(model: str) -> tuple[HistoryBasis | None, Rates]:
+    """The model's table and rates, if it has them."""
     spec = read_spec(model)
     if not (spec.path / BASIS_NAME).is_file():
-        return None
-    return read_basis(spec, range(spec.transformer.num_heads), torch.device("cpu"))
+        return None, ()
+    table = read_table(spec)
+    return read_basis(spec, range(spec.transformer.num_heads), torch.device("cpu"), table), table.quarters
 
 
 def _inputs(options: argparse.Namespace) -> dict[str, list[compare.Sample]]:

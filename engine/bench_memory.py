@@ -46,6 +46,7 @@ from longtake.engine.mini.world import FPS, RING_PX, build_worlds
 from longtake.engine.model import CausalWan
 from longtake.engine.quality import psnr
 from longtake.engine.rollout import Prefix, Rollout, open_cache
+from longtake.engine.shotcache import with_table
 from longtake.engine.text import TextEncoder
 from longtake.engine.vae import StreamingDecoder, StreamingEncoder, from_uint8, load_vae
 from longtake.engine.weights import load_transformer, read_spec
@@ -133,7 +134,7 @@ def make_shot(
     """A shot of ``num_blocks`` blocks under one prompt, behind ``num_prefix`` blocks that are given."""
     spec = models.spec
     latents = num_blocks * spec.block_frames
-    return ShotConfig(
+    shot = ShotConfig(
         name=f"world-{seed}",
         model=spec,
         num_frames=latents * spec.temporal_stride if num_prefix else 1 + (latents - 1) * spec.temporal_stride,
@@ -148,6 +149,7 @@ def make_shot(
         after="truth" if num_prefix else None,
         after_blocks=num_prefix,
     )
+    return with_table(shot)
 
 
 @torch.inference_mode()

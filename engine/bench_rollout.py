@@ -41,7 +41,7 @@ from longtake.engine.model import CausalWan
 from longtake.engine.presets import PRESETS, preset_spec
 from longtake.engine.random_model import randomise
 from longtake.engine.rollout import Rollout
-from longtake.engine.shotcache import open_cache, wants_basis
+from longtake.engine.shotcache import open_cache, wants_basis, with_table
 from longtake.engine.timing import StageClock, await_device
 from longtake.engine.vae import StreamingDecoder, load_vae
 from longtake.engine.vae_fast import make_fast
@@ -172,6 +172,7 @@ def run_rollout(bench: RolloutBench, failed: dict[str, str]) -> dict[str, Any]:
         if shot.model.weights.precision is Precision.FP8:
             quantise_linears(model)
     else:
+        shot = with_table(shot)
         model = load_transformer(shot.model, device, dtype)
     if cuda and bench.compile_layers:
         model.compile_layers()

@@ -32,7 +32,8 @@ from longtake.engine.rollout import Rollout, open_cache
 from longtake.engine.text import TextEncoder
 from longtake.engine.weights import load_transformer
 from longtake.kernels.attention_path import DensePath
-from longtake.kernels.codec import Codec
+from longtake.kernels.codec import Codec, Rates
+from longtake.kernels.principal import BITS
 from longtake.kernels.rotary import HeadRotary, Rotary, Turns, rotate_pairs
 
 QUERIES = 16  # of a pass that are looked at
@@ -90,15 +91,16 @@ class HeadMoments:
                 self.queries_LHDD[layer, head] += (back_XD.T @ back_XD).double()
             first += rotary.num_tokens
 
-    def basis(self) -> Tensor:
-        """The table: bfloat16 [L, H, E, E]."""
+    def basis(self) -> tuple[Tensor, Rates]:
+        """The table: bfloat16 [L, H, E, E], and rates."""
         cost_LHEE = torch.zeros_like(self.joint_LHEE)
         dim = self.output_LHDD.shape[-1]
         cost_LHEE[..., :dim, :dim] = with_plain(self.queries_LHDD)
         cost_LHEE[..., dim:, dim:] = with_plain(self.weight_LH[..., None, None] * self.output_LHDD)
         scale_LH = cost_LHEE.diagonal(dim1=-2, dim2=-1).mean(-1)
         turn_LHEE = turn(cost_LHEE / scale_LH[..., None, None], self.joint_LHEE)
-        return torch.cat((turn_LHEE[..., 0::2], turn_LHEE[..., 1::2]), dim=-1).to(torch.bfloat16)
+        rates = tuple((int(4 * bits),) * len(turn_LHEE) for bits in BITS.values())
+        return torch.cat((turn_LHEE[..., 0::2], turn_LHEE[..., 1::2]), dim=-1).to(torch.bfloat16), rates
 
 
 def _back(rotary: Rotary) -> Rotary:
@@ -204,7 +206,7 @@ def watch(rollout: Rollout, moments: HeadMoments) -> Callable[[], None]:
 @torch.inference_mode()
 def calibrate(
     shots: Sequence[ShotConfig], num_blocks: int, device: torch.device, report: Callable[[str], None]
-) -> Tensor:
+) -> tuple[Tensor, Rates]:
     """Make the table of a model.
 
     Args:
@@ -214,7 +216,7 @@ def calibrate(
         report: told of every shot that begins.
 
     Returns:
-        bfloat16 [L, H, E, E].
+        bfloat16 [L, H, E, E], and rates.
     """
     spec = shots[0].model
     spec = dataclasses.replace(spec, weights=dataclasses.replace(spec.weights, precision=Precision.MODEL))

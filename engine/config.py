@@ -305,6 +305,19 @@ class MediaConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HistoryTable:
+    """Which table of its heads a model has: what the file holds, and the rates of the layers.
+
+    Args:
+        hash: of the file's content.
+        quarters: of a bit an element, by layer, for each of `pc2`, `pc3` and `pc4`.
+    """
+
+    hash: str
+    quarters: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ShotConfig:
     """Everything that decides what one shot looks like, resolved: no defaults left to fill in.
 
@@ -312,7 +325,7 @@ class ShotConfig:
     ``beats[0].at_s`` is 0. ``after`` names the shot whose last ``after_blocks`` blocks start this one; if that is 0,
     its last frame is this one's first. ``clip`` is a video whose last blocks, as many, do so instead. ``image`` is the
     first frame. ``guide`` is a video that every block starts from, noised to ``strength``. ``history_basis``:
-    hash of the model's table, where a codec needs it.
+    the model's table, where a codec needs it.
     """
 
     name: str
@@ -334,7 +347,7 @@ class ShotConfig:
     image: MediaConfig | None = None
     guide: MediaConfig | None = None
     strength: float = 1.0
-    history_basis: str | None = None
+    history_basis: HistoryTable | None = None
 
     @property
     def continues(self) -> bool:

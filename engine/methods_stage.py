@@ -24,7 +24,7 @@ from longtake.engine.mini.prompts import Script
 from longtake.engine.model import TextContext
 from longtake.engine.quality import psnr, ssim
 from longtake.engine.rollout import Prefix, Rollout
-from longtake.engine.shotcache import cache_budgets, kv_shape, open_cache
+from longtake.engine.shotcache import cache_budgets, kv_shape, open_cache, with_table
 from longtake.engine.timeline import Timeline
 from longtake.engine.timing import await_device
 from longtake.engine.vae import StreamingDecoder, StreamingEncoder, from_uint8, receptive_latents
@@ -274,7 +274,8 @@ class Stage:
 
     def _shot(self, method: Method, seed: int, num_blocks: int, num_prefix: int) -> ShotConfig:
         case = Case(name=method.name, history=self.models.spec.history, codec="bf16")
-        return method.applied_to(make_shot(self.models, seed, self._script(seed), case, num_blocks, num_prefix))
+        shot = make_shot(self.models, seed, self._script(seed), case, num_blocks, num_prefix)
+        return with_table(method.applied_to(shot))
 
     def _context(self, seed: int) -> list[TextContext]:
         if seed not in self._embeds:

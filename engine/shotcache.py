@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from longtake.engine.basis import read_table
 from longtake.engine.config import HistoryPolicy, Keep, ShotConfig
 from longtake.engine.essence import fingerprint
 from longtake.engine.forms import FormPolicy
@@ -35,7 +37,17 @@ def shot_forms(shot: ShotConfig, basis: HistoryBasis | None = None) -> tuple[For
     head_dim = shot.model.transformer.head_dim
     geometry = BlockGeometry(num_tokens=shot.tokens_per_block, head_dim=head_dim, grid=shot.grid)
     specs = FormPolicy(shot.history, shot.cache).specs
-    return tuple(make_form(spec.codec, geometry, spec.window, basis) for spec in specs)
+    rates = () if shot.history_basis is None else shot.history_basis.quarters
+    return tuple(make_form(spec.codec, geometry, spec.window, basis, rates) for spec in specs)
+
+
+def with_table(shot: ShotConfig) -> ShotConfig:
+    """The shot with its model's table, if a codec needs that.
+
+    Raises:
+        ConfigError: as read_table.
+    """
+    return dataclasses.replace(shot, history_basis=read_table(shot.model) if wants_basis(shot) else None)
 
 
 def wants_basis(shot: ShotConfig) -> bool:

@@ -215,9 +215,9 @@ def calibrate(
     from longtake.engine.calibrate import calibrate as gather
     from longtake.engine.shot import parse_device
 
-    table = gather(shots, blocks, parse_device(check_device(device)), lambda line: print(line, flush=True))
+    turn_LHEE, rates = gather(shots, blocks, parse_device(check_device(device)), lambda line: print(line, flush=True))
     path = out or shots[0].model.path / BASIS_NAME
-    write_basis(table, path)
+    write_basis(turn_LHEE, rates, path)
     print(path)
 
 

@@ -259,14 +259,11 @@ def _check_forms(film: Film, shot: Shot, config: ShotConfig) -> None:
 
 
 def _with_basis(film: Film, shot: Shot, config: ShotConfig) -> ShotConfig:
-    """The shot with the hash of its model's table, if a codec needs that."""
-    from longtake.engine.basis import basis_hash  # imports torch
-    from longtake.engine.shotcache import wants_basis
+    """The shot with its model's table, if a codec needs that."""
+    from longtake.engine.shotcache import with_table  # imports torch
 
-    if not wants_basis(config):
-        return config
     try:
-        return dataclasses.replace(config, history_basis=basis_hash(config.model.path))
+        return with_table(config)
     except ConfigError as error:
         raise film.source.error(film.key(shot, "codec"), str(error)) from error
 

@@ -23,7 +23,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -37,6 +37,9 @@ from longtake.kernels.tensor_codec import TensorCodec
 
 if TYPE_CHECKING:
     from longtake.kernels.principal import HistoryBasis
+
+# Quarters of a bit an element, by layer, for each of `pc2`, `pc3` and `pc4` (kernels/principal.py).
+Rates: TypeAlias = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +92,19 @@ class Codec(ABC):
     @abstractmethod
     def payload_bytes(self) -> int:
         """Bytes of one (block, layer, head), everything included; a multiple of 16."""
+
+    @property
+    def unit_bytes(self) -> int:
+        """Bytes of one unit of a head's payload: storage sees a layer's page as `rows` units of each head."""
+        return self.payload_bytes
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Units of a head's payload by layer, for the codec of a whole model whose layers differ; empty: one in each.
+
+        Such a codec is not to encode: `of_layer` has what does, with a payload of ``rows[layer] * unit_bytes``.
+        """
+        return ()
 
     @property
     def recordable(self) -> bool:
@@ -268,7 +284,7 @@ _FAMILIES: dict[str, str] = {
     **dict.fromkeys(("qaq2", "qaq4", "tptq2", "tptq4"), "adaptive"),
     **dict.fromkeys(("nvfp4", "fp8"), "minifloat"),
 }
-# name -> module whose `codec(name, geometry)` makes it, for keys and values together
+# name -> module whose `codec(name, geometry, rates)` makes it, for keys and values together
 _JOINT: dict[str, str] = dict.fromkeys(("pc2", "pc3", "pc4"), "principal")
 
 
@@ -305,19 +321,20 @@ def make_tensor_codec(name: str, geometry: BlockGeometry, side: Side) -> TensorC
     return make(name, geometry, side)
 
 
-def make_codec(name: str, geometry: BlockGeometry) -> Codec:
+def make_codec(name: str, geometry: BlockGeometry, rates: Rates = ()) -> Codec:
     """Make a codec by name.
 
     Args:
         name: one of codec_names(), for K and V alike; "k=NAME,v=NAME"; and in place of a NAME also "CENTRE+REST".
         geometry: the block.
+        rates: of the model, for codecs whose bits may differ by layer; none: they are equal.
 
     Raises:
         ConfigError: no such codec (the nearest name is given), or it cannot hold this geometry.
     """
     if name in _JOINT:
         module = importlib.import_module(f"longtake.kernels.{_JOINT[name]}")
-        joint: Codec = module.codec(name, geometry)
+        joint: Codec = module.codec(name, geometry, rates)
         return joint
     key = value = name
     if "=" in name:

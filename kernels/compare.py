@@ -32,7 +32,7 @@ from torch import Tensor
 from longtake.kernels import synthetic
 from longtake.kernels.attention import attend
 from longtake.kernels.clock import relative_error
-from longtake.kernels.codec import BlockGeometry, Codec, make_codec
+from longtake.kernels.codec import BlockGeometry, Codec, Rates, make_codec
 from longtake.kernels.errors import ConfigError
 from longtake.kernels.principal import HistoryBasis
 from longtake.kernels.rotary import Rotary, apply_rotary, rotary_table
@@ -156,19 +156,27 @@ def varying(x_NTHD: Tensor) -> float:
 
 
 def measure(
-    kind: str, name: str, samples: Sequence[Sample], num_queries: int, basis: HistoryBasis | None = None
+    kind: str,
+    name: str,
+    samples: Sequence[Sample],
+    num_queries: int,
+    basis: HistoryBasis | None = None,
+    rates: Rates = (),
 ) -> Row:
     """One codec over all samples of a kind; errors are averaged, the time is the median's mean.
 
-    Codecs that turn heads do so by ``basis``, of the model whose layers were recorded; without it heads stay.
+    Codecs that turn heads do so by ``basis``, of the model whose layers were recorded, at its ``rates``; without it
+    heads stay, and all layers have the same bits.
     """
     sums, bits = [0.0] * 4, 0.0
     for sample in samples:
         tokens, dim = sample.k_NTHD.shape[1], sample.k_NTHD.shape[3]
-        codec = make_codec(name, BlockGeometry(num_tokens=tokens, head_dim=dim, grid=sample.grid))
+        geometry = BlockGeometry(num_tokens=tokens, head_dim=dim, grid=sample.grid)
         if basis is not None and sample.layer is not None:
-            codec = codec.of_layer(basis, sample.layer)
-        bits = codec.bits_per_element
+            codec = make_codec(name, geometry, rates).of_layer(basis, sample.layer)
+        else:
+            codec = make_codec(name, geometry)
+        bits += codec.bits_per_element / len(samples)
         stride = max(1, sample.q_THD.shape[0] // num_queries)
         q_HTD = sample.q_THD[::stride].transpose(0, 1)
         (k_HXD, v_HXD), (k_got, v_got, encode_ms) = exact(sample), round_trip(codec, sample)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longtake.kernels.codec import BlockGeometry, Codec, make_codec
+from longtake.kernels.codec import BlockGeometry, Codec, Rates, make_codec
 from longtake.kernels.errors import ConfigError
 from longtake.kernels.principal import HistoryBasis
 from longtake.kernels.rotary import THETA, HeadRotary, Turns, rotary_table
@@ -90,7 +90,11 @@ class Form:
 
 
 def make_form(
-    codec: str, geometry: BlockGeometry, window: tuple[int, int] = (1, 1), basis: HistoryBasis | None = None
+    codec: str,
+    geometry: BlockGeometry,
+    window: tuple[int, int] = (1, 1),
+    basis: HistoryBasis | None = None,
+    rates: Rates = (),
 ) -> Form:
     """Make a form.
 
@@ -99,6 +103,7 @@ def make_form(
         geometry: of a block, with its grid.
         window: rows and columns of tokens that are merged.
         basis: for codecs that want one; None: the form is to be asked for names and sizes only.
+        rates: of the model, as for make_codec.
 
     Raises:
         ConfigError: no such codec, or the window does not divide the frame.
@@ -117,6 +122,6 @@ def make_form(
         grid=(rows // high, columns // wide),
     )
     name = codec if window == (1, 1) else f"{codec}-mean{high}x{wide}"
-    made = make_codec(codec, kept)
+    made = make_codec(codec, kept, rates)
     layers = [made.of_layer(basis, layer) for layer in range(basis.num_layers)] if basis is not None else []
     return Form(name=name, codec=made, grid=geometry.grid, window=window, layers=tuple(layers))

@@ -51,18 +51,20 @@ class Layout:
 
     Args:
         fields: in the order they are stored.
+        num_bytes: of the whole payload, a multiple of 16, what is left behind the fields unused; None: what they take.
     """
 
     __slots__ = ("_places", "fields", "num_bytes")
 
-    def __init__(self, *fields: Field) -> None:
+    def __init__(self, *fields: Field, num_bytes: int | None = None) -> None:
         self.fields = fields
         self._places: dict[str, tuple[int, Field]] = {}
         offset = 0
         for field in fields:
             self._places[field.name] = (offset, field)
             offset = align(offset + field.num_bytes)
-        self.num_bytes = offset
+        self.num_bytes = offset if num_bytes is None else num_bytes
+        assert self.num_bytes >= offset, "fields fit their payload"
 
     def offset(self, name: str) -> int:
         """First byte of a field."""

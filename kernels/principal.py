@@ -9,7 +9,12 @@ what an error costs, so that an error of any component costs the same. Component
 channels, which `tc` stores as it does keys and values, with as many bits for each. Source of the idea: KV Cache
 Transform Coding, arXiv 2511.01815, whose principal components are calibrated too, of K and V apart.
 
-    payload of one head:   | y1: section of tc | y2: section of tc |
+Layers do not count alike: with the matrices come the rates of the layers, in quarters of a bit an element. A payload of
+a layer with n quarters is n units, of a quarter of a bit for each of the 2 T D elements, less what 32 does not divide:
+
+    payload of one head:   | y1: section of tc, n / 2 units | y2: section of tc, n / 2 units |
+
+Without rates all layers have the codec's bits, and a payload is one unit.
 
 On a GPU some blocks at a time are unpacked by `tc`'s kernel, turned back by a matrix product each for keys and values,
 and put in place, with RoPE or scaled for FP8, by the dense codec's kernel.
@@ -26,7 +31,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from longtake.kernels.codec import BlockGeometry, Codec
+from longtake.kernels.codec import BlockGeometry, Codec, Rates
 from longtake.kernels.dense import DenseCodec
 from longtake.kernels.errors import ConfigError
 from longtake.kernels.rotary import HeadRotary, Rotary, Turns, rotate_pairs
@@ -34,6 +39,8 @@ from longtake.kernels.scaling import Scaling
 from longtake.kernels.transform import TransformCodec
 
 BITS = {"pc2": 2.33, "pc3": 3.0, "pc4": 4.0}
+LEAST_QUARTERS, MOST_QUARTERS = 2, 24  # of a bit an element of one layer
+UNIT_ALIGNMENT = 32  # so that half a unit is a multiple of 16
 BYTES_AN_ENTRY = 4  # of a table in memory: a bfloat16 there, one back
 _CHUNK_ELEMENTS = 1 << 26  # components that are unpacked at a time: 4 blocks of 4,680 tokens x 12 heads x 128
 
@@ -74,18 +81,39 @@ class PrincipalCodec(Codec):
     Args:
         name: of BITS.
         geometry: the block.
+        quarters: of a bit an element, by layer; none: all layers have the bits that the name says.
     """
 
-    def __init__(self, name: str, geometry: BlockGeometry) -> None:
+    def __init__(self, name: str, geometry: BlockGeometry, quarters: tuple[int, ...] = ()) -> None:
         super().__init__(name, geometry)
+        self.quarters = quarters
         self.coder = TransformCodec(geometry, BITS[name])
+        self._unit_bytes = _unit_bytes(geometry, min(quarters)) if quarters else 0
         self._rows = DenseCodec(geometry, torch.bfloat16)
         self._turn_HEE: Tensor | None = None
         self._back_HEE: Tensor | None = None
 
     @property
     def payload_bytes(self) -> int:
+        if self.quarters:
+            raise ConfigError(f"payloads of codec {self.name} differ by layer: ask the codec of a layer.")
         return 2 * self.coder.num_bytes
+
+    @property
+    def unit_bytes(self) -> int:
+        return self._unit_bytes if self.quarters else self.payload_bytes
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        return self.quarters
+
+    @property
+    def bits_per_element(self) -> float:
+        """Stored bits for one element of K or V; of all layers, in the mean."""
+        if not self.quarters:
+            return super().bits_per_element
+        mean_bytes = sum(self.quarters) * self.unit_bytes / len(self.quarters)
+        return mean_bytes * 8 / (2 * self.geometry.num_tokens * self.geometry.head_dim)
 
     @property
     def recordable(self) -> bool:
@@ -96,8 +124,20 @@ class PrincipalCodec(Codec):
         return True
 
     def of_layer(self, basis: HistoryBasis, layer: int) -> PrincipalCodec:
-        bound = copy.copy(self)
+        bound = self.at_rate(self.quarters[layer]) if self.quarters else copy.copy(self)
         bound._turn_HEE, bound._back_HEE = basis.turn_LHEE[layer], basis.back_LHEE[layer]
+        return bound
+
+    def at_rate(self, quarters: int) -> PrincipalCodec:
+        """The codec of a layer with so many quarters of a bit, without a basis.
+
+        Raises:
+            ConfigError: they are too few for a block as small as this.
+        """
+        bound = copy.copy(self)
+        bound.quarters = ()
+        unit_bytes = self._unit_bytes or _unit_bytes(self.geometry, quarters)
+        bound.coder = TransformCodec(self.geometry, num_bytes=quarters * unit_bytes // 2)
         return bound
 
     def encode(self, k_THD: Tensor, v_THD: Tensor, out_HP: Tensor) -> None:
@@ -190,6 +230,14 @@ def part(rotary: Rotary, rows: slice) -> Rotary:
     return rotary.frames(first, last - first)
 
 
-def codec(name: str, geometry: BlockGeometry) -> PrincipalCodec:
-    """Make `pc2`, `pc3` or `pc4`, without a basis."""
-    return PrincipalCodec(name, geometry)
+def _unit_bytes(geometry: BlockGeometry, least_quarters: int) -> int:
+    """Bytes of a quarter of a bit for each element; more if sections of so few would be too small for a header."""
+    nominal = geometry.num_tokens * geometry.head_dim // 16 // UNIT_ALIGNMENT * UNIT_ALIGNMENT
+    least = TransformCodec(geometry).num_bytes
+    needed = -(-2 * least // (least_quarters * UNIT_ALIGNMENT)) * UNIT_ALIGNMENT
+    return max(nominal, needed)
+
+
+def codec(name: str, geometry: BlockGeometry, rates: Rates = ()) -> PrincipalCodec:
+    """Make `pc2`, `pc3` or `pc4`, without a basis; ``rates``: of each of them, or none."""
+    return PrincipalCodec(name, geometry, rates[list(BITS).index(name)] if rates else ())

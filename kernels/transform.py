@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from longtake.kernels.codec import BlockGeometry, Side
+from longtake.kernels.errors import ConfigError
 from longtake.kernels.grid import FP8, to_fp8
 from longtake.kernels.head_dims import HEAD_DIMS
 from longtake.kernels.layout import Field, Layout
@@ -58,9 +59,13 @@ class TransformCodec(HeadwiseCodec):
     Args:
         geometry: the block; without a grid its tokens are taken for a line.
         bits: an element, everything counted, that are not to be exceeded (small blocks do, by their header).
+        num_bytes: of a section, a multiple of 16, instead of ``bits``: what no tile gets of them is zero.
+
+    Raises:
+        ConfigError: a section of ``num_bytes`` does not hold a block's header and a byte a tile.
     """
 
-    def __init__(self, geometry: BlockGeometry, bits: float) -> None:
+    def __init__(self, geometry: BlockGeometry, bits: float = 0.0, *, num_bytes: int | None = None) -> None:
         super().__init__(geometry)
         tokens, dim = geometry.num_tokens, geometry.head_dim
         self.extent = (1, 1, tokens)
@@ -69,13 +74,19 @@ class TransformCodec(HeadwiseCodec):
         self.tile = tile_of(self.extent)
         self.tile_tokens = math.prod(self.tile)
         self.num_tiles = tokens // self.tile_tokens
-        budget = bits * tokens * dim / 8
+        budget = bits * tokens * dim / 8 if num_bytes is None else num_bytes
         header = self._layout(0).num_bytes
-        self.layout = self._layout(max(1, int((budget - header) / self.num_tiles)))
+        most = MOST_DEPTH * self.tile_tokens * dim // 8 - 1  # all codes as wide as can be, but for some bits
+        self.layout = self._layout(max(1, min(most, int((budget - header) / self.num_tiles))))
         while self.layout.num_bytes > budget and self.tile_bytes > 1:
             self.layout = self._layout(self.tile_bytes - 1)
+        if num_bytes is not None:
+            if self.layout.num_bytes > num_bytes:
+                least = self.layout.num_bytes
+                raise ConfigError(f"{tokens} tokens x {dim} take {least} bytes at least: {num_bytes} are too few.")
+            self.layout = self._layout(self.tile_bytes, num_bytes)
 
-    def _layout(self, tile_bytes: int) -> Layout:
+    def _layout(self, tile_bytes: int, num_bytes: int | None = None) -> Layout:
         self.tile_bytes = tile_bytes
         dim = self.geometry.head_dim
         return Layout(
@@ -85,6 +96,7 @@ class TransformCodec(HeadwiseCodec):
             Field(name="gains", dtype=FP8, shape=(self.num_tiles,)),
             Field(name="unit", dtype=torch.float32, shape=(1,)),
             Field(name="plan", dtype=torch.int32, shape=(2,)),
+            num_bytes=num_bytes,
         )
 
     @property

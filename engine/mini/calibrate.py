@@ -42,7 +42,7 @@ def main() -> None:
             for _ in range(rollout.total_blocks):
                 rollout.step()
                 count()
-    write_basis(moments.basis(), spec.path / BASIS_NAME)
+    write_basis(*moments.basis(), spec.path / BASIS_NAME)
 
 
 if __name__ == "__main__":

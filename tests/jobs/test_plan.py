@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from longtake.engine.basis import write_basis
 from longtake.engine.config import ModelSpec, ShotConfig
 from longtake.engine.model import CausalWan
 from longtake.engine.presets import preset_spec
@@ -83,11 +84,14 @@ def test_retrieval_keeps_a_little_of_every_block(spec: ModelSpec) -> None:
 
 
 def test_a_models_table_counts_where_a_codec_needs_it(spec: ModelSpec) -> None:
+    """Its matrices, and the mean of its rates."""
     spec.path.mkdir()
-    (spec.path / "history_basis.safetensors").write_bytes(b"")
+    rates = tuple((mean,) * 6 + (mean - 2, mean + 2) for mean in (9, 12, 16))
+    write_basis(torch.zeros(8, 4, 128, 128, dtype=torch.bfloat16), rates, spec.path / "history_basis.safetensors")
     film = '[[shot]]\nname = "a"\nduration = "5s"\nprompt = "p"\ncodec = "%s"\n'
     turned, plain = (plan_film(resolve(parse_film(film % codec), lambda name: spec))[0] for codec in ("pc3", "tc3"))
     assert turned.basis_bytes == 8 * 4 * 128 * 128 * 4 and plain.basis_bytes == 0
+    assert 2.9 < turned.bits_per_element <= 3.0
     assert turned.device_bytes - plain.device_bytes == turned.basis_bytes + turned.arena_bytes - plain.arena_bytes
 
 

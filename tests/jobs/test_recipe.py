@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from longtake.engine.config import BeatConfig, CacheConfig, ModelSpec, ShotConfig
+from longtake.engine.config import BeatConfig, CacheConfig, HistoryTable, ModelSpec, ShotConfig
 from longtake.engine.essence import essence, to_json
 from longtake.jobs.recipe import RECIPE_NAME, Recipe
 from longtake.kernels.errors import ConfigError, StorageError
@@ -73,11 +73,19 @@ def test_differences_are_named(config: ShotConfig, tmp_path: Path) -> None:
 
 
 def test_another_table_of_the_models_heads_is_another_film(config: ShotConfig, tmp_path: Path) -> None:
-    before, after = (Recipe(config=dataclasses.replace(config, history_basis=digest * 8)) for digest in ("0a", "1b"))
+    tables = [HistoryTable(hash=digest * 8, quarters=((9, 9), (12, 12), (16, 16))) for digest in ("0a", "1b")]
+    before, after = (Recipe(config=dataclasses.replace(config, history_basis=table)) for table in tables)
     before.keep_in(tmp_path)
     before.keep_in(tmp_path)
-    with pytest.raises(ConfigError, match=r'from another film \(history_basis: "0a0a.*" -> "1b1b.*"\); .* --fresh'):
+    with pytest.raises(ConfigError, match=r'another film \(history_basis.hash: "0a0a.*" -> "1b1b.*"\); .* --fresh'):
         after.keep_in(tmp_path)
+    path = tmp_path / RECIPE_NAME
+    record = json.loads(path.read_text())
+    record["config"]["history_basis"] = "0a" * 8
+    path.write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match=r'\(history_basis: "0a0a.*" -> \{"hash".*\); .* --fresh to render') as caught:
+        before.keep_in(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1, "a record of an earlier longtake, whose layers had the same bits"
     assert "history_basis" not in essence(to_json(config)), "a shot without one is the shot that it was"
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
 from longtake.kernels import principal
-from longtake.kernels.codec import BlockGeometry, Codec, make_codec
+from longtake.kernels.codec import BlockGeometry, Codec, Rates, make_codec
 from longtake.kernels.errors import ConfigError
 from longtake.kernels.principal import HistoryBasis, PrincipalCodec
 from longtake.kernels.rotary import HeadRotary, rotary_table
@@ -17,6 +18,7 @@ from longtake.kernels.scaling import calibrate_reference
 from longtake.kernels.synthetic import random_basis
 
 MINI = BlockGeometry(num_tokens=180, head_dim=64, grid=(6, 10))
+SMALL = BlockGeometry(num_tokens=45, head_dim=64, grid=(3, 5))
 HEADS = 3
 
 
@@ -67,12 +69,13 @@ def test_what_channels_share_costs_nothing(name: str) -> None:
     assert error(plain, 1) == pytest.approx(error(make_codec(name.replace("pc", "tc"), MINI), 1), rel=0.1)
 
 
-def test_a_heads_payload_is_its_own() -> None:
+@pytest.mark.parametrize("rates", [(), ((13,),) * 3])
+def test_a_heads_payload_is_its_own(rates: Rates) -> None:
     """Two of the heads, encoded by the matrices of those two, have the bytes that they have among all."""
     k_THD, v_THD = shared_kv(2)
     pages = []
     for heads in (HEADS, 2):
-        codec = make_codec("pc2", MINI).of_layer(components(heads), 0)
+        codec = make_codec("pc2", MINI, rates).of_layer(components(heads), 0)
         pages.append(torch.zeros(heads, codec.payload_bytes, dtype=torch.uint8))
         codec.encode(k_THD[:, :heads], v_THD[:, :heads], pages[-1])
     assert torch.equal(pages[0][:2], pages[1])
@@ -84,9 +87,60 @@ def test_each_layer_has_its_own_matrices() -> None:
     assert error(second, 3) < 0.7 * error(first, 3)
 
 
-def test_chunks_heads_that_turn_apart_and_scaled_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+RATES = ((2, 9, 24),) * 3
+
+
+@pytest.mark.parametrize("geometry", [MINI, BlockGeometry(num_tokens=4680, head_dim=128, grid=(30, 52))])
+def test_layers_have_their_rates(geometry: BlockGeometry) -> None:
+    """Whole units, as many as the layer has quarters, of a quarter of a bit each; sections that storage may align."""
+    codec = make_codec("pc2", geometry, RATES)
+    quarter = 2 * geometry.num_tokens * geometry.head_dim / 4 / 8
+    assert codec.rows == (2, 9, 24) and codec.unit_bytes % 32 == 0
+    assert quarter - 32 < codec.unit_bytes <= quarter
+    mean = 35 * codec.unit_bytes * 8 / (3 * 2 * geometry.num_tokens * geometry.head_dim)
+    assert codec.bits_per_element == pytest.approx(mean) and mean <= 35 / 12
+    basis = random_basis(3, HEADS, geometry.head_dim)
+    for layer, quarters in enumerate(codec.rows):
+        bound = codec.of_layer(basis, layer)
+        assert isinstance(bound, PrincipalCodec) and bound.rows == ()
+        assert bound.payload_bytes == bound.unit_bytes == quarters * codec.unit_bytes
+        assert bound.coder.num_bytes % 16 == 0
+        used, section = bound.coder.layout.offset("plan") + 16, bound.payload_bytes // 2
+        assert section - 16 - bound.coder.num_tiles < used <= section or quarters == 24
+    with pytest.raises(ConfigError, match="differ by layer"):
+        codec.payload_bytes  # noqa: B018
+    plain = make_codec("int4", geometry, RATES)
+    assert plain.rows == () and plain.unit_bytes == plain.payload_bytes
+
+
+def test_the_error_falls_with_the_rate() -> None:
+    basis = HistoryBasis(components().turn_LHEE.expand(8, -1, -1, -1))
+    codec = make_codec("pc3", MINI, ((2, 4, 6, 9, 12, 16, 20, 24),) * 3)
+    errors = [error(codec.of_layer(basis, layer), 1) for layer in range(8)]
+    assert all(after < before for before, after in pairwise(errors))
+    assert errors[0] < 0.5 and errors[-1] < 0.04
+
+
+def test_what_no_tile_gets_of_a_layers_payload_is_zero() -> None:
+    bound = make_codec("pc2", SMALL, RATES).of_layer(random_basis(3, HEADS, 64), 2)
+    assert isinstance(bound, PrincipalCodec)
+    page = torch.full((HEADS, bound.payload_bytes), 0xAB, dtype=torch.uint8)
+    k_THD, v_THD = shared_kv(0)
+    bound.encode(k_THD[:45], v_THD[:45], page)
+    behind = bound.coder.layout.offset("plan") + 16
+    assert behind < bound.coder.num_bytes and not page.unflatten(1, (2, -1))[:, :, behind:].any()
+
+
+def test_blocks_too_small_for_their_header_have_larger_units() -> None:
+    codec = make_codec("pc2", SMALL, RATES)
+    assert codec.unit_bytes > 2 * 45 * 64 / 4 / 8 and codec.bits_per_element > 35 / 12
+    assert codec.of_layer(random_basis(3, HEADS, 64), 0).payload_bytes == 2 * codec.unit_bytes
+
+
+@pytest.mark.parametrize("rates", [(), ((13,),) * 3])
+def test_chunks_heads_that_turn_apart_and_scaled_rows(monkeypatch: pytest.MonkeyPatch, rates: Rates) -> None:
     """However many blocks are unpacked at a time; tables of one head each as one for all; e4m3 as scaled afterwards."""
-    codec = make_codec("pc2", MINI).of_layer(components(), 0)
+    codec = make_codec("pc2", MINI, rates).of_layer(components(), 0)
     arena = torch.zeros(4, HEADS, codec.payload_bytes, dtype=torch.uint8)
     for slot in range(4):
         codec.encode(*shared_kv(slot), arena[slot])
