@@ -86,14 +86,13 @@ class _Chunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _FixedPages:
-    """Pages whose slots, one tensor a layer, are rewritten for each pass."""
+    """Pages, by layer, whose slots are rewritten for each pass."""
 
-    pages_GHP: Tensor
-    slots_LN: Sequence[Tensor]
+    of_layer: Sequence[tuple[Tensor, Tensor]]
     streamed: bool = False
 
     def pages(self, layer: int) -> tuple[Tensor, Tensor]:
-        return self.pages_GHP, self.slots_LN[layer]
+        return self.of_layer[layer]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,15 +249,7 @@ class HistoryAttention:
         ]
         layers = range(num_layers)
         if self._reading is not None:
-            fixed._reading = _Fixed(
-                parts=[
-                    part
-                    and _FixedPages(
-                        pages_GHP=part.pages(0)[0], slots_LN=[part.pages(layer)[1].clone() for layer in layers]
-                    )
-                    for part in self._reading.parts
-                ]
-            )
+            fixed._reading = _Fixed(parts=[part and _own_slots(part, num_layers) for part in self._reading.parts])
         if self._commit is not None:
             fixed._commit = _Fixed(
                 parts=[
@@ -330,6 +321,12 @@ class HistoryAttention:
             pages_GHP, slots_N = pages.pages(layer)
             codec = self._forms[part.form].of_layer(layer)
             self._path.write_history(pages_GHP, slots_N[part.first : part.last], part.rotary, codec=codec, row=part.row)
+
+
+def _own_slots(part: Pages, num_layers: int) -> _FixedPages:
+    """The same pages, by slots of its own."""
+    pages = [part.pages(layer) for layer in range(num_layers)]
+    return _FixedPages(of_layer=[(pages_GHP, slots_N.clone()) for pages_GHP, slots_N in pages])
 
 
 def _own_tables(turns: Turns) -> Turns:

@@ -102,7 +102,7 @@ class Stage:
         )
         if self.cuda and bench.compile_layers:
             self.model.compile_layers()
-        self._template_LHP: torch.Tensor | None = None
+        self._template: list[torch.Tensor] = []
 
     def context(self) -> TextContext:
         """Cross-attention to text of random numbers."""
@@ -123,20 +123,20 @@ class Stage:
     @torch.inference_mode()
     def fill(self, cache: KVCache, num_blocks: int) -> None:
         """Commit copies of one encoded block until the cache has so many."""
-        if self._template_LHP is None:
+        if not self._template:
             config, tokens = self.shot.model.transformer, self.shot.tokens_per_block
             dtype = self.model.proj_out.weight.dtype
             size = (tokens, config.num_heads, config.head_dim)
-            page = (self.shape.num_layers, self.shape.num_heads, self.shape.payload_bytes)
-            pages_LHP = torch.empty(page, dtype=torch.uint8, device=self.device)
-            for page_HP in pages_LHP:
+            self._template = []
+            for layer in range(self.shape.num_layers):
+                page = (self.shape.num_heads, self.shape.payload_bytes(layer))
+                self._template.append(torch.empty(page, dtype=torch.uint8, device=self.device))
                 k_THD, v_THD = (torch.randn(size, dtype=dtype, device=self.device) for _ in range(2))
-                self.codec.encode(k_THD, v_THD, page_HP)
-            self._template_LHP = pages_LHP
+                self.codec.encode(k_THD, v_THD, self._template[layer])
         for block in range(cache.num_committed, num_blocks):
             commit = cache.begin_commit(block)
             for layer in range(self.shape.num_layers):
-                commit.page(layer).copy_(self._template_LHP[layer])
+                commit.page(layer).copy_(self._template[layer])
             commit.complete()
 
     def rollout(self, cache: KVCache) -> Rollout:
@@ -158,7 +158,7 @@ class Stage:
     @property
     def least_frames(self) -> int:
         """The smallest arena that streams the window: a ring of two layers, and the block being committed."""
-        return 1 + -(-2 * self.bench.window_blocks // self.shape.num_layers)
+        return 1 + -(-2 * self.bench.window_blocks // (self.shape.num_rows // self.shape.most_rows))
 
 
 def bench_shot(bench: TiersBench) -> ShotConfig:

@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,14 +172,14 @@ class _Bench:
         budget = CacheBudget(num_blocks=1, device_bytes=2 * shape.block_bytes)
         cache = KVCache(shape=shape, device=device, budget=budget, run=run, num_writers=NUM_THREADS, on_step=on_step)
         generator = torch.Generator(device=device).manual_seed(0)
-        size = (shape.num_layers, shape.num_heads, shape.payload_bytes)
-        payload_LHP = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8, device=device)
+        random = partial(torch.randint, 0, 256, generator=generator, dtype=torch.uint8, device=device)
+        pages = [random((shape.num_heads, shape.payload_bytes(layer))) for layer in range(shape.num_layers)]
 
         def commit_all() -> None:
             for block in range(self.num_blocks):
                 commit = cache.begin_commit(block)
                 for layer in range(shape.num_layers):
-                    commit.page(layer).copy_(payload_LHP[layer])
+                    commit.page(layer).copy_(pages[layer])
                 commit.complete()
                 cache.retain(())
             cache.flush()
@@ -211,9 +212,9 @@ class _Bench:
 
 def _touch(cache: KVCache) -> None:
     """Have the system give all memory of the tiers, as pinning it does; it is not the disk's time."""
-    cache.arena.pages_GHP.zero_()
-    if cache._host is not None:
-        cache._host.pool.slabs_LFHP.zero_()
+    pages = [page_HP for frame in range(cache.arena.num_frames) for page_HP in cache.arena.frame(frame)]
+    for page_HP in pages if cache._host is None else (*pages, *cache._host.pool.slabs):
+        page_HP.zero_()
     await_device(cache.device)
 
 

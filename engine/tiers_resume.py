@@ -70,21 +70,22 @@ def _make_run(stage: Stage, folder: Path, num_blocks: int, needed: tuple[int, ..
     Every needed block has the same bytes in files of its own: links would leave nothing to be read after the first.
     """
     run = RunDirectory(folder, shape=stage.shape, config_hash="bench", ops=_Unsynced())
-    store = BlockStore(run.store.root, array=run.store.array, layout=run.store.layout)
-    payloads_LHP = np.random.default_rng(0).integers(
-        0, 256, (stage.shape.num_layers, stage.shape.num_heads, stage.shape.payload_bytes), dtype=np.uint8
-    )
-    checksums_LH = np.zeros((stage.shape.num_layers, stage.shape.num_heads), dtype=np.uint32)
+    shape, made = stage.shape, run.store
+    store = BlockStore(made.root, array=made.array, layout=made.layout, rows=shape.codec.rows)
+    generator = np.random.default_rng(0)
+    sizes = [(shape.num_heads, shape.payload_bytes(layer)) for layer in range(shape.num_layers)]
+    pages = [generator.integers(0, 256, size, dtype=np.uint8) for size in sizes]
+    checksums_RH = np.zeros((shape.num_rows, shape.num_heads), dtype=np.uint32)
 
     def write(place: tuple[int, Chunk]) -> None:
         block, chunk = place
-        written_lh = store.write_chunk(block, chunk, payloads_LHP)
-        checksums_LH[chunk.layers.start : chunk.layers.stop, chunk.heads.start : chunk.heads.stop] = written_lh
+        written_rh = store.write_chunk(block, chunk, pages)
+        checksums_RH[chunk.rows.start : chunk.rows.stop, chunk.heads.start : chunk.heads.stop] = written_rh
 
     with ThreadPoolExecutor(NUM_THREADS) as threads:
         list(threads.map(write, product(needed, store.chunks)))
     for block in range(num_blocks):
-        run.commit(block, checksums_LH)
+        run.commit(block, checksums_RH)
     run.note_dropped(sorted(set(range(num_blocks)) - set(needed)))
     run.close()
 

@@ -100,7 +100,7 @@ def split(
     blocks: Sequence[int],
     *,
     num_frames: int,
-    num_layers: int,
+    pages_a_frame: int,
     on_device: Collection[int],
     uses: Uses,
 ) -> Split:
@@ -113,7 +113,7 @@ def split(
     Args:
         blocks: of the plan, without repeats.
         num_frames: frames that may be used, the one for the block being committed not among them.
-        num_layers: pages a frame.
+        pages_a_frame: pages of any layer that a frame holds.
         on_device: blocks that are on the device now.
         uses: to tell what later plans read.
 
@@ -125,11 +125,11 @@ def split(
     best = sorted(blocks, key=lambda block: (uses.distance(block), block not in on_device, -block))
     for num_resident in reversed(range(num_frames + 1)):
         num_streamed = len(blocks) - num_resident
-        ring_frames = -(-MIN_DEPTH * num_streamed // num_layers)
+        ring_frames = -(-MIN_DEPTH * num_streamed // pages_a_frame)
         if num_resident + ring_frames <= num_frames:
             ring_frames = num_frames - num_resident
-            depth = min(MAX_DEPTH, ring_frames * num_layers // num_streamed)
-            ring_frames = -(-depth * num_streamed // num_layers)
+            depth = min(MAX_DEPTH, ring_frames * pages_a_frame // num_streamed)
+            ring_frames = -(-depth * num_streamed // pages_a_frame)
             return Split(
                 resident=tuple(best[:num_resident]),
                 streamed=tuple(sorted(best[num_resident:])),
@@ -138,5 +138,5 @@ def split(
             )
     raise CapacityError(
         f"a plan of {len(blocks)} blocks cannot be streamed through {num_frames} device frames: a ring of {MIN_DEPTH} "
-        f"layers needs {-(-MIN_DEPTH * len(blocks) // num_layers)}"
+        f"layers needs {-(-MIN_DEPTH * len(blocks) // pages_a_frame)}"
     )

@@ -177,7 +177,7 @@ class KVCache:
             placed = self._mover.place(tuple(blocks), reserve=self._reserve)
             reading = Reading(
                 blocks=tuple(blocks),
-                pages_GHP=self.arena.pages_GHP,
+                pages=self.arena.pages,
                 tables_DLN=placed.tables_DLN,
                 ring=placed.ring,
                 on_release=lambda fences: self._release(reading, placed, fences),
@@ -261,7 +261,7 @@ class KVCache:
                 fence.wait()
             self._open_commit = Commit(
                 block=block,
-                pages_LHP=self.arena.frame_LHP(frame),
+                pages=self.arena.frame(frame),
                 on_complete=self._complete,
                 on_abort=self._abort,
             )
@@ -339,8 +339,8 @@ class KVCache:
             encoded = mark(self.device)
             table.fill(block, encoded)
             if self._host is not None:
-                pages_LHP = self.arena.frame_LHP(table.frame(block))
-                table.use(block, self._host.stage(block, pages_LHP, encoded, self._open_commit.summary_HS))
+                pages = self.arena.frame(table.frame(block))
+                table.use(block, self._host.stage(block, pages, encoded, self._open_commit.summary_HS))
             table.unpin(block)
             self._open_commit = None
             self._num_committed += 1

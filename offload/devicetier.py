@@ -50,7 +50,7 @@ class DeviceTier:
         """Queue a block's copy from its host frame into a free frame."""
         assert self.host is not None
         frame, after = self.table.admit(block)
-        source, target = self.host.pages_LHP(block), self.arena.frame_LHP(frame)
+        source, target = self.host.pages(block), self.arena.frame(frame)
         arrived = self.lane.copy(zip(target, source, strict=True), [*after, self.host.table.filled(block)])
         self.table.fill(block, arrived)
         self.host.table.use(block, arrived)
@@ -72,6 +72,4 @@ class DeviceTier:
             pins.append((self.table, name))
             frames.append(frame)
             fences += after
-        num_layers = self.arena.shape.num_layers
-        slots = [frame * num_layers + layer for frame in sorted(frames) for layer in range(num_layers)]
-        return slots, fences
+        return [slot for frame in sorted(frames) for slot in self.arena.ring_slots(frame)], fences

@@ -1,6 +1,6 @@
 """The host tier's bytes: pinned memory in slabs, one a layer, allocated once.
 
-Legend: L layers, H heads of this rank, P payload bytes, F frames.
+Legend: L layers, H heads of this rank, P payload bytes of a layer, F frames.
 
     slab 0    frame 0 | frame 1 | ... | frame F-1      each [H, P]: one (block, layer 0)
     slab 1    frame 0 | frame 1 | ...                  layer 1
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -43,20 +44,22 @@ class HostPool:
         self.num_frames = num_frames
         self.device = device
         self._registered: list[int] = []
-        slab_bytes = -(-num_frames * shape.page_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        sizes = [num_frames * shape.page_bytes(layer) for layer in range(shape.num_layers)]
+        starts = list(accumulate((-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in sizes), initial=0))
         try:
             with torch.inference_mode(False):
-                memory = torch.frombuffer(mmap.mmap(-1, max(1, shape.num_layers * slab_bytes)), dtype=torch.uint8)
+                memory = torch.frombuffer(mmap.mmap(-1, max(1, starts[-1])), dtype=torch.uint8)
         except (OSError, MemoryError, RuntimeError) as error:
             raise CapacityError(
                 f"no room for a host pool of {num_frames} blocks ({num_frames * shape.block_bytes:,} bytes): {error}; "
                 f"lower the cache's host budget"
             ) from error
         self._memory = memory
-        self.slabs_LFHP = memory.as_strided(
-            (shape.num_layers, num_frames, shape.num_heads, shape.payload_bytes),
-            (slab_bytes, shape.page_bytes, shape.payload_bytes, 1),
-        )
+        with torch.inference_mode(False):
+            self.slabs = tuple(
+                memory[start : start + size].view(num_frames, shape.num_heads, shape.payload_bytes(layer))
+                for layer, (start, size) in enumerate(zip(starts, sizes, strict=False))
+            )
         if device.type == "cuda" and num_frames:
             self._pin()
 
@@ -67,7 +70,7 @@ class HostPool:
         """
         runtime = torch.cuda.cudart()
         with near(self.device):
-            for slab_FHP in self.slabs_LFHP:
+            for slab_FHP in self.slabs:
                 address = slab_FHP.data_ptr()
                 try:
                     torch.cuda.check_error(runtime.cudaHostRegister(address, slab_FHP.numel(), 0))
@@ -81,13 +84,23 @@ class HostPool:
                     ) from error
                 self._registered.append(address)
 
-    def pages_LHP(self, frame: int) -> Tensor:
-        """A frame's pages, a view [L, H, P] uint8; each page contiguous."""
-        return self.slabs_LFHP[:, frame]
+    def pages(self, frame: int) -> list[Tensor]:
+        """A frame's pages, views uint8 [H, P] by layer, each contiguous."""
+        return [slab_FHP[frame] for slab_FHP in self.slabs]
 
-    def payloads_LHP(self, frame: int) -> npt.NDArray[np.uint8]:
+    def payloads(self, frame: int) -> list[npt.NDArray[np.uint8]]:
         """The same bytes for the store."""
-        return self.slabs_LFHP[:, frame].numpy()
+        return [page_HP.numpy() for page_HP in self.pages(frame)]
+
+    def staging_pages(self, frame: int) -> list[Tensor]:
+        """Those of a frame's pages that are large enough for any layer's."""
+        rows = self.shape.rows
+        return [page_HP for layer, page_HP in enumerate(self.pages(frame)) if rows[layer] == self.shape.most_rows]
+
+    @property
+    def staging_a_frame(self) -> int:
+        """How many those are."""
+        return self.shape.rows.count(self.shape.most_rows)
 
     @property
     def nbytes(self) -> int:

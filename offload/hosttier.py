@@ -104,9 +104,9 @@ class HostTier:
         """Whether the block would survive leaving the device."""
         return self.holds(block) or (self.run is not None and self.run.keeps(block))
 
-    def pages_LHP(self, block: int) -> Tensor:
-        """A held block's pages."""
-        return self.pool.pages_LHP(self.table.frame(block))
+    def pages(self, block: int) -> list[Tensor]:
+        """A held block's pages by layer."""
+        return self.pool.pages(self.table.frame(block))
 
     # -- writing
 
@@ -145,18 +145,18 @@ class HostTier:
         self.table.unpin(block)
         self.table.evict(block)
 
-    def stage(self, block: int, pages_LHP: Tensor, encoded: Fence, summary_HS: Tensor | None = None) -> Fence:
+    def stage(self, block: int, pages: Sequence[Tensor], encoded: Fence, summary_HS: Tensor | None = None) -> Fence:
         """Copy a committed block down into its reserved frame and on to the disk.
 
         Args:
-            pages_LHP: on the device.
+            pages: by layer, on the device.
             encoded: passed when the pages are filled.
             summary_HS: uint8 on the device, filled as well, to be journaled with the block; must stay as it is.
 
         Returns:
             A fence after which the device's pages may be overwritten.
         """
-        pairs = list(zip(self.pages_LHP(block), pages_LHP, strict=True))
+        pairs = list(zip(self.pages(block), pages, strict=True))
         summary: Payloads | None = None
         if summary_HS is not None and self.run is not None:
             kept_HS = torch.empty(summary_HS.shape, dtype=torch.uint8, pin_memory=summary_HS.is_cuda)
@@ -168,7 +168,7 @@ class HostTier:
             self.table.unpin(block)
         else:
             self._writing[block] = time.perf_counter()
-            self._spiller.submit(block, self.pool.payloads_LHP(self.table.frame(block)), staged, summary)
+            self._spiller.submit(block, self.pool.payloads(self.table.frame(block)), staged, summary)
         return staged
 
     def _durable(self, block: int) -> None:
@@ -226,13 +226,13 @@ class HostTier:
         frame, after = self.table.admit(block)
         self.table.pin(block)
         self._arriving.add(block)
-        store, payloads_LHP = self.run.store, self.pool.payloads_LHP(frame)
-        checksums_LH = self.run.checksums_LH(block)
+        store, payloads = self.run.store, self.pool.payloads(frame)
+        checksums_RH = self.run.checksums_RH(block)
 
         def read(chunk: Chunk) -> None:
             for fence in after:
                 fence.synchronize()
-            store.read_chunk(block, chunk, payloads_LHP, checksums_LH)
+            store.read_chunk(block, chunk, payloads, checksums_RH)
 
         futures = [self._readers.submit(deadline, partial(read, chunk)) for chunk in store.chunks]
         when_all(futures, lambda error: self._arrived(block, error))
@@ -297,7 +297,7 @@ class HostTier:
     def read_page(self, block: int, layer: int, out_HP: Payloads) -> None:
         """Read one layer of a durable block from the disk, in the calling thread; takes the lock when it is read."""
         assert self.run is not None
-        self.run.store.read_page(block, layer, out_HP, self.run.checksums_LH(block)[layer])
+        self.run.store.read_page(block, layer, out_HP, self.run.checksums_RH(block))
         with self._lock:
             self.counters.read_bytes += out_HP.nbytes
 
@@ -332,7 +332,7 @@ class HostTier:
         """
         frames = self.table.num_frames - self.write_reserve - self.num_held
         for num_disk in range(num_streamed + 1):
-            num_staging = -(-num_disk * depth // self.pool.shape.num_layers)
+            num_staging = -(-num_disk * depth // self.pool.staging_a_frame)
             if num_streamed - num_disk + num_staging <= frames and (self.run is not None or not num_disk):
                 return num_disk, num_staging
         raise CapacityError(
@@ -351,7 +351,7 @@ class HostTier:
         """Take and pin frames for pages on their way from the disk to a ring, under negative names.
 
         Returns:
-            Their pages [H, P] uint8, and the fences that free them.
+            Their pages, uint8 [H, P] of the largest layer, and the fences that free them.
         """
         pages, fences = [], []
         for name in names:
@@ -361,7 +361,7 @@ class HostTier:
             self.table.pin(name)
             pins.append((self.table, name))
             fences += after
-            pages += list(self.pool.pages_LHP(frame))
+            pages += self.pool.staging_pages(frame)
         return pages, fences
 
     # -- the end

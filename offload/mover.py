@@ -73,7 +73,7 @@ class Mover:
         for block in wanted:
             table.filled(block).wait()
         frames = [table.frame(block) for block in blocks]
-        tables_LN = slot_tables_LN(frames, num_layers=self._shape.num_layers, device=self._device.arena.device)
+        tables_LN = slot_tables_LN(frames, shape=self._shape, device=self._device.arena.device)
         return Placed(tables_DLN=tables_LN[None], ring=None, pins=pins)
 
     def let_go(self, pins: list[tuple[Tier, int]], fences: Sequence[Fence]) -> None:
@@ -128,7 +128,7 @@ class Mover:
             return split(
                 wanted,
                 num_frames=num_frames - reserve,
-                num_layers=self._shape.num_layers,
+                pages_a_frame=self._shape.num_rows // self._shape.most_rows,
                 on_device=frozenset(table),
                 uses=self._uses,
             )
@@ -175,7 +175,7 @@ class Mover:
 
     def _stream(self, blocks: tuple[int, ...], chosen: Split, pins: list[tuple[Tier, int]]) -> Placed:
         """Place a plan with a ring: hold what host frames can, leave the rest to the disk."""
-        host, device, num_layers = self._host, self._device, self._shape.num_layers
+        host, device = self._host, self._device
         assert host is not None
         durable = host.durable_blocks
         streamed = sorted(chosen.streamed, key=lambda block: (block < durable, not host.holds(block), block))
@@ -198,12 +198,12 @@ class Mover:
             {block: device.table.frame(block) for block in chosen.resident},
             {block: place for place, block in enumerate(order)},
             slot_sets,
-            num_layers,
+            self._shape,
             device.arena.device,
         )
         ring = Ring(
-            pages_GHP=device.arena.pages_GHP,
-            slabs_LFHP=host.pool.slabs_LFHP,
+            pages=device.arena.pages,
+            slabs=host.pool.slabs,
             lane=device.lane,
             slot_sets=slot_sets,
             runs=host_runs([host.table.frame(block) for block in held], slot_sets),
@@ -225,8 +225,10 @@ class Mover:
             def job() -> Fence:
                 for fence in busy[place]:
                     fence.synchronize()
-                host.read_page(block, layer, staging[place].numpy())
-                copied = device.lane.copy([(device.arena.pages_GHP[slot], staging[place])], ring_free)
+                target_HP = device.arena.pages[layer][slot]
+                page_HP = staging[place].view(-1)[: target_HP.numel()].view(target_HP.shape)
+                host.read_page(block, layer, page_HP.numpy())
+                copied = device.lane.copy([(target_HP, page_HP)], ring_free)
                 busy[place] = [copied]
                 return copied
 

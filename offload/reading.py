@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from torch import Tensor
@@ -22,7 +22,7 @@ class Reading:
         self,
         *,
         blocks: tuple[int, ...],
-        pages_GHP: Tensor,
+        pages: Sequence[Tensor],
         tables_DLN: Tensor,
         ring: Ring | None,
         on_release: Callable[[list[Fence]], None],
@@ -31,14 +31,14 @@ class Reading:
 
         Args:
             blocks: of the plan, in its order.
-            pages_GHP: the arena.
+            pages: the arena's, by layer.
             tables_DLN: int32 slots for each slot set of the ring (one without a ring), layer and block.
             ring: moves what does not fit; None: all is resident.
             on_release: called once, with fences of copies still under way.
         """
         self.blocks = blocks
         self.released = False
-        self._pages_GHP, self._tables_DLN = pages_GHP, tables_DLN
+        self._pages, self._tables_DLN = pages, tables_DLN
         self._ring, self._on_release = ring, on_release
 
     @property
@@ -60,8 +60,8 @@ class Reading:
             layer: 0 .. L-1.
 
         Returns:
-            pages_GHP uint8 [G, H, P], the arena, and slots_N int32 [N] on the same device: the slots of the plan's
-            blocks, in the plan's order. Not to be written.
+            pages_GHP uint8 [G, H, P], the arena as pages of this layer, and slots_N int32 [N] on the same device: the
+            slots of the plan's blocks, in the plan's order. Not to be written.
 
         Raises:
             StorageError: streamed from the disk, and a page could not be read.
@@ -69,7 +69,7 @@ class Reading:
         if self.released:
             raise ConfigError("this reading was released; prepare the plan again")
         slot_set = 0 if self._ring is None else self._ring.turn_to(layer)
-        return self._pages_GHP, self._tables_DLN[slot_set, layer]
+        return self._pages[layer], self._tables_DLN[slot_set, layer]
 
     @property
     def table_bytes(self) -> int:
@@ -99,7 +99,7 @@ class Commit:
         self,
         *,
         block: int,
-        pages_LHP: Tensor,
+        pages: Sequence[Tensor],
         on_complete: Callable[[], None],
         on_abort: Callable[[], None],
     ) -> None:
@@ -107,7 +107,7 @@ class Commit:
         self.block = block
         self.open = True
         self.summary_HS: Tensor | None = None
-        self._pages_LHP = pages_LHP
+        self._pages = pages
         self._on_complete, self._on_abort = on_complete, on_abort
 
     @property
@@ -119,7 +119,7 @@ class Commit:
         """Where one layer's payloads go: uint8 [H, P], contiguous, to be filled wholly on the current stream."""
         if not self.open:
             raise ConfigError(f"the commit of block {self.block} has ended")
-        return self._pages_LHP[layer]
+        return self._pages[layer]
 
     def attach(self, summary_HS: Tensor) -> None:
         """Have a few bytes a head journaled with the block, so that they exist whenever the block does.

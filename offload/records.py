@@ -30,8 +30,8 @@ class BlockCommitted:
         block: its number.
         array: the Zarr array that holds it.
         first_head: first of the heads that this journal's rank wrote.
-        num_layers, num_heads: shape of the checksums.
-        checksums: CRC-32C of each payload, layer by layer, head by head: L * H little-endian uint32, base64.
+        num_layers, num_heads: shape of the checksums; layers are rows where the codec gives layers several of them.
+        checksums: CRC-32C of each unit, row by row, head by head: R * H little-endian uint32, base64.
         summary: what `Commit.attach` was given, as many bytes a head, head by head, base64; empty: nothing.
     """
 
@@ -50,15 +50,15 @@ class BlockCommitted:
         return np.frombuffer(base64.b64decode(self.summary), dtype=np.uint8).reshape(self.num_heads, -1)
 
     @property
-    def checksums_LH(self) -> np.ndarray[tuple[int, ...], np.dtype[np.uint32]]:
-        """The checksums as uint32 [L, H]."""
+    def checksums_RH(self) -> np.ndarray[tuple[int, ...], np.dtype[np.uint32]]:
+        """The checksums as uint32 [R, H]."""
         raw = np.frombuffer(base64.b64decode(self.checksums), dtype="<u4")
         return raw.astype(np.uint32).reshape(self.num_layers, self.num_heads)
 
 
-def pack_checksums(checksums_LH: np.ndarray[tuple[int, ...], np.dtype[np.uint32]]) -> str:
-    """The inverse of `BlockCommitted.checksums_LH`."""
-    return base64.b64encode(checksums_LH.astype("<u4").tobytes()).decode()
+def pack_checksums(checksums_RH: np.ndarray[tuple[int, ...], np.dtype[np.uint32]]) -> str:
+    """The inverse of `BlockCommitted.checksums_RH`."""
+    return base64.b64encode(checksums_RH.astype("<u4").tobytes()).decode()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

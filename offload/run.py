@@ -97,12 +97,12 @@ def kept_blocks(path: Path, model_heads: int) -> int:
 
 
 def whole_checksums(histories: Sequence[History], block: int, model_heads: int) -> Checksums:
-    """Checksums uint32 [L, all heads] of a block that the journals cover."""
+    """Checksums uint32 [R, all heads] of a block that the journals cover."""
     parts = [one.blocks[block] for one in histories if block in one.blocks]
-    checksums_LH = np.zeros((parts[0].num_layers, model_heads), dtype=np.uint32)
+    checksums_RH = np.zeros((parts[0].num_layers, model_heads), dtype=np.uint32)
     for part in parts:
-        checksums_LH[:, part.first_head : part.first_head + part.num_heads] = part.checksums_LH
-    return checksums_LH
+        checksums_RH[:, part.first_head : part.first_head + part.num_heads] = part.checksums_RH
+    return checksums_RH
 
 
 def whole_summary(histories: Sequence[History], block: int, model_heads: int) -> Payloads:
@@ -179,6 +179,7 @@ class RunDirectory:
                 array=shape.codec.name,
                 layout=layout,
                 heads=range(shape.first_head, shape.first_head + shape.num_heads),
+                rows=shape.codec.rows,
                 num_blocks=num_blocks,
                 files=self._files,
             )
@@ -241,14 +242,14 @@ class RunDirectory:
         """Bytes of memory held for transfers to and from the disk."""
         return 0 if self._files is None else self._files.buffer_bytes
 
-    def checksums_LH(self, block: int) -> Checksums:
+    def checksums_RH(self, block: int) -> Checksums:
         """The journal's checksums of this rank's payloads of a committed block."""
         return self._checksums[block]
 
     @property
     def checksum_bytes(self) -> int:
         """Bytes of the checksums held in memory: four for each payload of the history."""
-        return sum(checksums_LH.nbytes for checksums_LH in self._checksums[:1]) * self.num_blocks
+        return sum(checksums_RH.nbytes for checksums_RH in self._checksums[:1]) * self.num_blocks
 
     def keeps(self, block: int) -> bool:
         """Whether a block is committed and was not dropped."""
@@ -286,12 +287,12 @@ class RunDirectory:
         claimed, self._summaries = self._summaries, []
         return claimed
 
-    def commit(self, block: int, checksums_LH: Checksums, summary: bytes = b"") -> None:
+    def commit(self, block: int, checksums_RH: Checksums, summary: bytes = b"") -> None:
         """Journal a block whose chunks are durable; returns when the record is.
 
         Args:
             block: the next one.
-            checksums_LH: of its payloads on this rank.
+            checksums_RH: of its payloads on this rank.
             summary: to be found again by `claim_summaries`, as many bytes for each head of this rank.
 
         Raises:
@@ -305,13 +306,13 @@ class RunDirectory:
                 block=block,
                 array=self._array,
                 first_head=self.shape.first_head,
-                num_layers=self.shape.num_layers,
+                num_layers=self.shape.num_rows,
                 num_heads=self.shape.num_heads,
-                checksums=pack_checksums(checksums_LH),
+                checksums=pack_checksums(checksums_RH),
                 summary=base64.b64encode(summary).decode(),
             )
         )
-        self._checksums.append(checksums_LH)
+        self._checksums.append(checksums_RH)
 
     def note_segment(self, record: SegmentWritten) -> None:
         """Journal a segment of video that is whole on the disk."""

@@ -19,7 +19,7 @@ from longtake.kernels.errors import StorageError
 from longtake.offload.lanes import Fence
 from longtake.offload.layout import Chunk
 from longtake.offload.run import RunDirectory
-from longtake.offload.store import Checksums, Payloads
+from longtake.offload.store import Checksums, Pages, Payloads
 
 Step = Callable[[str, int], None]
 """Called with the name of a step of a commit and the block when the step is over; for tests that kill the process."""
@@ -66,18 +66,16 @@ class Spiller:
         self._journaler = threading.Thread(target=self._journal, name="longtake-journal", daemon=True)
         self._journaler.start()
 
-    def submit(self, block: int, payloads_LHP: Payloads, fence: Fence, summary_HS: Payloads | None = None) -> None:
+    def submit(self, block: int, pages: Pages, fence: Fence, summary_HS: Payloads | None = None) -> None:
         """Queue a block; its bytes must stay as they are until it is durable.
 
         Args:
             block: its number, one more than the last submitted.
-            payloads_LHP: host memory.
+            pages: in host memory, by layer.
             fence: passed when the bytes have arrived there.
             summary_HS: as well in host memory, to be journaled with the block.
         """
-        futures = [
-            self._writers.submit(self._write, block, chunk, payloads_LHP, fence) for chunk in self._run.store.chunks
-        ]
+        futures = [self._writers.submit(self._write, block, chunk, pages, fence) for chunk in self._run.store.chunks]
         self._blocks.put((block, futures, summary_HS))
 
     def close(self) -> None:
@@ -91,14 +89,14 @@ class Spiller:
         self._failed.set()
         self.close()
 
-    def _write(self, block: int, chunk: Chunk, payloads_LHP: Payloads, fence: Fence) -> Checksums:
+    def _write(self, block: int, chunk: Chunk, pages: Pages, fence: Fence) -> Checksums:
         fence.synchronize()
         if self._failed.is_set():
             raise StorageError("not written, because an earlier block could not be", block=block)
         self._step("staged", block)
-        checksums_lh = self._run.store.write_chunk(block, chunk, payloads_LHP)
+        checksums_rh = self._run.store.write_chunk(block, chunk, pages)
         self._step("chunk", block)
-        return checksums_lh
+        return checksums_rh
 
     def _journal(self) -> None:
         self._on_start()
@@ -115,14 +113,14 @@ class Spiller:
 
     def _make_durable(self, block: int, futures: list[Future[Checksums]], summary_HS: Payloads | None) -> None:
         shape, store = self._run.shape, self._run.store
-        checksums_LH = np.empty((shape.num_layers, shape.num_heads), dtype=np.uint32)
+        checksums_RH = np.empty((shape.num_rows, shape.num_heads), dtype=np.uint32)
         for chunk, future in zip(store.chunks, futures, strict=True):
             heads = slice(chunk.heads.start - shape.first_head, chunk.heads.stop - shape.first_head)
-            checksums_LH[chunk.layers.start : chunk.layers.stop, heads] = future.result()
+            checksums_RH[chunk.rows.start : chunk.rows.stop, heads] = future.result()
         if self._failed.is_set():
             raise StorageError("not journaled, because an earlier block could not be", block=block)
         self._step("chunks", block)
         store.sync_names(block)
         self._step("names", block)
-        self._run.commit(block, checksums_LH, b"" if summary_HS is None else summary_HS.tobytes())
+        self._run.commit(block, checksums_RH, b"" if summary_HS is None else summary_HS.tobytes())
         self._step("journaled", block)

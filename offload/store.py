@@ -1,19 +1,22 @@
 """The disk tier: payloads in a Zarr v3 array that plain zarr reads.
 
     kv.zarr/<codec>    [block, layer, head, bytes] uint8, bytes + crc32c codecs, chunks as in layout.py
+                       [block, row, head, bytes] where a codec gives layers different numbers of bytes
 
 zarr makes and grows the array (its metadata); chunk files are written and read here, because a chunk under these codecs
 is its bytes in C order followed by their CRC-32C, and going through zarr would copy them twice and lets a missing file
 read as zeros. What exists is the journal's to say.
 
-Legend: L layers, H heads of this rank, P payload bytes, l and h those of a chunk.
+Legend: L layers, R rows of a block, H heads of this rank, P payload bytes of a layer, U of a unit, r and h rows and
+heads of a chunk.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,8 @@ from longtake.offload.layout import CRC_BYTES, Chunk, ChunkLayout
 
 Checksums = npt.NDArray[np.uint32]
 Payloads = npt.NDArray[np.uint8]
+Pages = Sequence[Payloads] | Payloads
+"""A block on a rank: uint8 [H, P] by layer, each contiguous."""
 
 GROW_BLOCKS = 4096
 _NO_METADATA = (KeyError, ValueError, TypeError, AttributeError)
@@ -48,6 +53,7 @@ class BlockStore:
         array: str,
         layout: ChunkLayout,
         heads: range | None = None,
+        rows: Sequence[int] = (),
         files: ChunkFiles | None = None,
     ) -> None:
         """Bind to an array that `create` made.
@@ -57,6 +63,7 @@ class BlockStore:
             array: the array's name.
             layout: its chunks.
             heads: of the model, that this rank keeps; None: all.
+            rows: of each layer, as its pages hold them; none: a page is a row.
             files: how chunk files are moved; None: by the system's calls.
 
         Raises:
@@ -66,10 +73,13 @@ class BlockStore:
         self.array = array
         self.layout = layout
         self.heads = range(layout.model_heads) if heads is None else heads
+        counts = rows or (1,) * layout.num_rows
+        starts = accumulate(counts, initial=0)
+        self._rows = tuple(range(start, start + count) for start, count in zip(starts, counts, strict=False))
         self.chunks = tuple(layout.chunks(self.heads))
         self.files = files or ChunkFiles()
         self._ops = self.files.ops
-        self._parts = EqualParts(layout.payload_bytes)
+        self._parts = EqualParts(layout.unit_bytes)
         self._room_blocks = 0
 
     @classmethod
@@ -80,6 +90,7 @@ class BlockStore:
         array: str,
         layout: ChunkLayout,
         heads: range | None = None,
+        rows: Sequence[int] = (),
         num_blocks: int | None = None,
         files: ChunkFiles | None = None,
     ) -> BlockStore:
@@ -94,7 +105,7 @@ class BlockStore:
             ConfigError: the array there is of another model, codec or chunking.
             StorageError, DiskFullError: the metadata cannot be written.
         """
-        store = cls(root, array=array, layout=layout, heads=heads, files=files)
+        store = cls(root, array=array, layout=layout, heads=heads, rows=rows, files=files)
         try:
             (root / array).mkdir(parents=True, exist_ok=True)
             for folder in (root.parent, root):  # or blocks that the journal lists would be gone with a folder's name
@@ -121,15 +132,15 @@ class BlockStore:
         zarr.create_array(
             group,
             name=self.array,
-            shape=(num_blocks, self.layout.num_layers, self.layout.model_heads, self.layout.payload_bytes),
-            chunks=(1, self.layout.chunk_layers, self.layout.chunk_heads, self.layout.payload_bytes),
+            shape=(num_blocks, self.layout.num_rows, self.layout.model_heads, self.layout.unit_bytes),
+            chunks=(1, self.layout.chunk_rows, self.layout.chunk_heads, self.layout.unit_bytes),
             dtype="uint8",
             serializer=BytesCodec(endian=None),
             compressors=[Crc32cCodec()],
             filters=None,
             fill_value=0,
             chunk_key_encoding={"name": "default", "separator": "."},
-            dimension_names=("block", "layer", "head", "bytes"),
+            dimension_names=("block", self.layout.of, "head", "bytes"),
             config={"write_empty_chunks": True},
         )
 
@@ -152,30 +163,30 @@ class BlockStore:
         """A chunk's file."""
         return self.root / self.array / chunk.key(block)
 
-    def write_chunk(self, block: int, chunk: Chunk, payloads_LHP: Payloads) -> Checksums:
+    def write_chunk(self, block: int, chunk: Chunk, pages: Pages) -> Checksums:
         """Write one chunk of a block: whole and fsynced under its name, or not at all.
 
         Args:
             block: its number.
             chunk: one of `chunks`.
-            payloads_LHP: the block on this rank, contiguous.
+            pages: the block on this rank.
 
         Returns:
-            CRC-32C of its payloads, uint32 [l, h].
+            CRC-32C of its units, uint32 [r, h].
 
         Raises:
             DiskFullError: no room.
             StorageError: the disk failed.
         """
         path = self.path(block, chunk)
-        pieces = self._pieces(chunk, payloads_LHP)
-        checksums_lh = self._checksums(chunk, pieces)
-        trailer = self._parts.combine(checksums_lh.reshape(-1).tolist())
+        pieces = self._pieces(chunk, chunk.rows, pages)
+        checksums_rh = self._checksums(pieces, len(chunk.heads))
+        trailer = self._parts.combine(checksums_rh.reshape(-1).tolist())
         try:
             self.files.write(path, [*pieces, as_bytes(trailer.to_bytes(CRC_BYTES, "little"))])
         except OSError as error:
             raise from_os_error(error, "writing a chunk", path=path, block=block) from error
-        return checksums_lh
+        return checksums_rh
 
     def sync_names(self, block: int) -> None:
         """Make the names of all chunks written so far durable; call it once a block, before the journal record."""
@@ -186,53 +197,61 @@ class BlockStore:
                 error, "forcing a folder to the disk", path=self.root / self.array, block=block
             ) from error
 
-    def read_chunk(self, block: int, chunk: Chunk, out_LHP: Payloads, checksums_LH: Checksums) -> None:
+    def read_chunk(self, block: int, chunk: Chunk, out: Pages, checksums_RH: Checksums) -> None:
         """Read one chunk and check it against its own checksum and the journal's.
 
         Args:
-            out_LHP: the block on this rank, contiguous; only the chunk's part is written.
-            checksums_LH: the journal's, of this rank's heads.
+            out: the block on this rank; only the chunk's part is written.
+            checksums_RH: the journal's, of this rank's heads.
 
         Raises:
             MissingChunkError, StorageError: naming block, layer, head and file.
         """
-        pieces = self._pieces(chunk, out_LHP)
+        pieces = self._pieces(chunk, chunk.rows, out)
         trailer = np.empty(CRC_BYTES, dtype=np.uint8)
-        expected_lh = checksums_LH[chunk.layers.start : chunk.layers.stop, self._own(chunk.heads)]
+        expected_rh = checksums_RH[chunk.rows.start : chunk.rows.stop, self._own(chunk.heads)]
 
         def read(files: ChunkFiles) -> None:
             self._read(files, block, chunk, [*pieces, trailer], 0)
-            checksums_lh = self._checksums(chunk, pieces)
-            self._compare(block, chunk, chunk.layers, checksums_lh, expected_lh)
-            if self._parts.combine(checksums_lh.reshape(-1).tolist()) != int.from_bytes(trailer.tobytes(), "little"):
+            checksums_rh = self._checksums(pieces, len(chunk.heads))
+            self._compare(block, chunk, chunk.rows, checksums_rh, expected_rh)
+            if self._parts.combine(checksums_rh.reshape(-1).tolist()) != int.from_bytes(trailer.tobytes(), "little"):
                 what = "the chunk's own checksum is damaged"
-                raise self._damage(block, chunk.layers[0], chunk.heads[0], what, self.path(block, chunk))
+                raise self._damage(block, chunk.rows[0], chunk.heads[0], what, self.path(block, chunk))
 
         self._reading(read)
 
-    def read_page(self, block: int, layer: int, out_HP: Payloads, checksums_H: Checksums) -> None:
+    def read_page(self, block: int, layer: int, out_HP: Payloads, checksums_RH: Checksums) -> None:
         """Read one layer of a block on this rank, checked against the journal's checksums.
 
         Args:
             out_HP: contiguous.
-            checksums_H: the journal's, of this rank's heads in that layer.
+            checksums_RH: the journal's, of this rank's heads.
 
         Raises:
             MissingChunkError, StorageError: naming block, layer, head and file.
         """
+        wanted, pages = self._rows[layer], {layer: out_HP}
         for chunk in self.chunks:
-            if layer in chunk.layers:
-                self._reading(partial(self._read_piece, block, chunk, layer, out_HP, checksums_H))
+            rows = range(max(wanted.start, chunk.rows.start), min(wanted.stop, chunk.rows.stop))
+            if rows:
+                self._reading(partial(self._read_rows, block, chunk, rows, pages, checksums_RH))
 
-    def _read_piece(
-        self, block: int, chunk: Chunk, layer: int, out_HP: Payloads, checksums_H: Checksums, files: ChunkFiles
+    def _read_rows(
+        self,
+        block: int,
+        chunk: Chunk,
+        rows: range,
+        pages: Mapping[int, Payloads],
+        checksums_RH: Checksums,
+        files: ChunkFiles,
     ) -> None:
-        """One layer of one chunk."""
-        piece = out_HP[self._own(chunk.heads)].reshape(-1)
-        self._read(files, block, chunk, [piece], (layer - chunk.layers.start) * piece.size)
-        layers = range(layer, layer + 1)
-        checksums_lh = self._checksums(chunk, [piece], layers)
-        self._compare(block, chunk, layers, checksums_lh, checksums_H[None, self._own(chunk.heads)])
+        """Some rows of one chunk, all of one layer."""
+        pieces = self._pieces(chunk, rows, pages)
+        before = (rows.start - chunk.rows.start) * len(chunk.heads)
+        self._read(files, block, chunk, pieces, before * self.layout.unit_bytes)
+        checksums_rh = self._checksums(pieces, len(chunk.heads))
+        self._compare(block, chunk, rows, checksums_rh, checksums_RH[rows.start : rows.stop, self._own(chunk.heads)])
 
     def _reading(self, read: Callable[[ChunkFiles], None]) -> None:
         """Read; where a disk's error shows as other bytes only, once more by a way that tells it."""
@@ -275,32 +294,41 @@ class BlockStore:
         return orphans
 
     def _own_files(self) -> Iterator[tuple[int, Path]]:
-        grid = {(chunk.layer_index, chunk.head_index) for chunk in self.chunks}
+        grid = {(chunk.row_index, chunk.head_index) for chunk in self.chunks}
         for entry in os.scandir(self.root / self.array):
             parts = entry.name.removesuffix(PARTIAL_SUFFIX).split(".")
             if len(parts) == 5 and parts[0] == "c" and all(part.isdecimal() for part in parts[1:]):
-                block, layer, head, _ = map(int, parts[1:])
-                if (layer, head) in grid:
+                block, row, head, _ = map(int, parts[1:])
+                if (row, head) in grid:
                     yield block, Path(entry.path)
 
     def _own(self, heads: range) -> slice:
         return slice(heads.start - self.heads.start, heads.stop - self.heads.start)
 
-    def _pieces(self, chunk: Chunk, payloads_LHP: Payloads) -> list[Bytes]:
-        """The chunk's bytes in file order, as views into the block."""
-        part_lhP = payloads_LHP[chunk.layers.start : chunk.layers.stop, self._own(chunk.heads)]
-        if part_lhP.flags.c_contiguous:
-            return [part_lhP.reshape(-1)]
-        return [part_hP.reshape(-1) for part_hP in part_lhP]
+    def _pieces(self, chunk: Chunk, rows: range, pages: Pages | Mapping[int, Payloads]) -> list[Bytes]:
+        """Some rows of the chunk in file order, as views into the block's pages: units of one head lie together."""
+        pieces, unit = [], self.layout.unit_bytes
+        for layer, of_layer in enumerate(self._rows):
+            first, last = max(rows.start, of_layer.start), min(rows.stop, of_layer.stop)
+            if first >= last:
+                continue
+            page_hP = pages[layer][self._own(chunk.heads)]
+            part_hrU = page_hP.reshape(len(chunk.heads), -1, unit)[:, first - of_layer.start : last - of_layer.start]
+            if len(chunk.heads) == 1 or part_hrU.shape[1] == 1 == len(of_layer):
+                pieces.append(part_hrU.reshape(-1))
+            else:
+                pieces += [part_hrU[head, row] for row in range(last - first) for head in range(len(chunk.heads))]
+        return pieces
 
-    def _checksums(self, chunk: Chunk, pieces: Iterable[Bytes], layers: range | None = None) -> Checksums:
-        size = self.layout.payload_bytes
+    def _checksums(self, pieces: Iterable[Bytes], num_heads: int) -> Checksums:
+        size = self.layout.unit_bytes
         values = [crc32c(piece[first : first + size]) for piece in pieces for first in range(0, piece.size, size)]
-        return np.array(values, dtype=np.uint32).reshape(len(layers or chunk.layers), len(chunk.heads))
+        return np.array(values, dtype=np.uint32).reshape(-1, num_heads)
 
     def _read(self, files: ChunkFiles, block: int, chunk: Chunk, buffers: list[Bytes], offset: int) -> None:
         path = self.path(block, chunk)
-        where = f"block {block}, layers {chunk.layers[0]}-{chunk.layers[-1]}, heads {chunk.heads[0]}-{chunk.heads[-1]}"
+        rows = f"{self.layout.of}s {chunk.rows[0]}-{chunk.rows[-1]}"
+        where = f"block {block}, {rows}, heads {chunk.heads[0]}-{chunk.heads[-1]}"
         try:
             files.read(path, buffers, offset, self.layout.file_bytes)
         except WrongSizeError as error:
@@ -312,20 +340,18 @@ class BlockStore:
         except OSError as error:
             raise from_os_error(error, f"reading {where}", path=path, block=block) from error
 
-    def _compare(
-        self, block: int, chunk: Chunk, layers: range, checksums_lh: Checksums, expected_lh: Checksums
-    ) -> None:
-        for layer, head in np.argwhere(checksums_lh != expected_lh).tolist():
+    def _compare(self, block: int, chunk: Chunk, rows: range, checksums_rh: Checksums, expected_rh: Checksums) -> None:
+        for row, head in np.argwhere(checksums_rh != expected_rh).tolist():
             raise self._damage(
                 block,
-                layers[layer],
+                rows[row],
                 chunk.heads[head],
-                f"checksum {checksums_lh[layer, head]:08x}, the journal says {expected_lh[layer, head]:08x}",
+                f"checksum {checksums_rh[row, head]:08x}, the journal says {expected_rh[row, head]:08x}",
                 self.path(block, chunk),
             )
 
-    def _damage(self, block: int, layer: int, head: int, what: str, path: Path) -> StorageError:
-        return StorageError(f"block {block}, layer {layer}, head {head}: {what}", block=block, path=path)
+    def _damage(self, block: int, row: int, head: int, what: str, path: Path) -> StorageError:
+        return StorageError(f"block {block}, {self.layout.of} {row}, head {head}: {what}", block=block, path=path)
 
 
 def _no_metadata(path: Path, error: Exception) -> StorageError:
@@ -349,12 +375,15 @@ def layout_of(root: Path, array: str) -> ChunkLayout:
         found = _open_array(DurableStore(root, read_only=True), array)
     except (*_NO_METADATA, OSError) as error:
         raise _no_metadata(root / array, error) from error
-    if len(found.shape) != 4 or found.chunks[0] != 1 or found.chunks[3] != found.shape[3]:
+    names = getattr(found.metadata, "dimension_names", None) or ()
+    dimension = str(names[1]) if len(names) == 4 else ""
+    if len(found.shape) != 4 or not dimension or found.chunks[0] != 1 or found.chunks[3] != found.shape[3]:
         raise StorageError(f"the array has shape {found.shape} in chunks {found.chunks}", path=root / array)
     return ChunkLayout(
-        num_layers=found.shape[1],
+        num_rows=found.shape[1],
         model_heads=found.shape[2],
-        payload_bytes=found.shape[3],
-        chunk_layers=found.chunks[1],
+        unit_bytes=found.shape[3],
+        chunk_rows=found.chunks[1],
         chunk_heads=found.chunks[2],
+        of=dimension,
     )

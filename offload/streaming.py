@@ -24,6 +24,7 @@ from torch import Tensor
 from longtake.kernels.errors import StorageError
 from longtake.offload.arena import to_device
 from longtake.offload.lanes import Fence, Lane, mark
+from longtake.offload.shape import ModelKVShape
 
 PageReader = Callable[[int, int, int, Sequence[Fence], int], "Future[Fence]"]
 """(block, layer, staging slot, fences that free the ring slot, ring slot) -> the copy's fence, some time later."""
@@ -61,7 +62,7 @@ def ring_tables(
     resident_frames: dict[int, int],
     places: dict[int, int],
     slot_sets: Sequence[Sequence[int]],
-    num_layers: int,
+    shape: ModelKVShape,
     device: torch.device,
 ) -> Tensor:
     """The slots of a plan for every slot set and layer, in one copy to the device.
@@ -71,24 +72,24 @@ def ring_tables(
         resident_frames: device frame of each resident block.
         places: place in a slot set of each streamed block.
         slot_sets: arena slots of each set.
-        num_layers: slots a frame.
+        shape: of a block.
         device: where the tables are wanted.
 
     Returns:
         int32 [depth, L, N].
     """
-    layers_L1 = torch.arange(num_layers, dtype=torch.int32)[:, None]
+    first_L1 = torch.tensor(shape.first_rows, dtype=torch.int32)[:, None]
     step_N = torch.tensor([int(block in resident_frames) for block in blocks], dtype=torch.int32)
     tables = []
     for slots in slot_sets:
         first_N = torch.tensor(
             [
-                resident_frames[block] * num_layers if block in resident_frames else slots[places[block]]
+                resident_frames[block] * shape.num_rows if block in resident_frames else slots[places[block]]
                 for block in blocks
             ],
             dtype=torch.int32,
         )
-        tables.append(first_N + layers_L1 * step_N)
+        tables.append(first_N + first_L1 * step_N)
     return to_device(torch.stack(tables), device)
 
 
@@ -129,8 +130,8 @@ class Ring:
     def __init__(
         self,
         *,
-        pages_GHP: Tensor,
-        slabs_LFHP: Tensor,
+        pages: Sequence[Tensor],
+        slabs: Sequence[Tensor],
         lane: Lane,
         slot_sets: Sequence[Sequence[int]],
         runs: Sequence[HostRun],
@@ -141,8 +142,8 @@ class Ring:
         """Queue the first layers.
 
         Args:
-            pages_GHP: the device arena.
-            slabs_LFHP: the host pool.
+            pages: the device arena's [slots, H, P] by layer.
+            slabs: the host pool's [F, H, P] by layer.
             lane: host -> device copies.
             slot_sets: arena slots [depth][K].
             runs: what comes from host frames.
@@ -150,11 +151,11 @@ class Ring:
             read_page: starts a disk read followed by a copy.
             after: fences that free the ring's slots and fill the host frames.
         """
-        self._pages_GHP, self._slabs_LFHP, self._lane = pages_GHP, slabs_LFHP, lane
+        self._pages, self._slabs, self._lane = pages, slabs, lane
         self._slot_sets, self._runs, self._disk_blocks = slot_sets, runs, disk_blocks
         self._read_page = read_page
-        self._num_layers = slabs_LFHP.shape[0]
-        self._device = pages_GHP.device
+        self._num_layers = len(slabs)
+        self._device = pages[0].device
         self._free: deque[tuple[int, list[Fence]]] = deque((index, list(after)) for index in range(len(slot_sets)))
         self._coming: deque[_Arrival] = deque()
         self._now: _Arrival | None = None
@@ -211,8 +212,8 @@ class Ring:
                 slot = slots[run.first_place]
                 pairs.append(
                     (
-                        self._pages_GHP[slot : slot + run.num_blocks],
-                        self._slabs_LFHP[layer, run.first_frame : run.first_frame + run.num_blocks],
+                        self._pages[layer][slot : slot + run.num_blocks],
+                        self._slabs[layer][run.first_frame : run.first_frame + run.num_blocks],
                     )
                 )
             arrival.fences.append(self._lane.copy(pairs, after))

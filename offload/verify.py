@@ -66,15 +66,15 @@ def _bad_chunks(root: Path, array: str, histories: list[History], ops: FileOps) 
         yield error
         return
     store = BlockStore(root, array=array, layout=layout, files=ChunkFiles(ops))
-    payloads_LHP = np.empty((layout.num_layers, layout.model_heads, layout.payload_bytes), dtype=np.uint8)
+    pages = np.empty((layout.num_rows, layout.model_heads, layout.unit_bytes), dtype=np.uint8)
     dropped = dropped_blocks(histories)
     for block in range(covered_blocks(histories, layout.model_heads)):
         if block in dropped:
             continue
-        checksums_LH = whole_checksums(histories, block, layout.model_heads)
+        checksums_RH = whole_checksums(histories, block, layout.model_heads)
         for chunk in store.chunks:
             try:
-                store.read_chunk(block, chunk, payloads_LHP, checksums_LH)
+                store.read_chunk(block, chunk, pages, checksums_RH)
             except StorageError as error:
                 yield error
 

@@ -102,9 +102,9 @@ def test_what_is_resumed_has_a_file_of_its_own_for_every_needed_chunk(tmp_path: 
     run = RunDirectory(tmp_path / "made", shape=stage.shape, config_hash="bench")
     try:
         assert run.num_blocks == 20 and run.num_kept == 3
-        page_HP = np.zeros((stage.shape.num_heads, stage.shape.payload_bytes), dtype=np.uint8)
+        page_HP = np.zeros((stage.shape.num_heads, stage.shape.payload_bytes(0)), dtype=np.uint8)
         for block, layer in product(needed, range(stage.shape.num_layers)):
-            run.store.read_page(block, layer, page_HP, run.checksums_LH(block)[layer])
+            run.store.read_page(block, layer, page_HP, run.checksums_RH(block))
         files = {run.store.path(block, chunk).stat().st_ino for block in needed for chunk in run.store.chunks}
         assert len(files) == len(needed) * len(run.store.chunks)
     finally:

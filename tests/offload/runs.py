@@ -11,7 +11,7 @@ from longtake.offload.files import crc32c
 from longtake.offload.run import RunDirectory, committed_blocks
 from longtake.offload.shape import ModelKVShape
 from longtake.offload.store import Checksums
-from tests.offload.payloads import SHAPE, Opaque, commit, open_run, payload_LHP
+from tests.offload.payloads import SHAPE, Opaque, commit, open_run, pages_on_host
 
 BUDGET = CacheBudget(device_bytes=6 * SHAPE.block_bytes)
 
@@ -29,15 +29,16 @@ def rollout(path: Path, num_blocks: int) -> None:
 
 def write(run: RunDirectory, block: int) -> None:
     """Make a block durable without a cache."""
-    payloads_LHP = np.ascontiguousarray(payload_LHP(block, run.shape).numpy())
     for chunk in run.store.chunks:
-        run.store.write_chunk(block, chunk, payloads_LHP)
+        run.store.write_chunk(block, chunk, pages_on_host(block, run.shape))
     run.commit(block, checksums(run.shape, block))
 
 
 def checksums(shape: ModelKVShape, block: int) -> Checksums:
-    payloads_LHP = np.ascontiguousarray(payload_LHP(block, shape).numpy())
-    return np.array([[crc32c(head_P) for head_P in layer_HP] for layer_HP in payloads_LHP], dtype=np.uint32)
+    """Of a block's units, row by row."""
+    units = [page_HP.reshape(len(page_HP), -1, shape.unit_bytes) for page_HP in pages_on_host(block, shape)]
+    rows = [page_HrU[:, row] for page_HrU in units for row in range(page_HrU.shape[1])]
+    return np.array([[crc32c(unit) for unit in row_HU] for row_HU in rows], dtype=np.uint32)
 
 
 def chunk_blocks(run: RunDirectory) -> set[int]:
@@ -46,14 +47,13 @@ def chunk_blocks(run: RunDirectory) -> set[int]:
 
 
 HEADS = 4
-CODEC = Opaque(payload_bytes=20)
 
 
-def gang(path: Path, num_ranks: int) -> list[RunDirectory]:
+def gang(path: Path, num_ranks: int, rows: tuple[int, ...] = ()) -> list[RunDirectory]:
     """Every rank of a gang, opened as real ranks do: all replay and agree before any writes."""
-    heads = HEADS // num_ranks
+    heads, codec = HEADS // num_ranks, Opaque(unit_bytes=20, rows=rows)
     shapes = [
-        ModelKVShape(num_layers=3, num_heads=heads, codec=CODEC, first_head=rank * heads, total_heads=HEADS)
+        ModelKVShape(num_layers=3, num_heads=heads, codec=codec, first_head=rank * heads, total_heads=HEADS)
         for rank in range(num_ranks)
     ]
     least = committed_blocks(path, HEADS)

@@ -10,7 +10,7 @@ import torch
 
 from longtake.kernels.errors import CapacityError, ConfigError
 from longtake.offload.cache import CacheBudget, KVCache
-from tests.offload.payloads import SHAPE, commit, payload_LHP
+from tests.offload.payloads import SHAPE, commit, pages_of
 
 
 def device_cache(num_blocks: int) -> KVCache:
@@ -26,7 +26,7 @@ def test_reads_what_was_committed_in_plan_order() -> None:
             pages_GHP, slots_N = reading.pages(layer)
             assert slots_N.dtype == torch.int32
             for slot, block in zip(slots_N.tolist(), (3, 0, 2), strict=True):
-                assert torch.equal(pages_GHP[slot], payload_LHP(block)[layer])
+                assert torch.equal(pages_GHP[slot], pages_of(block)[layer])
 
 
 def test_empty_plan_has_empty_slots() -> None:
@@ -49,7 +49,7 @@ def test_retain_frees_what_nobody_reads_and_waits_for_readers() -> None:
     commit(cache, 1)
     reading = cache.prepare((0, 1))
     cache.retain((1,))
-    assert torch.equal(reading.pages(1)[0][reading.pages(1)[1][0]], payload_LHP(0)[1])
+    assert torch.equal(reading.pages(1)[0][reading.pages(1)[1][0]], pages_of(0)[1])
     reading.release()
     commit(cache, 2)
     with pytest.raises(CapacityError, match="block 0 left"):

@@ -29,9 +29,9 @@ from tests.offload.faults import FaultyOps, Unsynced, flip_bit
 
 
 def block(number: int) -> BlockCommitted:
-    checksums_LH = np.arange(6, dtype=np.uint32).reshape(2, 3) + number
+    checksums_RH = np.arange(6, dtype=np.uint32).reshape(2, 3) + number
     return BlockCommitted(
-        block=number, array="int4", first_head=0, num_layers=2, num_heads=3, checksums=pack_checksums(checksums_LH)
+        block=number, array="int4", first_head=0, num_layers=2, num_heads=3, checksums=pack_checksums(checksums_RH)
     )
 
 
@@ -51,7 +51,7 @@ def test_every_kind_survives_its_encoding() -> None:
         Closed(num_blocks=4),
     ]
     assert [decode(encode(record)) for record in records] == records
-    assert block(4).checksums_LH.tolist() == [[4, 5, 6], [7, 8, 9]]
+    assert block(4).checksums_RH.tolist() == [[4, 5, 6], [7, 8, 9]]
 
 
 def test_replays_what_was_appended(tmp_path: Path) -> None:

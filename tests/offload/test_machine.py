@@ -21,10 +21,11 @@ from hypothesis.stateful import (
 from longtake.kernels.errors import CapacityError, StorageError
 from longtake.offload.cache import CacheBudget, KVCache
 from longtake.offload.reading import Reading
+from longtake.offload.shape import ModelKVShape
 from longtake.offload.verify import verify
 from tests.offload.faults import Unsynced
 from tests.offload.late_lane import LateLane
-from tests.offload.payloads import SHAPE, open_run
+from tests.offload.payloads import SHAPE, UNEVEN, open_run
 
 MOST_BLOCKS = 24
 PLANS = st.lists(st.integers(0, MOST_BLOCKS - 1), max_size=12, unique=True)
@@ -36,19 +37,20 @@ class CacheMachine(RuleBasedStateMachine):
     cache: KVCache
     reading: Reading | None = None
 
-    @initialize(device=st.integers(3, 9), host=st.sampled_from([2, 3, 6, 9]))
-    def open(self, device: int, host: int) -> None:
+    @initialize(device=st.integers(3, 9), host=st.sampled_from([2, 3, 6, 9]), shape=st.sampled_from([SHAPE, UNEVEN]))
+    def open(self, device: int, host: int, shape: ModelKVShape) -> None:
+        self.shape = shape
         self.folder = tempfile.TemporaryDirectory()
         self.path = Path(self.folder.name)
-        self.budget = CacheBudget(device_bytes=device * SHAPE.block_bytes, host_bytes=host * SHAPE.block_bytes)
-        self.written: dict[int, torch.Tensor] = {}
+        self.budget = CacheBudget(device_bytes=device * shape.block_bytes, host_bytes=host * shape.block_bytes)
+        self.written: dict[int, list[torch.Tensor]] = {}
         self.dropped: set[int] = set()
         self.num_made = 0
         self._reopen()
 
     def _reopen(self) -> None:
-        self.run_directory = open_run(self.path, Unsynced())
-        self.cache = KVCache(shape=SHAPE, device="cpu", budget=self.budget, run=self.run_directory)
+        self.run_directory = open_run(self.path, Unsynced(), self.shape)
+        self.cache = KVCache(shape=self.shape, device="cpu", budget=self.budget, run=self.run_directory)
 
     def _release(self) -> None:
         if self.reading is not None:
@@ -68,15 +70,16 @@ class CacheMachine(RuleBasedStateMachine):
         # Other bytes each time, so that what a crash lost can't be mistaken for what replaced it.
         self.num_made += 1
         generator = torch.Generator().manual_seed(self.num_made)
-        size = (SHAPE.num_layers, SHAPE.num_heads, SHAPE.payload_bytes)
-        payload_LHP = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
-        for layer in range(SHAPE.num_layers):
-            commit.page(layer).copy_(payload_LHP[layer])
+        pages = []
+        for layer in range(self.shape.num_layers):
+            page_HP = commit.page(layer)
+            pages.append(torch.randint(0, 256, page_HP.shape, generator=generator, dtype=torch.uint8))
+            page_HP.copy_(pages[-1])
         if abort:
             commit.abort()
         else:
             commit.complete()
-            self.written[block] = payload_LHP
+            self.written[block] = pages
 
     @rule(plan=PLANS)
     def prepare(self, plan: list[int]) -> None:
@@ -150,7 +153,7 @@ class CacheMachine(RuleBasedStateMachine):
             self._release()
             for block in self.written.keys() - self.dropped:
                 with self.cache.prepare((block,)) as reading:
-                    for layer in range(SHAPE.num_layers):
+                    for layer in range(self.shape.num_layers):
                         pages_GHP, slots_N = reading.pages(layer)
                         assert torch.equal(pages_GHP[slots_N[0]], self.written[block][layer])
             self.cache.close()

@@ -21,7 +21,7 @@ from longtake.offload.records import SegmentWritten, history
 from longtake.offload.run import RunDirectory
 from longtake.offload.verify import verify
 from tests.offload.faults import FaultyOps, Unsynced, flip_bit
-from tests.offload.payloads import SHAPE, check_passes, open_run, payload_LHP
+from tests.offload.payloads import SHAPE, check_passes, open_run, pages_on_host
 from tests.offload.runs import BUDGET, checksums, gang, rollout, write
 
 
@@ -86,7 +86,7 @@ def test_crash_before_the_record_leaves_an_orphan_that_is_removed(tmp_path: Path
     rollout(tmp_path, 2)
     run = open_run(tmp_path)
     for chunk in run.store.chunks:
-        run.store.write_chunk(2, chunk, np.ascontiguousarray(payload_LHP(2).numpy()))
+        run.store.write_chunk(2, chunk, pages_on_host(2))
     orphans = [run.store.path(2, chunk) for chunk in run.store.chunks]
     partial = orphans[0].with_name("c.3.0.0.0.partial")
     partial.write_bytes(b"half")
@@ -197,18 +197,23 @@ def test_segments_follow_the_blocks(tmp_path: Path) -> None:
     assert all("missing" in str(error) for error in verify(tmp_path))
 
 
-def test_gangs_of_other_sizes_go_on_from_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows", [(), (1, 4, 2)])
+def test_gangs_of_other_sizes_go_on_from_the_same_bytes(tmp_path: Path, rows: tuple[int, ...]) -> None:
     done = 0
     for num_ranks in (4, 2, 1, 4, 2):
-        ranks = gang(tmp_path, num_ranks)
+        ranks = gang(tmp_path, num_ranks, rows)
         assert {run.num_blocks for run in ranks} == {done}
         for run in ranks:
             for block in range(done):
-                assert np.array_equal(run.checksums_LH(block), checksums(run.shape, block))
-                out_LHP = np.empty((3, run.shape.num_heads, 20), dtype=np.uint8)
+                assert np.array_equal(run.checksums_RH(block), checksums(run.shape, block))
+                written = pages_on_host(block, run.shape)
+                out, page_by_page = ([np.empty_like(page_HP) for page_HP in written] for _ in range(2))
                 for chunk in run.store.chunks:
-                    run.store.read_chunk(block, chunk, out_LHP, run.checksums_LH(block))
-                assert np.array_equal(out_LHP, payload_LHP(block, run.shape).numpy())
+                    run.store.read_chunk(block, chunk, out, run.checksums_RH(block))
+                for layer, page_HP in enumerate(page_by_page):
+                    run.store.read_page(block, layer, page_HP, run.checksums_RH(block))
+                for found in (out, page_by_page):
+                    assert all(np.array_equal(*pair) for pair in zip(found, written, strict=True))
         for run in ranks:
             for block in range(done, done + 2):
                 write(run, block)

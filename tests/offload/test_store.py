@@ -26,11 +26,11 @@ from tests.offload.aio import WAYS, files_of
 from tests.offload.faults import FaultyOps, flip_bit
 from tests.offload.payloads import Opaque
 
-LAYOUT = ChunkLayout(num_layers=4, model_heads=4, payload_bytes=3000, chunk_layers=2, chunk_heads=1)
+LAYOUT = ChunkLayout(num_rows=4, model_heads=4, unit_bytes=3000, chunk_rows=2, chunk_heads=1)
 
 
 def payloads(block: int, layout: ChunkLayout = LAYOUT, heads: int | None = None) -> Payloads:
-    size = (layout.num_layers, heads or layout.model_heads, layout.payload_bytes)
+    size = (layout.num_rows, heads or layout.model_heads, layout.unit_bytes)
     return np.random.default_rng(block).integers(0, 256, size, dtype=np.uint8)
 
 
@@ -41,13 +41,13 @@ def checksums_of(payloads_LHP: Payloads) -> Checksums:
 def write_block(store: BlockStore, block: int, payloads_LHP: Payloads) -> Checksums:
     for chunk in store.chunks:
         written = store.write_chunk(block, chunk, payloads_LHP)
-        assert written.shape == (len(chunk.layers), len(chunk.heads))
+        assert written.shape == (len(chunk.rows), len(chunk.heads))
     store.sync_names(block)
     return checksums_of(payloads_LHP)
 
 
 def read_block(store: BlockStore, block: int, checksums_LH: Checksums) -> Payloads:
-    out = np.full((LAYOUT.num_layers, len(store.heads), LAYOUT.payload_bytes), 255, dtype=np.uint8)
+    out = np.full((LAYOUT.num_rows, len(store.heads), LAYOUT.unit_bytes), 255, dtype=np.uint8)
     for chunk in store.chunks:
         store.read_chunk(block, chunk, out, checksums_LH)
     return out
@@ -68,11 +68,9 @@ def new_store(root: Path, way: str, ops: FaultyOps | None = None) -> BlockStore:
 
 
 @pytest.mark.parametrize("chunk_heads", [1, 2, 4])
-@pytest.mark.parametrize("chunk_layers", [1, 2, 4])
-def test_plain_zarr_reads_what_ranks_wrote(tmp_path: Path, way: str, chunk_layers: int, chunk_heads: int) -> None:
-    layout = ChunkLayout(
-        num_layers=4, model_heads=4, payload_bytes=3000, chunk_layers=chunk_layers, chunk_heads=chunk_heads
-    )
+@pytest.mark.parametrize("chunk_rows", [1, 2, 4])
+def test_plain_zarr_reads_what_ranks_wrote(tmp_path: Path, way: str, chunk_rows: int, chunk_heads: int) -> None:
+    layout = ChunkLayout(num_rows=4, model_heads=4, unit_bytes=3000, chunk_rows=chunk_rows, chunk_heads=chunk_heads)
     files = files_of(way, tmp_path, file_bytes=layout.file_bytes)
     whole = {block: payloads(block) for block in range(3)}
     for first in range(0, 4, chunk_heads):
@@ -91,7 +89,7 @@ def test_plain_zarr_reads_what_ranks_wrote(tmp_path: Path, way: str, chunk_layer
         assert np.array_equal(out, payloads_LHP)
         for layer in range(4):
             out_HP = np.zeros_like(out[0])
-            everyone.read_page(block, layer, out_HP, checksums_of(payloads_LHP)[layer])
+            everyone.read_page(block, layer, out_HP, checksums_of(payloads_LHP))
             assert np.array_equal(out_HP, payloads_LHP[layer])
 
 
@@ -118,8 +116,8 @@ def test_array_grows_in_strides_and_is_checked_on_reopening(tmp_path: Path, way:
     assert plain(tmp_path).shape[0] == 2 * GROW_BLOCKS
     new_store(tmp_path, way)
     assert layout_of(tmp_path / "kv.zarr", "opaque") == LAYOUT
-    other = ChunkLayout(num_layers=4, model_heads=4, payload_bytes=3001, chunk_layers=2, chunk_heads=1)
-    with pytest.raises(ConfigError, match="payload_bytes=3001"):
+    other = ChunkLayout(num_rows=4, model_heads=4, unit_bytes=3001, chunk_rows=2, chunk_heads=1)
+    with pytest.raises(ConfigError, match="unit_bytes=3001"):
         BlockStore.create(tmp_path / "kv.zarr", array="opaque", layout=other)
 
 
@@ -130,7 +128,7 @@ def test_missing_chunk_is_an_error_and_not_zeros(tmp_path: Path, way: str) -> No
     with pytest.raises(MissingChunkError, match=r"block 0, layers 2-3, heads 1-1: .*missing.*c\.0\.1\.1\.0"):
         read_block(store, 0, checksums)
     with pytest.raises(MissingChunkError, match="block 0"):
-        store.read_page(0, 3, np.empty((4, 3000), dtype=np.uint8), checksums[3])
+        store.read_page(0, 3, np.empty((4, 3000), dtype=np.uint8), checksums)
 
 
 def test_truncated_or_longer_chunk_is_refused(tmp_path: Path, way: str) -> None:
@@ -153,14 +151,14 @@ def test_a_thousand_flipped_bits_are_all_found_and_named(tmp_path: Path, way: st
         path = store.path(7, chunk)
         bit = chooser.randrange(LAYOUT.file_bytes * 8)
         flip_bit(path, bit)
-        layer, head = chunk.layers[0] + min(bit // 8 // LAYOUT.payload_bytes, 1), chunk.heads[0]
+        layer, head = chunk.rows[0] + min(bit // 8 // LAYOUT.unit_bytes, 1), chunk.heads[0]
         in_trailer = bit // 8 >= LAYOUT.file_bytes - 4
-        where = f"block 7, layer {chunk.layers[0] if in_trailer else layer}, head {head}: .*{path.name}"
+        where = f"block 7, layer {chunk.rows[0] if in_trailer else layer}, head {head}: .*{path.name}"
         with pytest.raises(StorageError, match=where):
             read_block(store, 7, checksums)
         if not in_trailer:
             with pytest.raises(StorageError, match=where):
-                store.read_page(7, layer, np.empty((4, 3000), dtype=np.uint8), checksums[layer])
+                store.read_page(7, layer, np.empty((4, 3000), dtype=np.uint8), checksums)
         flip_bit(path, bit)
     assert np.array_equal(read_block(store, 7, checksums), payloads(7))
 
@@ -220,7 +218,7 @@ def test_names_of_new_folders_are_forced_to_the_disk(tmp_path: Path) -> None:
             self.synced.add(os.readlink(f"/proc/self/fd/{fd}"))
 
     path = tmp_path / "film" / "shot"
-    shape = ModelKVShape(num_layers=4, num_heads=4, codec=Opaque(payload_bytes=3000))
+    shape = ModelKVShape(num_layers=4, num_heads=4, codec=Opaque(unit_bytes=3000))
     RunDirectory(path, shape=shape, config_hash="c", ops=Watched()).close()
     for folder in (tmp_path / "film", path, path / "kv.zarr", path / "kv.zarr" / "opaque"):
         assert str(folder) in Watched.synced, folder
@@ -256,7 +254,7 @@ def test_the_page_cache_keeps_nothing_of_a_chunk_that_is_on_the_disk_or_was_read
     for chunk in store.chunks[1:]:
         store.write_chunk(0, chunk, payloads(0))
     Watched.calls.clear()
-    store.read_page(0, 0, out[0], checksums[0])
+    store.read_page(0, 0, out[0], checksums)
     assert Watched.calls == [], "its files are read on, layer by layer"
 
 
@@ -325,10 +323,10 @@ def test_orphans_are_this_ranks_late_blocks_and_partial_files(tmp_path: Path) ->
 
 def test_layout_follows_the_rule() -> None:
     def chosen(layers: int, heads: int, size: int) -> tuple[int, int, float]:
-        shape = ModelKVShape(num_layers=layers, num_heads=heads, codec=Opaque(payload_bytes=size))
+        shape = ModelKVShape(num_layers=layers, num_heads=heads, codec=Opaque(unit_bytes=size))
         layout = chunk_layout(shape)
-        assert layers % layout.chunk_layers == 0 and heads % layout.chunk_heads == 0
-        return layout.chunk_layers, layout.chunk_heads, layout.file_bytes / 2**20
+        assert layers % layout.chunk_rows == 0 and heads % layout.chunk_heads == 0
+        return layout.chunk_rows, layout.chunk_heads, layout.file_bytes / 2**20
 
     assert chosen(10, 4, 46080)[:2] == (10, 1)  # mini, BF16
     assert chosen(30, 12, 350_000)[:2] == (15, 1)  # 1.3B, 2.33 bits
@@ -337,7 +335,7 @@ def test_layout_follows_the_rule() -> None:
         assert 0.5 <= chosen(layers, heads, size)[2] <= MAX_CHUNK_BYTES / 2**20
     assert chosen(31, 1, 9 << 20)[:2] == (1, 1)
     with pytest.raises(ConfigError, match="cut a chunk"):
-        list(ChunkLayout(num_layers=1, model_heads=4, payload_bytes=1, chunk_layers=1, chunk_heads=2).chunks(range(1)))
+        list(ChunkLayout(num_rows=1, model_heads=4, unit_bytes=1, chunk_rows=1, chunk_heads=2).chunks(range(1)))
 
 
 def test_combined_checksum_equals_that_of_the_whole() -> None:

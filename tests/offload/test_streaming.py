@@ -46,8 +46,8 @@ class Noting(Lane):
 def make_ring(reads: Reads, runs: Sequence[HostRun] = ()) -> Ring:
     """Two slot sets, one page from the disk in each, and one from the host for each run."""
     return Ring(
-        pages_GHP=torch.zeros(4, 1, 8, dtype=torch.uint8),
-        slabs_LFHP=torch.zeros(LAYERS, 1, 1, 8, dtype=torch.uint8),
+        pages=[torch.zeros(4, 1, 8, dtype=torch.uint8)] * LAYERS,
+        slabs=[torch.zeros(1, 1, 8, dtype=torch.uint8)] * LAYERS,
         lane=Noting(torch.device("cpu")),
         slot_sets=[[0, 1], [2, 3]],
         runs=runs,

@@ -17,11 +17,11 @@ from longtake.offload.reading import Reading
 from longtake.offload.shape import ModelKVShape
 from longtake.offload.verify import verify
 from tests.offload.late_lane import LateLane
-from tests.offload.payloads import Opaque, open_run, payload_LHP
+from tests.offload.payloads import Opaque, open_run, pages_of
 
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 # Pages of 1 MiB, so that copies take longer than launches.
-SHAPE = ModelKVShape(num_layers=6, num_heads=4, codec=Opaque(payload_bytes=1 << 18))
+SHAPE = ModelKVShape(num_layers=6, num_heads=4, codec=Opaque(unit_bytes=1 << 18))
 B = SHAPE.block_bytes
 NUM_BLOCKS = 12
 BUSY_CYCLES = 3_000_000
@@ -34,7 +34,7 @@ def device() -> str:
 
 @pytest.fixture
 def wanted_BLHP(device: str) -> torch.Tensor:
-    return torch.stack([payload_LHP(block, SHAPE) for block in range(NUM_BLOCKS)]).to(device)
+    return torch.stack([torch.stack(pages_of(block, SHAPE)) for block in range(NUM_BLOCKS)]).to(device)
 
 
 @pytest.fixture(params=[(5, 14, False), (5, 8, True), (NUM_BLOCKS + 1, 4, True), (5, 3, True)])
@@ -158,7 +158,7 @@ def test_host_pool_is_pinned_in_place_and_given_back() -> None:
     for _ in range(3):
         cache = KVCache(shape=SHAPE, device="cuda", budget=budget)
         assert cache._host is not None
-        assert cache._host.pool.slabs_LFHP[2, 1].is_pinned()
+        assert cache._host.pool.slabs[2][1].is_pinned()
         assert cache.memory()["host_pool"] < 3 * B + SHAPE.num_layers * 4096
         cache.close()
 

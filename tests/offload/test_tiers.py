@@ -211,7 +211,7 @@ def test_streamed_part_is_only_what_does_not_fit() -> None:
         for _ in range(4):
             for layer in range(SHAPE.num_layers):
                 check_pages(reading, layer, range(10))
-        pages = (cache.stats().up_bytes - before) / SHAPE.page_bytes
+        pages = (cache.stats().up_bytes - before) / SHAPE.page_bytes(0)
     assert pages <= 4 * SHAPE.num_layers * 4  # of 10 blocks, 4 through the ring and 4 resident
 
 
