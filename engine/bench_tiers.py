@@ -158,7 +158,7 @@ class Stage:
     @property
     def least_frames(self) -> int:
         """The smallest arena that streams the window: a ring of two layers, and the block being committed."""
-        return 1 + -(-2 * self.bench.window_blocks // (self.shape.num_rows // self.shape.most_rows))
+        return 1 + -(-2 * self.bench.window_blocks // self.shape.pages_a_frame)
 
 
 def bench_shot(bench: TiersBench) -> ShotConfig:

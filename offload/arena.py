@@ -72,7 +72,7 @@ class DeviceArena:
     def ring_slots(self, frame: int) -> list[int]:
         """Slots in one frame that hold a page of any layer each."""
         first, most = frame * self.shape.num_rows, self.shape.most_rows
-        return [first + index * most for index in range(self.shape.num_rows // most)]
+        return [first + index * most for index in range(self.shape.pages_a_frame)]
 
     @property
     def nbytes(self) -> int:

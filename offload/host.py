@@ -1,4 +1,4 @@
-"""The host tier's bytes: pinned memory in slabs, one a layer, allocated once.
+"""The host tier's bytes: pinned memory, allocated once.
 
 Legend: L layers, H heads of this rank, P payload bytes of a layer, F frames.
 
@@ -8,13 +8,16 @@ Legend: L layers, H heads of this rank, P payload bytes of a layer, F frames.
 
 Layer by layer, because a streamed history is read so: neighbouring frames of a layer move in one large copy. A slab
 begins on a memory page of its own and is pinned by itself; no copy crosses two.
+
+Where layers have different numbers of bytes, places in the device's ring lie as far apart as its largest page is long,
+so that no two blocks' pages move together. There is one slab then, frame after frame, each with the pages of its layers
+in order; a frame that stages pages on their way from the disk is cut into pages of the largest size.
 """
 
 from __future__ import annotations
 
 import contextlib
 import mmap
-from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -44,22 +47,29 @@ class HostPool:
         self.num_frames = num_frames
         self.device = device
         self._registered: list[int] = []
-        sizes = [num_frames * shape.page_bytes(layer) for layer in range(shape.num_layers)]
-        starts = list(accumulate((-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in sizes), initial=0))
+        whole = bool(shape.codec.rows)
+        slabs = 1 if whole else shape.num_layers
+        slab_bytes = -(-num_frames * shape.block_bytes // slabs // mmap.PAGESIZE) * mmap.PAGESIZE
         try:
             with torch.inference_mode(False):
-                memory = torch.frombuffer(mmap.mmap(-1, max(1, starts[-1])), dtype=torch.uint8)
+                memory = torch.frombuffer(mmap.mmap(-1, max(1, slabs * slab_bytes)), dtype=torch.uint8)
         except (OSError, MemoryError, RuntimeError) as error:
             raise CapacityError(
                 f"no room for a host pool of {num_frames} blocks ({num_frames * shape.block_bytes:,} bytes): {error}; "
                 f"lower the cache's host budget"
             ) from error
         self._memory = memory
+        frame_bytes = shape.block_bytes if whole else shape.page_bytes(0)
         with torch.inference_mode(False):
-            self.slabs = tuple(
-                memory[start : start + size].view(num_frames, shape.num_heads, shape.payload_bytes(layer))
-                for layer, (start, size) in enumerate(zip(starts, sizes, strict=False))
-            )
+            self._frames_SFB = memory.as_strided((slabs, num_frames, frame_bytes), (slab_bytes, frame_bytes, 1))
+            row_bytes = shape.num_heads * shape.unit_bytes
+            of_layers = [
+                self._frames_SFB[0, :, row * row_bytes : (row + count) * row_bytes]
+                if whole
+                else self._frames_SFB[layer]
+                for layer, (row, count) in enumerate(zip(shape.first_rows, shape.rows, strict=True))
+            ]
+            self.slabs = tuple(of_layer_FB.unflatten(1, (shape.num_heads, -1)) for of_layer_FB in of_layers)
         if device.type == "cuda" and num_frames:
             self._pin()
 
@@ -70,10 +80,10 @@ class HostPool:
         """
         runtime = torch.cuda.cudart()
         with near(self.device):
-            for slab_FHP in self.slabs:
-                address = slab_FHP.data_ptr()
+            for slab_FB in self._frames_SFB:
+                address = slab_FB.data_ptr()
                 try:
-                    torch.cuda.check_error(runtime.cudaHostRegister(address, slab_FHP.numel(), 0))
+                    torch.cuda.check_error(runtime.cudaHostRegister(address, slab_FB.numel(), 0))
                 except RuntimeError as error:
                     self.close()
                     with contextlib.suppress(RuntimeError):  # CUDA would tell of the failure once more, elsewhere
@@ -93,14 +103,14 @@ class HostPool:
         return [page_HP.numpy() for page_HP in self.pages(frame)]
 
     def staging_pages(self, frame: int) -> list[Tensor]:
-        """Those of a frame's pages that are large enough for any layer's."""
-        rows = self.shape.rows
-        return [page_HP for layer, page_HP in enumerate(self.pages(frame)) if rows[layer] == self.shape.most_rows]
-
-    @property
-    def staging_a_frame(self) -> int:
-        """How many those are."""
-        return self.shape.rows.count(self.shape.most_rows)
+        """A frame as pages for any layer, uint8 [H, P of the largest]."""
+        size = self.shape.most_rows * self.shape.num_heads * self.shape.unit_bytes
+        return [
+            page_B.view(self.shape.num_heads, -1)
+            for frame_B in self._frames_SFB[:, frame]
+            for page_B in frame_B.split(size)
+            if page_B.numel() == size
+        ]
 
     @property
     def nbytes(self) -> int:

@@ -332,7 +332,7 @@ class HostTier:
         """
         frames = self.table.num_frames - self.write_reserve - self.num_held
         for num_disk in range(num_streamed + 1):
-            num_staging = -(-num_disk * depth // self.pool.staging_a_frame)
+            num_staging = -(-num_disk * depth // self.pool.shape.pages_a_frame)
             if num_streamed - num_disk + num_staging <= frames and (self.run is not None or not num_disk):
                 return num_disk, num_staging
         raise CapacityError(

@@ -128,7 +128,7 @@ class Mover:
             return split(
                 wanted,
                 num_frames=num_frames - reserve,
-                pages_a_frame=self._shape.num_rows // self._shape.most_rows,
+                pages_a_frame=self._shape.pages_a_frame,
                 on_device=frozenset(table),
                 uses=self._uses,
             )

@@ -92,6 +92,11 @@ class ModelKVShape:
         """Rows of the largest page."""
         return max(self.rows)
 
+    @property
+    def pages_a_frame(self) -> int:
+        """Pages of any layer that the room of one block holds."""
+        return self.num_rows // self.most_rows
+
     def payload_bytes(self, layer: int) -> int:
         """Bytes of one (block, layer, head), P."""
         return self.rows[layer] * self.unit_bytes

@@ -375,7 +375,7 @@ def layout_of(root: Path, array: str) -> ChunkLayout:
         found = _open_array(DurableStore(root, read_only=True), array)
     except (*_NO_METADATA, OSError) as error:
         raise _no_metadata(root / array, error) from error
-    names = getattr(found.metadata, "dimension_names", None) or ()
+    names = tuple(getattr(found.metadata, "dimension_names", None) or ())
     dimension = str(names[1]) if len(names) == 4 else ""
     if len(found.shape) != 4 or not dimension or found.chunks[0] != 1 or found.chunks[3] != found.shape[3]:
         raise StorageError(f"the array has shape {found.shape} in chunks {found.chunks}", path=root / array)
