@@ -31,10 +31,13 @@ def uneven_shot(quarters: tuple[int, ...] = QUARTERS) -> ShotConfig:
     return replace(shot, model=replace(shot.model, transformer=LAYERS), history_basis=table)
 
 
-def film_of(shot: ShotConfig, folder: Path | None = None, stops: tuple[int, ...] = ()) -> tuple[Tensor, KVCache]:
+def film_of(
+    shot: ShotConfig, folder: Path | None = None, stops: tuple[int, ...] = (), device: str = "cpu"
+) -> tuple[Tensor, KVCache]:
     """All blocks, and the last cache; stopped before some, and opened again with what is on the disk alone."""
-    model = random_model(LAYERS)
-    basis = random_basis(LAYERS.num_layers, LAYERS.num_heads, LAYERS.head_dim)
+    geometry = shot.model.transformer
+    model = random_model(geometry, device)
+    basis = random_basis(geometry.num_layers, geometry.num_heads, geometry.head_dim, device)
     blocks: list[Tensor] = []
     for until in (*stops, shot.num_blocks):
         with contextlib.ExitStack() as stack:
@@ -42,13 +45,13 @@ def film_of(shot: ShotConfig, folder: Path | None = None, stops: tuple[int, ...]
             if folder is not None:
                 runs.append(RunDirectory(folder, shape=kv_shape(shot), config_hash=fingerprint(shot)))
                 stack.callback(runs[0].close)
-            cache = open_cache(shot, torch.device("cpu"), runs=runs)
+            cache = open_cache(shot, torch.device(device), runs=runs)
             stack.callback(cache.close)
             rollout = Rollout(shot, model, random_contexts(model, 1), cache, basis=basis)
             assert rollout.next_block == len(blocks)
             blocks += [rollout.step() for _ in range(until - len(blocks))]
     assert isinstance(cache, KVCache)
-    return torch.stack(blocks), cache
+    return torch.stack(blocks).cpu(), cache
 
 
 def test_a_block_takes_what_its_layers_take() -> None:
@@ -72,6 +75,21 @@ def test_the_same_film_streamed_and_stopped(host_blocks: int, tmp_path: Path) ->
     assert torch.equal(streamed, whole) and cache.stats().up_bytes > 0
     assert torch.equal(film_of(replace(shot, cache=small), tmp_path / "stopped", stops=(3, 7))[0], whole)
     assert verify(tmp_path / "stopped") == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["dense", "fp8"])
+def test_the_same_film_on_a_gpu(attention: str, tmp_path: Path) -> None:
+    """By the codec's kernels, over pages that overlap in the arena; resident, with recorded passes, and streamed."""
+    shot = uneven_shot()
+    wide = replace(shot.model, transformer=replace(LAYERS, head_dim=64))
+    shot = replace(shot, model=wide, attention=attention, num_frames=1 + 4 * (2 * 12 - 1))
+    block_bytes = kv_shape(shot).block_bytes
+    small = CacheConfig(codec="pc2", device_bytes=9 * block_bytes, host_bytes=9 * block_bytes)
+    whole, _ = film_of(shot, device="cuda")
+    streamed, cache = film_of(replace(shot, cache=small), tmp_path / "streamed", stops=(7,), device="cuda")
+    assert whole.isfinite().all() and cache.stats().up_bytes > 0
+    assert torch.equal(streamed, whole)
 
 
 def test_a_flipped_bit_names_its_row(tmp_path: Path) -> None:
