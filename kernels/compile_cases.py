@@ -21,6 +21,7 @@ from longtake.kernels import (
     fp8_rows_triton,
     lt2_triton,
     norm_silu_triton,
+    principal_triton,
     rotary_triton,
     rtn_triton,
     scaling_triton,
@@ -56,6 +57,7 @@ UNALIGNED = (
     "num_keys",
     "num_queries",
     "first_row",
+    "rows",
     "height",
     "width",
     "num_pixels",
@@ -238,6 +240,33 @@ def transform_cases() -> Iterator[Case]:
                 constants={name: value for name, value in known.items() if name.isupper()} | {"TILES": tiles},
                 options={"num_warps": warps},
             )
+
+
+def principal_cases() -> Iterator[Case]:
+    """Heads that are turned back, into bfloat16 and FP8 rows with values either way, and turned for encoding."""
+    launch = principal_triton.DEFAULT_LAUNCH
+    for dim, pairs in ((64, 12), (128, 22)):
+        for name, out, values_turned, back in (
+            ("back", "bf16", False, True),
+            ("back fp8", "fp8e4nv", False, True),
+            ("back fp8 turned", "fp8e4nv", True, True),
+            ("forth", "bf16", False, False),
+        ):
+            yield Case(
+                name=f"pc {name} {dim}",
+                kernel=principal_triton.turn_kernel,
+                types={**dict.fromkeys(("x", "z", "matrix"), "*bf16"), **dict.fromkeys(("out_k", "out_v"), f"*{out}"),
+                       **dict.fromkeys(("temporal", "spatial"), "*fp32" if back else "*bf16"),
+                       **dict.fromkeys(("centre_k", "scale_k", "centre_v", "scale_v"), "*fp32"),
+                       **dict.fromkeys(("stride_xh", "stride_xr", "stride_zh", "stride_zr"), "i32"),
+                       **sides("kv", "stride_oh", "stride_ox", "stride_od"), "first_row": "i32", "rows": "i32"},
+                constants={"D": dim, "PT": pairs * back, "tokens_per_frame": 1560 if back else 1,
+                           "SCALED": out == "fp8e4nv", "K_TURNED": False, "V_TURNED": values_turned,
+                           "ROWS": launch.rows, "TILES": launch.tiles, "ALIGN": 8, "AHEAD": launch.ahead,
+                           "JOINED": back, "k_stride_od": 1, "v_stride_ox" if values_turned else "v_stride_od": 1},
+                options={"num_warps": launch.warps, "maxnreg": launch.registers, "num_stages": launch.stages},
+                local=32,  # so that two programs fit on a processor
+            )  # fmt: skip
 
 
 def outputs(what: str, dim: int) -> Iterator[tuple[dict[str, str], str, dict[str, Any]]]:

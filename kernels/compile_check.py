@@ -22,7 +22,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from longtake.kernels.compile_cases import UNALIGNED, Case, cases, fp8_cases, other_cases, transform_cases
+from longtake.kernels.compile_cases import (
+    UNALIGNED,
+    Case,
+    cases,
+    fp8_cases,
+    other_cases,
+    principal_cases,
+    transform_cases,
+)
 
 SHARED_BYTES = 227 << 10  # that a program can have on an H100 or H200
 
@@ -74,7 +82,7 @@ def main() -> int:
     print(
         f"{'kernel':<28}{'registers':>10}{'shared':>8}{'local':>7}{'16 B loads':>12}{'16 B stores':>13}{'smaller':>9}"
     )
-    for case in chain(cases(), transform_cases(), fp8_cases(), other_cases()):
+    for case in chain(cases(), transform_cases(), principal_cases(), fp8_cases(), other_cases()):
         if only not in case.name:
             continue
         compiled = compile_case(case)

@@ -16,8 +16,8 @@ a layer with n quarters is n units, of a quarter of a bit for each of the 2 T D 
 
 Without rates all layers have the codec's bits, and a payload is one unit.
 
-On a GPU some blocks at a time are unpacked by `tc`'s kernel, turned back by a matrix product each for keys and values,
-and put in place, with RoPE or scaled for FP8, by the dense codec's kernel.
+On a GPU some blocks at a time are unpacked by `tc`'s kernel into components, and those turned back and put in place,
+with RoPE or scaled for FP8, by another (principal_triton.py).
 
 Shape legend: L layers, H heads, T tokens of a block, D head dim, E = 2 D components, N blocks, G slots, P payload
 bytes, X rows.
@@ -26,13 +26,11 @@ bytes, X rows.
 from __future__ import annotations
 
 import copy
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from longtake.kernels.codec import BlockGeometry, Codec, Rates
-from longtake.kernels.dense import DenseCodec
+from longtake.kernels.codec import BlockGeometry, Codec, PairCodec, Rates
 from longtake.kernels.errors import ConfigError
 from longtake.kernels.rotary import HeadRotary, Rotary, Turns, rotate_pairs
 from longtake.kernels.scaling import Scaling
@@ -42,7 +40,7 @@ BITS = {"pc2": 2.33, "pc3": 3.0, "pc4": 4.0}
 LEAST_QUARTERS, MOST_QUARTERS = 2, 24  # of a bit an element of one layer
 UNIT_ALIGNMENT = 32  # so that half a unit is a multiple of 16
 BYTES_AN_ENTRY = 4  # of a table in memory: a bfloat16 there, one back
-_CHUNK_ELEMENTS = 1 << 26  # components that are unpacked at a time: 4 blocks of 4,680 tokens x 12 heads x 128
+_CHUNK_ELEMENTS = 1 << 26  # components that the reference unpacks at a time
 
 
 class HistoryBasis:
@@ -57,7 +55,7 @@ class HistoryBasis:
     """
 
     def __init__(self, turn_LHEE: Tensor) -> None:
-        self.turn_LHEE = turn_LHEE
+        self.turn_LHEE = turn_LHEE.contiguous()
         back = [torch.linalg.inv_ex(turn_HEE.double())[0].to(torch.bfloat16) for turn_HEE in turn_LHEE.cpu()]
         self.back_LHEE = torch.stack(back).to(turn_LHEE.device)
         if not self.back_LHEE.isfinite().all():
@@ -89,7 +87,6 @@ class PrincipalCodec(Codec):
         self.quarters = quarters
         self.coder = TransformCodec(geometry, BITS[name])
         self._unit_bytes = _unit_bytes(geometry, min(quarters)) if quarters else 0
-        self._rows = DenseCodec(geometry, torch.bfloat16)
         self._turn_HEE: Tensor | None = None
         self._back_HEE: Tensor | None = None
 
@@ -142,13 +139,18 @@ class PrincipalCodec(Codec):
 
     def encode(self, k_THD: Tensor, v_THD: Tensor, out_HP: Tensor) -> None:
         self._check_encode(k_THD, v_THD, out_HP)
-        dim = self.geometry.head_dim
-        y_HTE = torch.cat((k_THD, v_THD), dim=-1).transpose(0, 1)
-        if not self._has_kernels(out_HP):
-            y_HTE = y_HTE.float()
-        if self._turn_HEE is not None:
-            y_HTE = turned(y_HTE, self._turn_HEE.to(y_HTE.dtype))
-        y_THE = y_HTE.transpose(0, 1)
+        dim, by_kernels = self.geometry.head_dim, self._has_kernels(out_HP)
+        if by_kernels and self._turn_HEE is not None and k_THD.dtype == v_THD.dtype and k_THD.element_size() == 2:
+            from longtake.kernels import principal_triton
+
+            y_THE = principal_triton.components(k_THD, v_THD, self._turn_HEE)
+        else:
+            y_HTE = torch.cat((k_THD, v_THD), dim=-1).transpose(0, 1)
+            if not by_kernels:
+                y_HTE = y_HTE.float()
+            if self._turn_HEE is not None:
+                y_HTE = turned(y_HTE, self._turn_HEE.to(y_HTE.dtype))
+            y_THE = y_HTE.transpose(0, 1)
         self.coder.pack_pair_into(self.coder, y_THE[..., :dim], y_THE[..., dim:], out_HP)
 
     def materialise(
@@ -163,6 +165,26 @@ class PrincipalCodec(Codec):
         v_scaling: Scaling | None = None,
     ) -> None:
         self._check_materialise(pages_GHP, slots_N, rotary, (k_out_HXD, k_scaling), (v_out_HXD, v_scaling))
+        keys, values = (k_out_HXD, k_scaling), (v_out_HXD, v_scaling)
+        if not self._has_kernels(pages_GHP):
+            self._materialise_plainly(pages_GHP, slots_N, rotary, keys, values)
+        elif self._back_HEE is None:
+            pair = PairCodec(self.name, self.geometry, k=self.coder, v=self.coder)
+            pair.materialise(pages_GHP, slots_N, rotary, k_out_HXD, v_out_HXD, k_scaling=k_scaling, v_scaling=v_scaling)
+        else:
+            from longtake.kernels import principal_triton
+
+            principal_triton.materialise(sections(pages_GHP), slots_N, rotary, keys, values, self.coder, self._back_HEE)
+
+    def _materialise_plainly(
+        self,
+        pages_GHP: Tensor,
+        slots_N: Tensor,
+        rotary: Turns,
+        keys: tuple[Tensor, Scaling | None],
+        values: tuple[Tensor, Scaling | None],
+    ) -> None:
+        """By the reference, some blocks at a time."""
         tokens, dim = self.geometry.num_tokens, self.geometry.head_dim
         chunk = max(1, _CHUNK_ELEMENTS // (2 * tokens * dim * pages_GHP.shape[1]))
         for first in range(0, len(slots_N), chunk):
@@ -171,25 +193,22 @@ class PrincipalCodec(Codec):
             y_HXE = self._components(pages_GHP, slots)
             k_HXD = self._channels(y_HXE, slice(0, dim))
             if isinstance(rotary, HeadRotary):
-                for head, one in enumerate(rotary.heads):
-                    alone = slice(head, head + 1)
-                    scaling = None if k_scaling is None else k_scaling.of_head(head)
-                    self._put(k_HXD[alone], part(one, rows), k_out_HXD[alone, rows], scaling)
+                pairs = zip(k_HXD, rotary.heads, strict=True)
+                k_HXD = torch.stack([rotate_pairs(k_XD, part(one, rows)) for k_XD, one in pairs])
             else:
-                self._put(k_HXD, part(rotary, rows), k_out_HXD[:, rows], k_scaling)
-            self._put(self._channels(y_HXE, slice(dim, 2 * dim)), None, v_out_HXD[:, rows], v_scaling)
+                k_HXD = rotate_pairs(k_HXD, part(rotary, rows))
+            for x_HXD, (out_HXD, scaling) in ((k_HXD, keys), (self._channels(y_HXE, slice(dim, 2 * dim)), values)):
+                out_HXD[:, rows].copy_(x_HXD if scaling is None else scaling.store(x_HXD))
 
     def _has_kernels(self, x: Tensor) -> bool:
         return x.is_cuda and self.coder.has_kernels
 
     def _components(self, pages_GHP: Tensor, slots_N: Tensor) -> Tensor:
-        """Components of some slots' tokens, [H, X, E]: bfloat16 by kernels, otherwise float32."""
+        """Components of some slots' tokens, float32 [H, X, E]."""
         (_, num_heads, _), dim = pages_GHP.shape, self.geometry.head_dim
-        dtype = torch.bfloat16 if self._has_kernels(pages_GHP) else torch.float32
         shape = (len(slots_N) * self.geometry.num_tokens, 2 * num_heads, dim)
-        y_XID = torch.empty(shape, dtype=dtype, device=pages_GHP.device)  # I: y1 and y2 of each head, as in a page
-        sections_GIB = pages_GHP.reshape(len(pages_GHP), 2 * num_heads, self.coder.num_bytes)
-        self.coder.unpack_into(sections_GIB, slots_N, None, y_XID.transpose(0, 1), None)
+        y_XID = torch.empty(shape, dtype=torch.float32, device=pages_GHP.device)  # I: y1 and y2 of each head
+        self.coder.unpack_into(sections(pages_GHP), slots_N, None, y_XID.transpose(0, 1), None)
         return y_XID.view(-1, num_heads, 2 * dim).transpose(0, 1)
 
     def _channels(self, y_HXE: Tensor, which: slice) -> Tensor:
@@ -198,23 +217,11 @@ class PrincipalCodec(Codec):
             return y_HXE[..., which].contiguous()
         return turned(y_HXE, self._back_HEE[..., which].to(y_HXE.dtype))
 
-    def _put(self, x_HXD: Tensor, rotary: Rotary | None, out_HXD: Tensor, scaling: Scaling | None) -> None:
-        """Put rows in place, at their positions and scaled if asked."""
-        if rotary is None and scaling is None:
-            out_HXD.copy_(x_HXD)
-        elif self._has_kernels(x_HXD):
-            blocks_HNB = x_HXD.view(torch.uint8).view(x_HXD.shape[0], -1, self._rows.num_bytes)
-            slots_N = first_slots(blocks_HNB.shape[1], x_HXD.device)
-            self._rows.unpack_into(blocks_HNB.transpose(0, 1), slots_N, rotary, out_HXD, scaling)
-        else:
-            x_HXD = x_HXD if rotary is None else rotate_pairs(x_HXD, rotary)
-            out_HXD.copy_(x_HXD if scaling is None else scaling.store(x_HXD))
 
-
-@cache  # stays: recorded passes read it
-def first_slots(count: int, device: torch.device) -> Tensor:
-    """Blocks that follow one another: int32 [count]."""
-    return torch.arange(count, dtype=torch.int32, device=device)
+def sections(pages_GHP: Tensor) -> Tensor:
+    """y1's and y2's sections of each head, [G, 2 H, P / 2]: a view, for heads follow one another."""
+    slots, heads, size = pages_GHP.shape
+    return pages_GHP.view(slots, 2 * heads, size // 2)
 
 
 def turned(x_HTE: Tensor, matrix_HED: Tensor) -> Tensor:

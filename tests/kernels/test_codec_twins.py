@@ -15,6 +15,7 @@ from torch import Tensor
 
 from longtake.kernels.codec import BlockGeometry, PairCodec, make_codec
 from longtake.kernels.dense import DenseCodec
+from longtake.kernels.rotary import HeadRotary, rotate_pairs
 from longtake.kernels.rtn import RoundToNearest
 from longtake.kernels.scaling import Scaling, calibrate_reference
 from longtake.kernels.synthetic import random_basis
@@ -139,9 +140,47 @@ def check_transform_encode(name: str, tokens: int, dim: int, device: str, dtype:
         assert (got == fitted).float().mean() > 0.95
 
 
+def check_turn(tokens: int, dim: int, device: str) -> None:
+    """Rows times matrices against float32: the last two of three blocks, in every type and either way round."""
+    from longtake.kernels.principal_triton import turn
+
+    heads, first, last = 3, tokens, 3 * tokens
+    dtype = torch.float16 if device == "cpu" else torch.bfloat16  # the interpreter multiplies bfloat16's bits
+    x = structured(2 * tokens, heads, 2 * dim, device, dtype).transpose(0, 1)
+    joined = x[..., :dim], x[..., dim:]
+    apart = joined[0].contiguous(), joined[1].transpose(0, 1).contiguous().transpose(0, 1)
+    matrix_HEE = random_basis(1, heads, dim, device).back_LHEE[0].to(dtype)
+    exact = torch.stack([x_XE.float() @ matrix_EE.float() for x_XE, matrix_EE in zip(x, matrix_HEE, strict=True)])
+    rotary, frames = tables(tokens, 3, dim, device), tables(tokens, 3, dim, device).num_frames // 3
+    want = rotate_pairs(exact[..., :dim], rotary.frames(frames, 2 * frames)), exact[..., dim:]
+    scalings = tuple(calibrate_reference(x_HXD.transpose(0, 1)) for x_HXD in want)
+    for out_dtype in (torch.float32, torch.float8_e4m3fn) + (torch.bfloat16, torch.float16) * (device != "cpu"):
+        fp8 = out_dtype == torch.float8_e4m3fn
+        for turned in (False, True) if fp8 else (False,):
+            outs = [torch.full((heads, last + 16, dim), torch.nan, device=device).to(out_dtype) for _ in range(2)]
+            if turned:
+                outs = [out.mT.contiguous().mT for out in outs]
+            targets = [(out, scaling if fp8 else None) for out, scaling in zip(outs, scalings, strict=True)]
+            for rows in (apart, joined):
+                turn(rows, matrix_HEE, rotary, *targets, (first, last - first, tokens))
+                for got, want_HXD, scaling in zip(outs, want, scalings, strict=True):
+                    assert got[:, :first].isnan().all() and got[:, last:].isnan().all(), "other rows were written"
+                    if fp8:
+                        close_fp8(got[:, first:last], scaling.store(want_HXD))
+                    else:
+                        name = str(out_dtype).removeprefix("torch.")
+                        check = "product float32" if out_dtype == torch.float32 else name
+                        close(got[:, first:last], want_HXD.to(out_dtype), check)
+                    got[:, first:last] = torch.nan
+
+
 def check_principal(name: str, tokens: int, dim: int, device: str) -> None:
-    """Turned heads by kernels against the plain twin on the CPU: encoded as well, read alike, dense and in e4m3."""
-    heads, rows, dtype = 3, 2 * tokens, torch.float32 if device == "cpu" else torch.bfloat16
+    """Turned heads by kernels against the plain twin on the CPU: encoded as well, read alike, dense and in e4m3.
+
+    By kernels, with blocks unpacked one by one and heads turned one by one, the same numbers.
+    """
+    heads, rows = 3, 2 * tokens
+    dtype, out_dtype = (torch.float16, torch.float32) if device == "cpu" else (torch.bfloat16, torch.bfloat16)
     kv = [structured(tokens, heads, dim, "cpu", dtype), structured(tokens, heads, dim, "cpu", dtype).flip(0)]
     scalings = [calibrate_reference(x) for x in kv]
     pages, read = [], []
@@ -151,18 +190,26 @@ def check_principal(name: str, tokens: int, dim: int, device: str) -> None:
             pages.append(torch.zeros(4, heads, codec.payload_bytes, dtype=torch.uint8, device=where))
             codec.encode(kv[0].to(where), kv[1].to(where), pages[-1][1])
             codec.encode(kv[1].to(where), kv[0].to(where), pages[-1][3])
+            k_scaling, v_scaling = (
+                Scaling(centre_HD=one.centre_HD.to(where), scale_H=one.scale_H.to(where)) for one in scalings
+            )
+            rotary, slots = tables(tokens, 2, dim, where), torch.tensor([3, 1], dtype=torch.int32, device=where)
             for page in pages:  # the twin reads its own, the kernels read both
-                slots = torch.tensor([3, 1], dtype=torch.int32, device=where)
-                dense = [torch.full((heads, rows + 9, dim), torch.nan, dtype=dtype, device=where) for _ in range(2)]
-                e4m3 = [torch.zeros(heads, rows + 16, dim, device=where).to(torch.float8_e4m3fn) for _ in range(2)]
-                placed = page.to(where), slots, tables(tokens, 2, dim, where)
-                codec.materialise(*placed, *dense)
-                k_scaling, v_scaling = (
-                    Scaling(centre_HD=one.centre_HD.to(where), scale_H=one.scale_H.to(where)) for one in scalings
-                )
-                codec.materialise(*placed, *e4m3, k_scaling=k_scaling, v_scaling=v_scaling)
-                assert all(x[:, rows:].isnan().all() for x in dense), "rows beyond the last were written"
-                read.append([x[:, :rows].float().cpu() for x in (*dense, *e4m3)])
+                found = []
+                for one_by_one in (False, True) if by_kernels else (False,):
+                    dense = [torch.full((heads, rows + 9, dim), torch.nan, dtype=out_dtype, device=where)] * 2
+                    dense = [x.clone() for x in dense]
+                    e4m3 = [torch.zeros(heads, rows + 16, dim, device=where).to(torch.float8_e4m3fn) for _ in dense]
+                    with pytest.MonkeyPatch.context() as patch:
+                        if one_by_one:
+                            patch.setattr("longtake.kernels.principal_triton.CHUNK_ELEMENTS", 1)
+                        turns = HeadRotary(heads=(rotary,) * heads) if one_by_one else rotary
+                        codec.materialise(page.to(where), slots, turns, *dense)
+                        codec.materialise(page.to(where), slots, turns, *e4m3, k_scaling=k_scaling, v_scaling=v_scaling)
+                    assert all(x[:, rows:].isnan().all() for x in dense), "rows beyond the last were written"
+                    found.append([x[:, :rows].float().cpu() for x in (*dense, *e4m3)])
+                assert all(torch.equal(one, other) for one, other in zip(found[0], found[-1], strict=True))
+                read.append(found[0])
     plain, of_its_pages, of_own = read
     exact = torch.cat((kv[0], kv[1])).transpose(0, 1).float()
     for index, (got, want) in enumerate(zip(of_its_pages, plain, strict=True)):
@@ -177,8 +224,8 @@ def check_principal(name: str, tokens: int, dim: int, device: str) -> None:
 
 @contextmanager
 def interpreted_kernels(on: bool) -> Iterator[None]:
-    """Take kernels for CPU tensors: Triton's interpreter runs them."""
-    from longtake.kernels import transform_encode_triton
+    """Take kernels for CPU tensors: Triton's interpreter runs them, with components in float32."""
+    from longtake.kernels import principal_triton, transform_encode_triton
     from longtake.kernels.principal import PrincipalCodec
     from longtake.kernels.transform import TransformCodec
 
@@ -189,8 +236,7 @@ def interpreted_kernels(on: bool) -> Iterator[None]:
         if on:
             patch.setattr(PrincipalCodec, "_has_kernels", lambda self, x: True)
             patch.setattr(TransformCodec, "pack_pair_into", pack_pair)
-            for family in (TransformCodec, DenseCodec):
-                patch.setattr(family, "unpack_into", lambda self, *given: self.unpack_by_kernels(*given))
+            patch.setattr(principal_triton, "COMPONENTS", torch.float32)
         yield
 
 
@@ -253,6 +299,12 @@ def test_turned_heads_equal_their_twins(name: str, tokens: int, dim: int) -> Non
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("tokens", "dim"), [(180, 64), (77, 128), (4680, 128), (77, 64)])
+def test_rows_times_matrices_equal_their_twin(tokens: int, dim: int) -> None:
+    check_turn(tokens, dim, "cuda")
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", CODECS)
 def test_wrapper_picks_kernels_and_gives_the_same_bytes_on_cpu_and_gpu(name: str) -> None:
     codec = make_codec(name, BlockGeometry(num_tokens=180, head_dim=64))
@@ -286,6 +338,9 @@ def main() -> None:
         print("ok encode", name, tokens, dim)
     for tokens in (180, 77):
         check_fp8_rows("tc2", tokens, 64, "cpu")
+    for tokens, dim in ((180, 64), (77, 128)):
+        check_turn(tokens, dim, "cpu")
+        print("ok turn", tokens, dim)
     check_principal("pc2", 180, 64, "cpu")
     print("ok pc2")
     for name in ("bf16", "rtn2", "lt2"):

@@ -22,6 +22,8 @@ TOLERANCE = {
     "bfloat16": (ONE_ULP, "float32 results a few ulps apart may round to neighbours: one ulp of the largest"),
     "float8_e4m3fn": (ONE_ULP, "float32 results a few ulps apart may round to neighbours: one ulp of the largest"),
     "float8_e4m3fn interpreted": (0.5, "the interpreter loses the carry when it rounds up to a power of two"),
+    "product float32": (2**-18, "256 products of a sum on tensor cores, which cut off 2^-23 of it at each of 16 steps"),
+    "float16": (ONE_ULP, "float32 results a few ulps apart may round to neighbours: one ulp of the largest"),
     "transform float32": (2**-10, "coefficients and cosines rounded to float16, 2^-12 each, summed over a tile"),
     "transform bfloat16": (ONE_ULP, "results that far apart often round to neighbours: one ulp of the largest"),
     "attention": (0.03, "queries and weights rounded to e4m3 relative to other maxima: 2^-4 each, averaged over keys"),
