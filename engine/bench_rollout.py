@@ -29,6 +29,7 @@ from longtake.engine.config import (
     BeatConfig,
     CacheConfig,
     HistoryConfig,
+    HistoryTable,
     ModelConfig,
     ModelSpec,
     Precision,
@@ -59,6 +60,7 @@ GEOMETRIES = {
 
 
 CAUSAL = [name for name, preset in PRESETS.items() if preset.few_step]
+MADE_UP_QUARTERS = ((4, 18, 6, 9), (6, 22, 8, 12), (10, 24, 13, 17))  # 2.31, 3 and 4 bits in the mean
 _MOST_WARM_UP = 24  # blocks; a full history is never full
 # of Wan2.2-TI2V-5B, but for the statistics of its latents
 WAN_2_2_VAE: dict[str, Any] = {
@@ -124,7 +126,7 @@ def _make_spec(bench: RolloutBench) -> ModelSpec:
 def make_shot(bench: RolloutBench) -> ShotConfig:
     """An hour of the benchmark's model."""
     spec = make_spec(bench)
-    return ShotConfig(
+    shot = ShotConfig(
         name="bench",
         model=spec,
         num_frames=spec.fps * 3600,
@@ -138,6 +140,7 @@ def make_shot(bench: RolloutBench) -> ShotConfig:
         cache=CacheConfig(codec=bench.codec),
         attention=bench.attention,
     )
+    return with_made_up_table(shot) if bench.model is None else shot
 
 
 def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> CausalWan:
@@ -145,6 +148,15 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
     with torch.device("meta"):
         model = CausalWan(config)
     return randomise(model, device, dtype)
+
+
+def with_made_up_table(shot: ShotConfig) -> ShotConfig:
+    """The shot with rates that differ from layer to layer, if a codec wants a table."""
+    if not wants_basis(shot):
+        return shot
+    repeats = -(-shot.model.transformer.num_layers // len(MADE_UP_QUARTERS[0]))
+    rates = tuple((quarters * repeats)[: shot.model.transformer.num_layers] for quarters in MADE_UP_QUARTERS)
+    return dataclasses.replace(shot, history_basis=HistoryTable(hash="made up", quarters=rates))
 
 
 def made_up_basis(shot: ShotConfig, num_heads: int, device: torch.device) -> HistoryBasis | None:
