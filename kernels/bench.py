@@ -37,7 +37,7 @@ from longtake.kernels.codec import Codec, make_codec
 from longtake.kernels.rotary import Rotary, apply_rotary, rotary_table
 from longtake.kernels.scaling import calibrate
 
-DEFAULT_CODECS = "bf16,int8,int4,rtn2,lt2"
+DEFAULT_CODECS = "bf16,int8,int4,rtn2,tc2,pc2"
 SPLITS = (1, 2, 4, 8, 16, 32)
 PATHS = ("fp8", "dense/flash3", "fp8/flash3")  # FlashAttention-3's where it is installed
 

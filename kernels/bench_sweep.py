@@ -24,7 +24,6 @@ from longtake.kernels.attention_fp8 import fp8_scratch
 from longtake.kernels.clock import Clock
 from longtake.kernels.codec import PairCodec, make_codec
 from longtake.kernels.dense import DenseCodec
-from longtake.kernels.lt2 import LowRankTwoBit
 from longtake.kernels.rotary import Rotary, rotary_table
 from longtake.kernels.rtn import RoundToNearest
 from longtake.kernels.scaling import Scaling, unscaled
@@ -77,7 +76,7 @@ def variants(
     codec: TensorCodec, arena: Tensor, slots: Tensor, rotary: Rotary | None, out: Tensor, scaling: Scaling | None
 ) -> Iterator[tuple[Launch | TileLaunch, Callable[[], None]]]:
     """The codec's kernel in every variant of its launch."""
-    from longtake.kernels import dense_triton, lt2_triton, rtn_triton, transform_triton
+    from longtake.kernels import dense_triton, rtn_triton, transform_triton
     from longtake.kernels.arena_triton import Launch
 
     common = (arena, slots, rotary, out)
@@ -90,8 +89,6 @@ def variants(
         launch = Launch(rows=rows, heads=heads, warps=warps)
         if isinstance(codec, RoundToNearest):
             yield launch, partial(rtn_triton.materialise, *common, codec, scaling, launch)
-        elif isinstance(codec, LowRankTwoBit):
-            yield launch, partial(lt2_triton.materialise, *common, codec, scaling, launch)
         else:
             assert isinstance(codec, DenseCodec)
             yield launch, partial(dense_triton.materialise, *common, codec, scaling, launch)
@@ -138,7 +135,7 @@ def compile_materialise(sizes: Sizes, name: str, part: int) -> None:
 
 def sweep_materialise(sizes: Sizes, clock: Clock) -> list[dict[str, Any]]:
     """Materialise of one tensor under several tile sizes; fastest first."""
-    names = ("rtn2", "lt2", "tc2")
+    names = ("rtn2", "tc2")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(NUM_COMPILERS, mp_context=context) as pool:
         jobs = [pool.submit(compile_materialise, sizes, n, part) for n in names for part in range(NUM_COMPILERS)]

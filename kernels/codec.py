@@ -278,7 +278,6 @@ _FAMILIES: dict[str, str] = {
     **dict.fromkeys(("prq2", "prq4"), "prq"),
     **dict.fromkeys(("qvg", "qvg-pro"), "qvg"),
     "budget-pca": "pca",
-    "lt2": "lt2",
     **dict.fromkeys(("tc2", "tc3", "tc4"), "transform"),
     **dict.fromkeys(("turboquant2", "turboquant3", "turboquant4"), "turboquant"),
     **dict.fromkeys(("qaq2", "qaq4", "tptq2", "tptq4"), "adaptive"),

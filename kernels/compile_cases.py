@@ -19,7 +19,6 @@ from longtake.kernels import (
     dense_triton,
     exchange_triton,
     fp8_rows_triton,
-    lt2_triton,
     norm_silu_triton,
     principal_triton,
     rotary_triton,
@@ -30,7 +29,6 @@ from longtake.kernels import (
     vae_layers_triton,
 )
 from longtake.kernels.codec import BlockGeometry
-from longtake.kernels.lt2 import LowRankTwoBit
 from longtake.kernels.transform import TransformCodec
 
 ARENA = {
@@ -131,14 +129,6 @@ def cases() -> Iterator[Case]:
                     types=types,
                     constants={"D": dim, "PT": turned, "STORED": tl.bfloat16, "HEADS": 4, "ROWS": ROWS, **fp8},
                 )
-                fields = lt2_fields(tokens, dim)
-                encoded = {name: fields.pop(name) for name in ("R", "COEFFICIENTS", "GAINS")}
-                yield Case(
-                    name=f"lt2 materialise {what} {dim}{target}",
-                    kernel=lt2_triton.materialise_kernel,
-                    types=types,
-                    constants={"D": dim, "PT": turned, "HEADS": 4, "ROWS": ROWS, **encoded, **fields, **fp8},
-                )
                 for bits in (2, 4, 8):
                     yield Case(
                         name=f"rtn{bits} materialise {what} {dim}{target}",
@@ -147,25 +137,6 @@ def cases() -> Iterator[Case]:
                         constants={"D": dim, "PT": turned, "BITS": bits, "GRID_OFFSET": tokens * dim * bits // 8,
                                    "HEADS": 4, "ROWS": ROWS, **fp8},
                     )  # fmt: skip
-        encode = {"x": "*bf16", "start": "*fp32", "out": "*u8", "sampled": "i32", "stride": "i32", "tokens": "i32"}
-        encode |= dict.fromkeys(("stride_t", "stride_h", "stride_page"), "i32")
-        fields = lt2_fields(tokens, dim)
-        yield Case(
-            name=f"lt2 quantise {dim}",
-            kernel=lt2_triton.quantise_kernel,
-            types=encode,
-            constants={"D": dim, "ROWS": lt2_triton.QUANTISE_ROWS, **fields},
-            local=16,  # the stack of a division
-        )
-        del fields["COEFFICIENTS"], fields["GAINS"]
-        yield Case(
-            name=f"lt2 fit {dim}",
-            kernel=lt2_triton.fit_kernel,
-            types=encode,
-            constants={"D": dim, "ITERATIONS": 4, "DOT": tl.bfloat16, "ROWS": lt2_triton.FIT_ROWS, **fields},
-            options={"num_warps": lt2_triton.FIT_WARPS},
-            local=64,
-        )
         for bits in (2, 4, 8):
             yield Case(
                 name=f"rtn{bits} encode {dim}",
@@ -181,13 +152,6 @@ def cases() -> Iterator[Case]:
 def sides(names: str, *strides: str) -> dict[str, str]:
     """Types of the strides of several tensors, x_stride_t and the like."""
     return {f"{name}_{stride}": "i32" for name in names for stride in strides}
-
-
-def lt2_fields(tokens: int, dim: int) -> dict[str, int]:
-    """Rank and places of lt2's fields, as its kernels take them."""
-    codec = LowRankTwoBit(BlockGeometry(num_tokens=tokens, head_dim=dim))
-    names = ("coefficients", "gains", "directions", "channels", "units")
-    return {"R": codec.rank} | {name.upper(): codec.layout.offset(name) for name in names}
 
 
 def transform_cases() -> Iterator[Case]:

@@ -17,7 +17,7 @@ power of two for each channel and one for each frequency of a head's block; thei
 Codes of a tile follow one another without gaps, frequency by frequency, each as wide as its depth, little-endian.
 Depths follow from the exponents alone: all pairs (exponent, one more bit) stand in one fixed order, by the error that
 the bit takes away; the first `plan[0]` pairs have their bit, and of the coefficients of the next pair those before
-`plan[1]`, so that a tile's bytes are full. A channel's 16 bits are its mean and its fall, as in lt2.
+`plan[1]`, so that a tile's bytes are full. A channel's 16 bits are its mean, a float16 short of 4 bits, and its fall.
 
 Values get two thirds of a bit more than keys: on mini's, that is worth 0.4 dB or nothing, by the world.
 
@@ -37,7 +37,6 @@ from longtake.kernels.errors import ConfigError
 from longtake.kernels.grid import FP8, to_fp8
 from longtake.kernels.head_dims import HEAD_DIMS
 from longtake.kernels.layout import Field, Layout
-from longtake.kernels.lt2 import short_float
 from longtake.kernels.rotary import Rotary
 from longtake.kernels.scaling import Scaling
 from longtake.kernels.tensor_codec import HeadwiseCodec, TensorCodec
@@ -47,6 +46,7 @@ VALUES_MORE = 1 / 3  # bits that values have above the mean, and keys below it
 MOST_TILE_TOKENS = 64
 MOST_FALL, MOST_ROW, MOST_DEPTH = 15, 31, 6
 TINY = 1e-20
+MOST_MEAN = 32752.0  # half of what a float16 can be
 
 # Best uniform quantiser of a unit Gaussian with 1 to 6 bits: step and mean squared error (Max, 1960).
 STEPS = (0.0, 1.5958, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041)
@@ -215,6 +215,12 @@ def _cosines(tile: tuple[int, int, int], device: torch.device) -> Tensor:
         one[0] /= math.sqrt(2)
         matrix = torch.kron(matrix, one)
     return matrix.float().to(device)
+
+
+def short_float(x: Tensor) -> Tensor:
+    """Round to a float16 whose last 4 bits are 0; its bits, int16."""
+    bits = x.clamp(-MOST_MEAN, MOST_MEAN).half().view(torch.int16)
+    return (bits + 8) & -16
 
 
 def _exponent(x: Tensor, most: int) -> Tensor:

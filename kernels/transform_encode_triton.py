@@ -28,13 +28,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longtake.kernels.lt2_triton import channel_mean, short_float
 from longtake.kernels.transform import STEPS, depth_table, pair_exponents
 from longtake.kernels.transform_triton import (
     MOST_FALL,
     MOST_ROW,
     PAIRS,
     before_each,
+    channel_mean,
     load_cosines,
     places_after,
     quad_depths,
@@ -147,6 +147,13 @@ def measure_kernel(
     place = (side * tl.num_programs(1) + head) * tl.num_programs(0) + group
     tl.store(energies + place * (FP * D) + frequency[:, None] * D + channel[None, :], energy)
     tl.store(totals + place * D + channel, tl.sum(tl.where(top, total, 0.0), 0))
+
+
+@triton.jit
+def short_float(x):
+    """Round to a float16 whose last 4 bits are 0; its bits, int32."""
+    half = tl.minimum(tl.maximum(x, -32752.0), 32752.0).to(tl.float16)
+    return ((half.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) + 8) & 0xFFF0
 
 
 @triton.jit

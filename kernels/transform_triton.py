@@ -25,7 +25,6 @@ import triton.language as tl
 from torch import Tensor
 
 from longtake.kernels.arena_triton import reading
-from longtake.kernels.lt2_triton import channel_mean
 from longtake.kernels.rotary import Rotary
 from longtake.kernels.rotary_triton import turns
 from longtake.kernels.scaling import Scaling
@@ -70,6 +69,12 @@ FP8_LAUNCH = TileLaunch(warps=4, registers=None)
 def default_launch(*, scaled: bool, turned: bool) -> TileLaunch:
     """The faster launch into FP8 (`scaled`) or wider rows; `turned`: with tokens contiguous, which has no figures."""
     return FP8_LAUNCH if scaled and not turned else DEFAULT_LAUNCH
+
+
+@triton.jit
+def channel_mean(word):
+    """Mean in a channel's 16 bits (as int32), float32."""
+    return (word & 0xFFF0).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit

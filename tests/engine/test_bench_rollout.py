@@ -22,9 +22,9 @@ def test_a_case_that_fails_costs_no_other_its_figures(
 
     monkeypatch.setattr(bench_rollout, "run_rollout", run)
     target = tmp_path / "rollout.json"
-    assert bench_rollout.main(["--json", str(target), "--cases", "bf16,int4/fp8,lt2"]) == 1
+    assert bench_rollout.main(["--json", str(target), "--cases", "bf16,int4/fp8,tc2"]) == 1
     written = json.loads(target.read_text())
-    assert [one["config"]["codec"] for one in written["results"]] == ["bf16", "lt2"]
+    assert [one["config"]["codec"] for one in written["results"]] == ["bf16", "tc2"]
     assert written["config"]["failed"] == {"int4/fp8": "RuntimeError: no such kernel"}
     assert "no such kernel" in capsys.readouterr().err
 

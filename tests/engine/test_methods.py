@@ -40,7 +40,7 @@ def test_the_study_has_33_methods_and_each_can_be_kept() -> None:
 
 
 def test_choice_of_methods() -> None:
-    assert [method.name for method in chosen("LT2,codecs")][:3] == ["BF16", "LT2", "INT8"]
+    assert [method.name for method in chosen("LT2,codecs")][:3] == ["BF16", "TC2", "INT8"]
     assert [method.name for method in chosen(None)] == list(methods())
     with pytest.raises(ConfigError, match="'LT3' is no method and no group"):
         chosen("LT3")
@@ -134,24 +134,24 @@ def test_a_row_is_the_mean_over_worlds(tmp_path: Path, stage: FakeStage) -> None
 
 def test_a_method_that_fails_leaves_the_others_and_is_tried_again(tmp_path: Path, stage: FakeStage) -> None:
     path = tmp_path / "methods.json"
-    stage.broken.add("LT2")
+    stage.broken.add("TC2")
     arguments = ["--json", str(path), "--methods", "LT2,INT8", "--device", "cpu", "--seeds", "1", "--seconds", "3"]
     assert main(arguments) == 1
     written = json.loads(path.read_text())
     assert set(written["results"]) == {"BF16", "INT8"}
-    assert written["config"]["failed"] == {"LT2": "RuntimeError: no such kernel"}
-    assert sum(task.method == "LT2" for task in stage.done) == 1, "nothing more of it is tried"
+    assert written["config"]["failed"] == {"TC2": "RuntimeError: no such kernel"}
+    assert sum(task.method == "TC2" for task in stage.done) == 1, "nothing more of it is tried"
     stage.broken.clear()
     stage.done.clear()
     assert main([*arguments, "--processes", "1"]) == 0
     assert [(task.method, task.part) for task in stage.done] == [
         ("BF16", Part.REFERENCE),
-        ("LT2", Part.FILM),
-        ("LT2", Part.PAST),
-        ("LT2", Part.BLOCKS),
+        ("TC2", Part.FILM),
+        ("TC2", Part.PAST),
+        ("TC2", Part.BLOCKS),
     ]
     written = json.loads(path.read_text())
-    assert list(written["results"]) == ["BF16", "INT8", "LT2"] and written["config"]["failed"] == {}
+    assert list(written["results"]) == ["BF16", "INT8", "TC2"] and written["config"]["failed"] == {}
 
 
 def test_a_run_that_was_cut_off_goes_on_where_it_was(tmp_path: Path, stage: FakeStage) -> None:
@@ -160,7 +160,7 @@ def test_a_run_that_was_cut_off_goes_on_where_it_was(tmp_path: Path, stage: Fake
     found = stage.__call__
 
     def cut_off(task: Task) -> dict[str, Any]:
-        if task.method == "LT2" and task.seed > FIRST_SEED:
+        if task.method == "TC2" and task.seed > FIRST_SEED:
             raise KeyboardInterrupt
         return found(task)
 
@@ -200,7 +200,7 @@ def test_plots(tmp_path: Path) -> None:
         },
         "past": {"2": {"bf16_psnr_db": 40.0, "world_psnr_db_by_world": [25.0]}},
     }
-    results = {"BF16": {**row, "group": "study"}, "LT2": {**row, "group": "codecs"}, "A": {**row, "group": "policies"}}
+    results = {"BF16": {**row, "group": "study"}, "TC2": {**row, "group": "codecs"}, "A": {**row, "group": "policies"}}
     paths = methods_plots.draw(results, tmp_path / "plots")
     assert [path.name for path in paths] == [
         "methods_quality_over_bits.png",

@@ -41,7 +41,7 @@ def test_the_way_of_attending_counts_more_than_the_codec() -> None:
     known = read_calibrations(SHIPPED / "rollout_h200.json")
     ways = [(one.codec, one.attention) for one in known]
     assert ways == [("int4", "fp8"), ("tc2", "fp8"), ("bf16", "dense")]
-    chosen = [choose(known, *way) for way in (("tc2", "fp8"), ("int4", "dense"), ("lt2", "fp8"), ("lt2", "none"))]
+    chosen = [choose(known, *way) for way in (("tc2", "fp8"), ("int4", "dense"), ("qvg", "fp8"), ("qvg", "none"))]
     assert [known.index(one) for one in chosen] == [1, 2, 0, 0]
 
 

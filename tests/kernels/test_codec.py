@@ -66,7 +66,7 @@ class OnCuda(torch.Tensor):
 
 
 @pytest.mark.parametrize("dim", [64, 32])
-@pytest.mark.parametrize("name", ["bf16", "int4", "lt2", "tc2", "kivi2"])
+@pytest.mark.parametrize("name", ["bf16", "int4", "tc2", "kivi2"])
 def test_kernels_take_over_on_cuda_where_there_are_some(name: str, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     codec = make_tensor_codec(name, BlockGeometry(num_tokens=60, head_dim=dim, grid=(6, 10)), Side.K)
     called: list[str] = []
@@ -100,7 +100,7 @@ def test_dense_storage_is_exact(name: str) -> None:
     assert torch.equal(k_out, apply_rotary(k, rotary).transpose(0, 1))
 
 
-@pytest.mark.parametrize("name", ["bf16", "int4", "lt2", "kivi2"])
+@pytest.mark.parametrize("name", ["bf16", "int4", "tc2", "kivi2"])
 @pytest.mark.parametrize("fp8", [False, True])
 def test_heads_that_turn_at_other_speeds(name: str, fp8: bool) -> None:
     """Each head's rows are those of that head's tables alone; values are as ever."""

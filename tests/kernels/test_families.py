@@ -36,7 +36,6 @@ EXPECTED = {
     "qvg": (2.6255, 2.634, 0.33),
     "qvg-pro": (4.501, 4.445, 0.27),
     "budget-pca": (2.33, 2.58, 0.5),
-    "lt2": (2.33, 2.456, 0.345),
     "tc2": (2.33, 2.33, 0.41),
     "tc3": (3.0, 3.0, 0.29),  # its keys have 2.67 bits, 0.15 of them a small block's header: some 2, some 3
     "tc4": (4.0, 4.0, 0.165),
