@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longtake.kernels.codec import BlockGeometry, PairCodec, make_codec
+from longtake.kernels.codec import BlockGeometry, Codec, PairCodec, make_codec
 from longtake.kernels.dense import DenseCodec
 from longtake.kernels.rotary import HeadRotary, rotate_pairs
 from longtake.kernels.rtn import RoundToNearest
@@ -135,9 +135,9 @@ def check_turn(tokens: int, dim: int, device: str) -> None:
             outs = [torch.full((heads, last + 16, dim), torch.nan, device=device).to(out_dtype) for _ in range(2)]
             if turned:
                 outs = [out.mT.contiguous().mT for out in outs]
-            targets = [(out, scaling if fp8 else None) for out, scaling in zip(outs, scalings, strict=True)]
+            first_of, second_of = ((out, of if fp8 else None) for out, of in zip(outs, scalings, strict=True))
             for rows in (apart, joined):
-                turn(rows, matrix_HEE, rotary, *targets, (first, last - first, tokens))
+                turn(rows, matrix_HEE, rotary, first_of, second_of, (first, last - first, tokens))
                 for got, want_HXD, scaling in zip(outs, want, scalings, strict=True):
                     assert got[:, :first].isnan().all() and got[:, last:].isnan().all(), "other rows were written"
                     if fp8:
@@ -154,36 +154,22 @@ def check_principal(name: str, tokens: int, dim: int, device: str) -> None:
 
     By kernels, with blocks unpacked one by one and heads turned one by one, the same numbers.
     """
-    heads, rows = 3, 2 * tokens
-    dtype, out_dtype = (torch.float16, torch.float32) if device == "cpu" else (torch.bfloat16, torch.bfloat16)
+    heads, dtype = 3, torch.float16 if device == "cpu" else torch.bfloat16
     kv = [structured(tokens, heads, dim, "cpu", dtype), structured(tokens, heads, dim, "cpu", dtype).flip(0)]
-    scalings = [calibrate_reference(x) for x in kv]
     pages, read = [], []
     for where, by_kernels in (("cpu", False), (device, True)):
         codec = make_codec(name, geometry(tokens, dim)).of_layer(random_basis(1, heads, dim, where), 0)
+        scalings = [calibrate_reference(x.to(where)) for x in kv]
         with interpreted_kernels(by_kernels and where == "cpu"):
             pages.append(torch.zeros(4, heads, codec.payload_bytes, dtype=torch.uint8, device=where))
             codec.encode(kv[0].to(where), kv[1].to(where), pages[-1][1])
             codec.encode(kv[1].to(where), kv[0].to(where), pages[-1][3])
-            k_scaling, v_scaling = (
-                Scaling(centre_HD=one.centre_HD.to(where), scale_H=one.scale_H.to(where)) for one in scalings
-            )
-            rotary, slots = tables(tokens, 2, dim, where), torch.tensor([3, 1], dtype=torch.int32, device=where)
             for page in pages:  # the twin reads its own, the kernels read both
-                found = []
-                for one_by_one in (False, True) if by_kernels else (False,):
-                    dense = [torch.full((heads, rows + 9, dim), torch.nan, dtype=out_dtype, device=where)] * 2
-                    dense = [x.clone() for x in dense]
-                    e4m3 = [torch.zeros(heads, rows + 16, dim, device=where).to(torch.float8_e4m3fn) for _ in dense]
-                    with pytest.MonkeyPatch.context() as patch:
-                        if one_by_one:
-                            patch.setattr("longtake.kernels.principal_triton.CHUNK_ELEMENTS", 1)
-                        turns = HeadRotary(heads=(rotary,) * heads) if one_by_one else rotary
-                        codec.materialise(page.to(where), slots, turns, *dense)
-                        codec.materialise(page.to(where), slots, turns, *e4m3, k_scaling=k_scaling, v_scaling=v_scaling)
-                    assert all(x[:, rows:].isnan().all() for x in dense), "rows beyond the last were written"
-                    found.append([x[:, :rows].float().cpu() for x in (*dense, *e4m3)])
-                assert all(torch.equal(one, other) for one, other in zip(found[0], found[-1], strict=True))
+                found = [
+                    read_principal(codec, page.to(where), dim, scalings, one_by_one=one_by_one)
+                    for one_by_one in (False, True)[: 1 + by_kernels]
+                ]
+                assert all(torch.equal(x, y) for x, y in zip(found[0], found[-1], strict=True))
                 read.append(found[0])
     plain, of_its_pages, of_own = read
     exact = torch.cat((kv[0], kv[1])).transpose(0, 1).float()
@@ -195,6 +181,25 @@ def check_principal(name: str, tokens: int, dim: int, device: str) -> None:
         assert float((got - want).norm() / want.norm()) < bound
     error, reference = (float((x[1] - exact).norm() / exact.norm()) for x in (of_own, plain))
     assert error <= 1.02 * reference, f"error {error}, the reference's {reference}"
+
+
+def read_principal(codec: Codec, page: Tensor, dim: int, scalings: list[Scaling], *, one_by_one: bool) -> list[Tensor]:
+    """Keys and values of slots 3 and 1, dense, then in e4m3 with values' tokens contiguous; float32 on the CPU."""
+    heads, tokens, rows = page.shape[1], codec.geometry.num_tokens, 2 * codec.geometry.num_tokens
+    one, slots = tables(tokens, 2, dim, str(page.device)), torch.tensor([3, 1], dtype=torch.int32, device=page.device)
+    rotary = HeadRotary(heads=(one,) * heads) if one_by_one else one
+    dtype = torch.bfloat16 if page.is_cuda else torch.float32  # the interpreter truncates bfloat16 stores
+    k_HXD, v_HXD = (torch.full((heads, rows + 9, dim), torch.nan, dtype=dtype, device=page.device) for _ in range(2))
+    k8_HXD = torch.full((heads, rows + 16, dim), torch.nan, device=page.device).to(torch.float8_e4m3fn)
+    v8_HXD = torch.full((heads, dim, rows + 16), torch.nan, device=page.device).to(torch.float8_e4m3fn).mT
+    with pytest.MonkeyPatch.context() as patch:
+        if one_by_one:
+            patch.setattr("longtake.kernels.principal_triton.CHUNK_ELEMENTS", 1)
+        codec.materialise(page, slots, rotary, k_HXD, v_HXD)
+        codec.materialise(page, slots, rotary, k8_HXD, v8_HXD, k_scaling=scalings[0], v_scaling=scalings[1])
+    outs = [x.float().cpu() for x in (k_HXD, v_HXD, k8_HXD, v8_HXD)]
+    assert all(x[:, rows:].isnan().all() for x in outs), "rows beyond the last were written"
+    return [x[:, :rows] for x in outs]
 
 
 @contextmanager

@@ -168,6 +168,22 @@ def test_chunks_heads_that_turn_apart_and_scaled_rows(monkeypatch: pytest.Monkey
         assert torch.equal(got.float(), scaling.store(want).float())
 
 
+def test_pages_that_overlap_are_read_where_they_are() -> None:
+    """An arena may be seen at every unit of memory, so that pages begin anywhere."""
+    codec = make_codec("pc2", MINI).of_layer(components(), 0)
+    size, unit = HEADS * codec.payload_bytes, 64
+    memory = torch.zeros(3 * size, dtype=torch.uint8)
+    pages = memory.as_strided(((3 * size - size) // unit + 1, HEADS, codec.payload_bytes), (unit, size // HEADS, 1))
+    rotary, read = rotary_table([0.0, 1.0, 2.0], 6, 10, 64), []
+    for slot in (0, (size + 3 * unit) // unit):
+        codec.encode(*shared_kv(4), pages[slot])
+        out = [torch.full((HEADS, 180, 64), torch.nan) for _ in range(2)]
+        codec.materialise(pages, torch.tensor([slot], dtype=torch.int32), rotary, *out)
+        read.append(out)
+    assert principal.sections(pages).data_ptr() == memory.data_ptr()
+    assert all(torch.equal(x, y) for x, y in zip(*read, strict=True))
+
+
 def test_bad_tables_and_names() -> None:
     turn_LHEE = random_basis(1, 2, 64).turn_LHEE.clone()
     turn_LHEE[0, 1, :, 5] = 0
