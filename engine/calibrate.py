@@ -1,112 +1,180 @@
-"""``longtake calibrate``: the table of a model's heads, from what its attention is given while it renders.
+"""``longtake calibrate``: the table of a model's heads and the rates of its layers, from what it makes of a film.
 
 Shots are rendered from their prompts alone over a history in bfloat16, and summed up for each layer and head:
 
-    x = [k | v]   the covariance within a block, as its clean pass commits it (k normed, before RoPE)
-    W             what an error of x costs the layer's output, in the mean over queries t and the keys j that they read:
-                  of k, (p[t, j] |Wo (v[j] - o[t])|)^2 / D times the outer square of the query, turned back to where
-                  the key stands before RoPE; of v, p[t, j]^2 times Wo^T Wo
-                  p: the attention's weight, o: its output, Wo: the head's part of the layer's output projection
+    x = [k | v]   of a token of the history, k normed, before RoPE
+    C             covariance of x within a block
+    W             what an error of x costs: the sum of g g' over tokens, steps, and random directions of the clean
+                  estimate that a step makes, g the slope of the estimate in that direction by x (engine/sensitivity.py)
 
-With C the covariance, A = W^(1/2) U, where U are the eigenvectors of W^(1/2) C W^(1/2): components do not go together,
-and an error of any of them costs the same (the Karhunen-Loeve transform under a weighted norm). A share of the plain
-norm in W keeps what these queries did not look at, and components that are much smaller than the largest are made
+So an error e of a token moves the whole model's estimate by e' W e, in the mean and as far as errors are small,
+whatever layers lie in between. A = W^(1/2) U, where U are the eigenvectors of W^(1/2) C W^(1/2): components do not go
+together, and an error of any of them costs the same (the Karhunen-Loeve transform under a weighted norm). A share of
+the plain norm in W keeps what these films did not show, and components that are much smaller than the largest are made
 larger, by as much at most. They are dealt in turn to two tensors, the largest first.
 
-Shape legend: L layers, H heads, T tokens of a block, S queries that are looked at, X rows of keys, D head dim, E = 2 D.
+Rates: a few blocks are stored at some rates and read again, and what their errors cost is summed up for each layer.
+Quarters of a bit then go, one after the other, where they take away most.
+
+Shape legend: L layers, H heads, T tokens of a block, X rows of history, D head dim, E = 2 D, R rates.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from longtake.engine.config import Precision, ShotConfig
-from longtake.engine.model import Attention, CausalWan
+from longtake.engine.config import ModelConfig, Precision, ShotConfig
 from longtake.engine.prompts import make_prompts
 from longtake.engine.rollout import Rollout, open_cache
+from longtake.engine.sensitivity import still, watch
 from longtake.engine.text import TextEncoder
 from longtake.engine.weights import load_transformer
-from longtake.kernels.attention_path import DensePath
-from longtake.kernels.codec import Codec, Rates
-from longtake.kernels.principal import BITS
-from longtake.kernels.rotary import HeadRotary, Rotary, Turns, rotate_pairs
+from longtake.kernels.codec import BlockGeometry, Rates
+from longtake.kernels.errors import ConfigError
+from longtake.kernels.principal import BITS, LEAST_QUARTERS, MOST_QUARTERS, HistoryBasis, PrincipalCodec
+from longtake.kernels.rotary import rotary_table
 
-QUERIES = 16  # of a pass that are looked at
-PLAIN_SHARE = 0.03  # of the plain norm in what an error costs
+PROBES = 2  # random directions of each pass
+MOST_SAMPLES = 4  # blocks that are kept to measure rates by
+MEASURED = (2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24)  # quarters; between them costs fall evenly by factors
+PLAIN_SHARE = 0.003  # of the plain norm in what an error costs
 TINY = 1e-30
 LEAST = 2.0**-6.5  # of the largest component's size: so far down reach the exponents that `tc` stores, 2^-7.5
+DEEP, WHOLE = 16, 4  # from so many layers on quarters are a multiple of so many: chunks on the disk divide them
 
 
-class HeadMoments:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sample:
+    """One block of a history: keys before RoPE and values [H, T, E] by layer, on the CPU."""
+
+    geometry: BlockGeometry
+    layers: tuple[Tensor, ...]
+
+
+class HistoryCost:
     """What is summed up of every layer and head, in float64.
 
     Args:
-        model: with its weights.
+        config: of the model.
+        device: of the sums.
     """
 
-    def __init__(self, model: CausalWan) -> None:
-        config, device = model.config, model.proj_out.weight.device
-        heads, dim = (config.num_layers, config.num_heads), config.head_dim
-        self.joint_LHEE = torch.zeros((*heads, 2 * dim, 2 * dim), dtype=torch.float64, device=device)
-        self.queries_LHDD = torch.zeros((*heads, dim, dim), dtype=torch.float64, device=device)
-        self.weight_LH = torch.zeros(heads, dtype=torch.float64, device=device)
-        self.output_LHDD = torch.zeros_like(self.queries_LHDD)
-        for layer, block in enumerate(model.blocks):
-            attention = block.attn1
-            assert isinstance(attention, Attention)
-            out_MHD = attention.to_out.get_parameter("0.weight").double().view(-1, config.num_heads, dim)
-            self.output_LHDD[layer] = torch.einsum("mhd,mhe->hde", out_MHD, out_MHD)
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        shape = (config.num_layers, config.num_heads, 2 * config.head_dim, 2 * config.head_dim)
+        self.cost_LHEE, self.covariance_LHEE = (
+            torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(2)
+        )
+        self._samples: list[_Sample] = []
+        self._num_seen = 0
+        self._generator = torch.Generator().manual_seed(0)
 
-    def add_block(self, layer: int, k_THD: Tensor, v_THD: Tensor) -> None:
-        """Count a committed block's keys and values."""
-        x_THE = torch.cat((k_THD, v_THD), dim=-1).float()
-        x_HTE = (x_THE - x_THE.mean(0)).double().transpose(0, 1)
-        self.joint_LHEE[layer] += x_HTE.mT @ x_HTE
+    def see_history(self, geometry: BlockGeometry, layers: list[tuple[Tensor, Tensor]]) -> None:
+        """Count the blocks of a history, and keep one of them for rates, or not: each history's alike likely."""
+        num_blocks = layers[0][0].shape[1] // geometry.num_tokens
+        block, place = (self._draw(most) for most in (num_blocks, self._num_seen + 1))
+        self._num_seen += 1
+        kept = []
+        for layer, (k_HXD, v_HXD) in enumerate(layers):
+            x_HNTE = torch.cat((k_HXD, v_HXD), dim=-1).unflatten(1, (num_blocks, -1))
+            kept.append(x_HNTE[:, block].cpu())
+            apart_HXE = (x_HNTE.float() - x_HNTE.float().mean(2, keepdim=True)).flatten(1, 2)
+            self.covariance_LHEE[layer] += (apart_HXE.mT @ apart_HXE).double()
+        sample = _Sample(geometry=geometry, layers=tuple(kept))
+        if len(self._samples) < MOST_SAMPLES:
+            self._samples.append(sample)
+        elif place < MOST_SAMPLES:
+            self._samples[place] = sample
 
-    def add_queries(self, layer: int, head: int, q_SD: Tensor, k_XD: Tensor, v_XD: Tensor, turns: list[Rotary]) -> None:
-        """Count queries of one head.
+    def see_slopes(self, layer: int, dk_HXD: Tensor, dv_HXD: Tensor) -> None:
+        """Count slopes of one direction."""
+        slope_HXE = torch.cat((dk_HXD, dv_HXD), dim=-1).float()
+        self.cost_LHEE[layer] += (slope_HXE.mT @ slope_HXE).double()
 
-        Args:
-            layer, head: of the model.
-            q_SD: turned to their positions.
-            k_XD, v_XD: all that they attend, keys turned.
-            turns: tables of the keys, in their order.
+    def table(self) -> tuple[Tensor, Rates]:
+        """The matrices, bfloat16 [L, H, E, E], and quarters by layer for each of pc2, pc3 and pc4.
+
+        Raises:
+            ConfigError: no block had a history.
         """
-        q_SD, k_XD, v_XD = q_SD.float(), k_XD.float(), v_XD.float()
-        weight_SX = torch.softmax(q_SD @ k_XD.T / q_SD.shape[1] ** 0.5, dim=-1)
-        self.weight_LH[layer, head] += weight_SX.square().sum()
-        root_DD = root(self.output_LHDD[layer, head]).float()
-        apart_SX = torch.cdist(weight_SX @ v_XD @ root_DD, v_XD @ root_DD)
-        rows_SXD = q_SD.unsqueeze(1) * (weight_SX * apart_SX / q_SD.shape[1] ** 0.5).unsqueeze(-1)
-        first = 0
-        for rotary in turns:
-            back = _back(rotary)
-            for row_XD in rows_SXD[:, first : first + rotary.num_tokens]:
-                back_XD = rotate_pairs(row_XD, back)
-                self.queries_LHDD[layer, head] += (back_XD.T @ back_XD).double()
-            first += rotary.num_tokens
+        if not self._samples:
+            raise ConfigError("no block of the film had a history; let its shots be longer, or give more --blocks")
+        turn_LHEE = turn(with_plain(self.cost_LHEE), self.covariance_LHEE)
+        turn_LHEE = torch.cat((turn_LHEE[..., 0::2], turn_LHEE[..., 1::2]), dim=-1).to(torch.bfloat16)
+        costs_LR = self._costs(HistoryBasis(turn_LHEE))
+        num_layers = len(costs_LR)
+        rates = []
+        for bits in BITS.values():
+            total = math.floor(4 * bits * num_layers)
+            rates.append(share_out(costs_LR, total // WHOLE * WHOLE if num_layers >= DEEP else total))
+        return turn_LHEE, tuple(rates)
 
-    def basis(self) -> tuple[Tensor, Rates]:
-        """The table: bfloat16 [L, H, E, E], and rates."""
-        cost_LHEE = torch.zeros_like(self.joint_LHEE)
-        dim = self.output_LHDD.shape[-1]
-        cost_LHEE[..., :dim, :dim] = with_plain(self.queries_LHDD)
-        cost_LHEE[..., dim:, dim:] = with_plain(self.weight_LH[..., None, None] * self.output_LHDD)
-        scale_LH = cost_LHEE.diagonal(dim1=-2, dim2=-1).mean(-1)
-        turn_LHEE = turn(cost_LHEE / scale_LH[..., None, None], self.joint_LHEE)
-        rates = tuple((int(4 * bits),) * len(turn_LHEE) for bits in BITS.values())
-        return torch.cat((turn_LHEE[..., 0::2], turn_LHEE[..., 1::2]), dim=-1).to(torch.bfloat16), rates
+    def _draw(self, most: int) -> int:
+        return int(torch.randint(most, (), generator=self._generator))
+
+    def _costs(self, basis: HistoryBasis) -> Tensor:
+        """What errors of the samples cost with LEAST_QUARTERS and more: float64 [L, R], on the CPU."""
+        costs_LR = torch.zeros(len(self.cost_LHEE), len(MEASURED), dtype=torch.float64)
+        for sample in self._samples:
+            codec = PrincipalCodec("pc2", sample.geometry)
+            for layer, x_HTE in enumerate(sample.layers):
+                bound = codec.of_layer(basis, layer)
+                x_HTE = x_HTE.to(self.cost_LHEE.device)
+                for index, quarters in enumerate(MEASURED):
+                    error_HTE = (stored(bound.at_rate(quarters), x_HTE) - x_HTE.float()).double()
+                    costs_LR[layer, index] += float(((error_HTE @ self.cost_LHEE[layer]) * error_HTE).sum())
+        return between(costs_LR)
 
 
-def _back(rotary: Rotary) -> Rotary:
-    """Tables that turn the other way."""
-    mirror = torch.tensor([1.0, -1.0], device=rotary.temporal_YP2.device)
-    return Rotary(temporal_YP2=rotary.temporal_YP2 * mirror, spatial_SQ2=rotary.spatial_SQ2 * mirror)
+def stored(codec: PrincipalCodec, x_HTE: Tensor) -> Tensor:
+    """Keys and values of a block as they are read again, float32 [H, T, E]."""
+    num_heads, num_tokens, _ = x_HTE.shape
+    k_THD, v_THD = x_HTE.transpose(0, 1).chunk(2, dim=-1)
+    page_GHP = torch.zeros((1, num_heads, codec.payload_bytes), dtype=torch.uint8, device=x_HTE.device)
+    codec.encode(k_THD, v_THD, page_GHP[0])
+    out = [torch.empty(k_THD.transpose(0, 1).shape, device=x_HTE.device) for _ in range(2)]
+    slots_N = torch.zeros(1, dtype=torch.int32, device=x_HTE.device)
+    assert codec.geometry.grid is not None, "shots know where tokens lie"
+    frames = num_tokens // math.prod(codec.geometry.grid)
+    tables = rotary_table([0.0] * frames, *codec.geometry.grid, codec.geometry.head_dim, x_HTE.device)
+    codec.materialise(page_GHP, slots_N, still(tables), *out)
+    return torch.cat(out, dim=-1)
+
+
+def between(costs_LR: Tensor) -> Tensor:
+    """Costs of all rates from LEAST_QUARTERS to MOST_QUARTERS, from those of MEASURED; none is above a lower rate's."""
+    logs_LR = costs_LR.clamp(min=TINY).log().cummin(dim=1).values
+    columns = []
+    for first, last, left, right in zip(MEASURED, MEASURED[1:], logs_LR.mT, logs_LR.mT[1:], strict=False):
+        columns += [torch.lerp(left, right, (rate - first) / (last - first)) for rate in range(first, last)]
+    return torch.stack([*columns, logs_LR[:, -1]], dim=1).exp()
+
+
+def share_out(costs_LR: Tensor, total: int) -> tuple[int, ...]:
+    """Quarters of each layer, ``total`` of them or as many as layers take, where each takes away most of the costs.
+
+    Greedy along the convex hull of each layer's costs, so that a step that pays only later is seen.
+
+    Args:
+        costs_LR: of LEAST_QUARTERS to MOST_QUARTERS, never rising.
+        total: not to be exceeded.
+    """
+    costs = costs_LR.tolist()
+    quarters = [LEAST_QUARTERS] * len(costs)
+    while (left := min(total, MOST_QUARTERS * len(costs)) - sum(quarters)) > 0:
+        _, layer, step = max(
+            ((of[have - LEAST_QUARTERS] - of[have - LEAST_QUARTERS + step]) / step, layer, step)
+            for layer, (of, have) in enumerate(zip(costs, quarters, strict=True))
+            for step in range(1, min(left, MOST_QUARTERS - have) + 1)
+        )
+        quarters[layer] += step
+    return tuple(quarters)
 
 
 def root(cost_DD: Tensor) -> Tensor:
@@ -117,10 +185,10 @@ def root(cost_DD: Tensor) -> Tensor:
 
 
 def with_plain(cost_DD: Tensor) -> Tensor:
-    """Costs [..., D, D] with a share of the plain norm, of the same mean."""
+    """Costs [..., D, D] of mean 1 with a share of the plain norm; that alone where nothing costs anything."""
     mean = cost_DD.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     plain = torch.eye(cost_DD.shape[-1], dtype=cost_DD.dtype, device=cost_DD.device)
-    return (1 - PLAIN_SHARE) * cost_DD + PLAIN_SHARE * mean * plain
+    return (1 - PLAIN_SHARE) * cost_DD / mean.clamp(min=TINY) + PLAIN_SHARE * plain
 
 
 def turn(cost_DD: Tensor, covariance_DD: Tensor) -> Tensor:
@@ -140,70 +208,6 @@ def turn(cost_DD: Tensor, covariance_DD: Tensor) -> Tensor:
     return turn_DD
 
 
-class WatchedPath(DensePath):
-    """Dense attention that shows what it is given. Layers come in turn, from the first.
-
-    Args:
-        moments: told of queries.
-        codec, num_rows, dtype: as for DensePath.
-
-    Attributes:
-        latest: keys and values [T, H, D] of the last pass, by layer.
-    """
-
-    def __init__(self, moments: HeadMoments, codec: Codec, num_rows: int, dtype: torch.dtype) -> None:
-        num_layers, num_heads = moments.weight_LH.shape
-        super().__init__(codec, num_heads, num_rows, dtype, moments.weight_LH.device)
-        self._moments, self._num_layers = moments, num_layers
-        self._passes, self._layer = 0, -1
-        self._turns: list[Turns] = []
-        self._own_turns: Turns | None = None
-        self.latest: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def begin(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, rotary: Turns) -> None:
-        self._layer = (self._layer + 1) % self._num_layers
-        self._passes += self._layer == 0
-        self._own_turns = rotary
-        self.latest[self._layer] = k_THD, v_THD
-        super().begin(q_THD, k_THD, v_THD, rotary)
-
-    def write_history(
-        self, pages_GHP: Tensor, slots_N: Tensor, rotary: Turns, *, codec: Codec | None = None, row: int = 0
-    ) -> None:
-        self._turns.append(rotary)
-        super().write_history(pages_GHP, slots_N, rotary, codec=codec, row=row)
-
-    def write_own(self, row: int) -> None:
-        assert self._own_turns is not None, "begin() comes first"
-        self._turns.append(self._own_turns)
-        super().write_own(row)
-
-    def attend(self, num_rows: int) -> tuple[Tensor, Tensor]:
-        q_HTD = self._begun()[0]
-        stride = max(1, q_HTD.shape[1] // QUERIES)
-        for head, q_TD in enumerate(q_HTD):
-            k_XD, v_XD = self.k_HXD[head, :num_rows], self.v_HXD[head, :num_rows]
-            turns = [one.heads[head] if isinstance(one, HeadRotary) else one for one in self._turns]
-            q_SD = q_TD[self._passes % stride :: stride]
-            self._moments.add_queries(self._layer, head, q_SD, k_XD, v_XD, turns)
-        self._turns.clear()
-        return super().attend(num_rows)
-
-
-def watch(rollout: Rollout, moments: HeadMoments) -> Callable[[], None]:
-    """Let a rollout's attention show what it is given; call what comes back after every step."""
-    path = WatchedPath(moments, rollout.codec, rollout.path.num_rows, rollout.dtype)
-    rollout.path = path
-
-    def count() -> None:
-        """A step's last pass is the one that commits."""
-        for layer, (k_THD, v_THD) in path.latest.items():
-            moments.add_block(layer, k_THD, v_THD)
-
-    return count
-
-
-@torch.inference_mode()
 def calibrate(
     shots: Sequence[ShotConfig], num_blocks: int, device: torch.device, report: Callable[[str], None]
 ) -> tuple[Tensor, Rates]:
@@ -211,12 +215,15 @@ def calibrate(
 
     Args:
         shots: of one model, each rendered from its prompts alone.
-        num_blocks: of each shot, from its first.
+        num_blocks: of each shot, from its first, which has no history.
         device: where the model runs.
         report: told of every shot that begins.
 
     Returns:
         bfloat16 [L, H, E, E], and rates.
+
+    Raises:
+        ConfigError: no block had a history.
     """
     spec = shots[0].model
     spec = dataclasses.replace(spec, weights=dataclasses.replace(spec.weights, precision=Precision.MODEL))
@@ -224,7 +231,7 @@ def calibrate(
     encoder = TextEncoder(spec.path, text_len=spec.text_len)
     embeds = encoder.encode_all(beat.prompt for shot in shots for beat in shot.beats)
     model = load_transformer(spec, device, dtype)
-    moments = HeadMoments(model)
+    cost = HistoryCost(spec.transformer, device)
     for shot in shots:
         blocks = min(num_blocks, shot.num_blocks)
         report(f"{shot.name}: {blocks} blocks")
@@ -236,8 +243,8 @@ def calibrate(
             contextlib.closing(open_cache(shot, device)) as cache,
             contextlib.closing(Rollout(shot, model, prompts, cache, graphs=False)) as rollout,
         ):
-            count = watch(rollout, moments)
+            watch(rollout, cost, PROBES)
             for _ in range(blocks):
                 rollout.step()
-                count()
-    return moments.basis()
+    with torch.inference_mode():
+        return cost.table()

@@ -86,7 +86,6 @@ class PrincipalCodec(Codec):
         super().__init__(name, geometry)
         self.quarters = quarters
         self.coder = TransformCodec(geometry, BITS[name])
-        self._unit_bytes = _unit_bytes(geometry, min(quarters)) if quarters else 0
         self._turn_HEE: Tensor | None = None
         self._back_HEE: Tensor | None = None
 
@@ -98,7 +97,7 @@ class PrincipalCodec(Codec):
 
     @property
     def unit_bytes(self) -> int:
-        return self._unit_bytes if self.quarters else self.payload_bytes
+        return _unit_bytes(self.geometry) if self.quarters else self.payload_bytes
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -126,15 +125,10 @@ class PrincipalCodec(Codec):
         return bound
 
     def at_rate(self, quarters: int) -> PrincipalCodec:
-        """The codec of a layer with so many quarters of a bit, without a basis.
-
-        Raises:
-            ConfigError: they are too few for a block as small as this.
-        """
+        """The codec of a layer with so many quarters of a bit, LEAST_QUARTERS or more; its basis stays."""
         bound = copy.copy(self)
         bound.quarters = ()
-        unit_bytes = self._unit_bytes or _unit_bytes(self.geometry, quarters)
-        bound.coder = TransformCodec(self.geometry, num_bytes=quarters * unit_bytes // 2)
+        bound.coder = TransformCodec(self.geometry, num_bytes=quarters * _unit_bytes(self.geometry) // 2)
         return bound
 
     def encode(self, k_THD: Tensor, v_THD: Tensor, out_HP: Tensor) -> None:
@@ -237,11 +231,11 @@ def part(rotary: Rotary, rows: slice) -> Rotary:
     return rotary.frames(first, last - first)
 
 
-def _unit_bytes(geometry: BlockGeometry, least_quarters: int) -> int:
-    """Bytes of a quarter of a bit for each element; more if sections of so few would be too small for a header."""
+def _unit_bytes(geometry: BlockGeometry) -> int:
+    """Bytes of a quarter of a bit for each element; more if LEAST_QUARTERS of them would be too few for a header."""
     nominal = geometry.num_tokens * geometry.head_dim // 16 // UNIT_ALIGNMENT * UNIT_ALIGNMENT
     least = TransformCodec(geometry).num_bytes
-    needed = -(-2 * least // (least_quarters * UNIT_ALIGNMENT)) * UNIT_ALIGNMENT
+    needed = -(-2 * least // (LEAST_QUARTERS * UNIT_ALIGNMENT)) * UNIT_ALIGNMENT
     return max(nominal, needed)
 
 

@@ -1,26 +1,44 @@
-"""The table of a model's heads: what is summed up against autograd, what the matrices do, and the file."""
+"""The table of a model's heads and the rates of its layers: slopes against finite differences, matrices, the file."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
-from longtake.engine.basis import BASIS_NAME, basis_bytes, basis_hash, read_basis, write_basis
-from longtake.engine.calibrate import LEAST, PLAIN_SHARE, HeadMoments, calibrate, turn, with_plain
-from longtake.engine.config import ModelSpec, ShotConfig
+from longtake.engine.basis import BASIS_NAME, basis_bytes, read_basis, read_table, write_basis
+from longtake.engine.calibrate import (
+    LEAST,
+    MEASURED,
+    PLAIN_SHARE,
+    HistoryCost,
+    between,
+    calibrate,
+    share_out,
+    turn,
+    with_plain,
+)
+from longtake.engine.config import HistoryConfig, ModelSpec, ShotConfig
 from longtake.engine.model import CausalWan
 from longtake.engine.random_model import TINY, write_random_model
 from longtake.engine.rollout import Rollout, open_cache
+from longtake.engine.sensitivity import SlopePasses, SlopePath, turned, watch
 from longtake.engine.weights import load_transformer, read_spec
 from longtake.jobs.film import parse_film
 from longtake.jobs.resolve import resolve
+from longtake.kernels.codec import BlockGeometry, Codec
 from longtake.kernels.errors import ConfigError
-from longtake.kernels.rotary import apply_rotary, rotary_table
-from tests.engine.small_rollout import random_contexts
+from longtake.kernels.principal import BITS, HistoryBasis
+from longtake.kernels.rotary import Turns
+from tests.engine.small_rollout import make_shot as make_small_shot
+from tests.engine.small_rollout import random_contexts, random_model
 
 CPU = torch.device("cpu")
 FILM = """[film]
@@ -38,7 +56,8 @@ prompt = "q"
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
     folder = write_random_model(tmp_path_factory.mktemp("model") / "tiny")
-    write_basis(calibrate([make_shot(read_spec(str(folder)))], 3, CPU, lambda line: None), folder / BASIS_NAME)
+    turn_LHEE, rates = calibrate([make_shot(read_spec(str(folder)))], 3, CPU, lambda line: None)
+    write_basis(turn_LHEE, rates, folder / BASIS_NAME)
     return read_spec(str(folder))
 
 
@@ -50,39 +69,130 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_what_an_error_costs_is_what_autograd_says(model: CausalWan) -> None:
-    """Sums of squared derivatives of the layer's output, by each row of keys before RoPE and of values."""
-    moments, dim, keys = HeadMoments(model), model.config.head_dim, 12
-    q_SD, k_XD, v_XD = normal(5, dim), normal(keys, dim, seed=1), normal(keys, dim, seed=2)
-    tables = [rotary_table([position], 2, 3, dim) for position in (3.0, 8.0)]
-    turns = [  # what is kept of tables may be of inference, where autograd cannot follow
-        replace(one, temporal_YP2=one.temporal_YP2.clone(), spatial_SQ2=one.spatial_SQ2.clone()) for one in tables
-    ]
+class Listener:
+    """A witness that keeps what it is told."""
 
-    def turned(k_XD: Tensor) -> Tensor:
-        parts = zip(k_XD.split(6), turns, strict=True)
-        return torch.cat([apply_rotary(k[:, None], rotary)[:, 0] for k, rotary in parts])
+    def __init__(self) -> None:
+        self.histories: list[list[tuple[Tensor, Tensor]]] = []
+        self.slopes: list[tuple[int, Tensor, Tensor]] = []
 
-    moments.add_queries(1, 1, q_SD, turned(k_XD), v_XD, turns)
-    weight = model.blocks[1].get_parameter("attn1.to_out.0.weight")[:, dim : 2 * dim]
+    def see_history(self, geometry: BlockGeometry, layers: list[tuple[Tensor, Tensor]]) -> None:
+        self.histories.append(layers)
 
-    def output(k_XD: Tensor, v_XD: Tensor) -> Tensor:
-        return torch.softmax(q_SD @ turned(k_XD).T / dim**0.5, dim=-1) @ v_XD @ weight.T
+    def see_slopes(self, layer: int, dk_HXD: Tensor, dv_HXD: Tensor) -> None:
+        self.slopes.append((layer, dk_HXD, dv_HXD))
 
-    by_k, by_v = torch.autograd.functional.jacobian(output, (k_XD, v_XD))
-    for slope_SMXD, got_DD in (
-        (by_k, moments.queries_LHDD[1, 1]),
-        (by_v, moments.weight_LH[1, 1] * moments.output_LHDD[1, 1]),
-    ):
-        want_DD = torch.einsum("smxd,smxe->de", slope_SMXD, slope_SMXD)
-        torch.testing.assert_close(got_DD.float(), want_DD, rtol=1e-3, atol=1e-4 * float(want_DD.abs().max()))
-    assert not moments.queries_LHDD[0].any() and not moments.weight_LH[1, 0]
+
+class Moved(SlopePath):
+    """Reads a layer's history a little beside what is stored."""
+
+    layer, num_layers = -1, 2
+    moves: Mapping[int, Tensor] = {}
+
+    def begin(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, rotary: Turns) -> None:
+        self.layer = (self.layer + 1) % self.num_layers
+        super().begin(q_THD, k_THD, v_THD, rotary)
+
+    def write_history(
+        self, pages_GHP: Tensor, slots_N: Tensor, rotary: Turns, *, codec: Codec | None = None, row: int = 0
+    ) -> None:
+        super().write_history(pages_GHP, slots_N, rotary, codec=codec, row=row)
+        if self.leaves and self.layer in self.moves:  # a pass that denoises
+            k_HXD, v_HXD = (x + move for x, move in zip(self.leaves[-1], self.moves[self.layer], strict=True))
+            self._rows[-1] = turned(k_HXD, rotary), v_HXD
+
+
+def first_flow(model: CausalWan, shot: ShotConfig, moves: Mapping[int, Tensor], witness: Listener) -> Tensor:
+    """The flow of the first pass over a history, which is moved by so much in some layers."""
+    found: list[Tensor] = []
+
+    class Passes(SlopePasses):
+        def run(self, *args: Any) -> Tensor:
+            flow = super().run(*args)
+            if args[0] == 1:
+                found.append(flow)
+            return flow
+
+    rollout = Rollout(shot, model, random_contexts(model, 1), open_cache(shot, CPU))
+    watch(rollout, witness, 1)
+    path = rollout.path
+    assert isinstance(path, SlopePath)
+    if moves:
+        path = Moved(rollout.codec, path.num_heads, path.num_rows, torch.float32, CPU)
+        path.moves = moves
+    rollout.path, rollout.passes = path, Passes(model, path, witness, 1)
+    for _ in range(2):
+        rollout.step()
+    return found[0]
+
+
+@pytest.mark.parametrize("head_jitter", [0.0, 0.2])
+def test_slopes_are_those_of_the_models_estimate(model: CausalWan, head_jitter: float) -> None:
+    """As finite differences of a whole pass say, by keys before RoPE and by values of each layer's history."""
+    history = HistoryConfig(recent_blocks=2, head_jitter=head_jitter)
+    shot = make_small_shot(history, "fp32", 2)
+    listener = Listener()
+    flow = first_flow(model, shot, {}, listener)
+    direction = torch.randn(flow.shape, generator=torch.Generator().manual_seed(0)) / flow.numel() ** 0.5
+    assert [layer for layer, _, _ in listener.slopes[:2]] == [0, 1] and len(listener.slopes) == 4
+    assert len(listener.histories) == 1, "once a block, whatever its steps"
+    for layer, *slopes in listener.slopes[:2]:
+        for place, slope_HXD in enumerate(slopes):
+            move = torch.zeros(2, *slope_HXD.shape)
+            move[place] = 0.05 * normal(*slope_HXD.shape, seed=layer)
+            ahead, behind = (first_flow(model, shot, {layer: sign * move}, Listener()) for sign in (1, -1))
+            want = float(((ahead - behind) * direction).sum()) / 2  # the first step's sigma is 1
+            assert float((move[place] * slope_HXD).sum()) == pytest.approx(want, rel=0.02)
+
+
+def test_passes_are_what_they_were(model: CausalWan) -> None:
+    shot = make_small_shot(HistoryConfig(recent_blocks=2), "fp32", 3)
+    found = []
+    for watched in (False, True):
+        rollout = Rollout(shot, model, random_contexts(model, 1), open_cache(shot, CPU))
+        if watched:
+            watch(rollout, Listener(), 2)
+        found.append([rollout.step() for _ in range(3)])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+def test_a_layer_whose_history_does_not_matter_has_the_fewest_bits() -> None:
+    model = random_model()
+    model.blocks[0].get_parameter("attn1.to_out.0.weight").zero_()
+    shot = make_small_shot(HistoryConfig(recent_blocks=2), "bf16", 3)
+    cost = HistoryCost(model.config, CPU)
+    rollout = Rollout(shot, model, random_contexts(model, 1), open_cache(shot, CPU))
+    watch(rollout, cost, 1)
+    for _ in range(3):
+        rollout.step()
+    assert not cost.cost_LHEE[0].any() and cost.cost_LHEE[1].any()
+    turn_LHEE, rates = cost.table()
+    assert turn_LHEE.isfinite().all() and HistoryBasis(turn_LHEE).num_layers == 2
+    for bits, quarters in zip(BITS.values(), rates, strict=True):
+        assert quarters[0] < quarters[1] and sum(quarters) == math.floor(2 * 4 * bits)
+    assert rates[0] == (2, 16)
+
+
+def test_quarters_go_where_they_take_away_most() -> None:
+    """The dearer layer has more; a step that pays only later is seen; no layer has too many."""
+    falling = 0.5 ** torch.arange(23.0, dtype=torch.float64)
+    late = torch.cat((torch.full((6,), 100.0, dtype=torch.float64), torch.zeros(17, dtype=torch.float64)))
+    assert share_out(torch.stack((falling, 4 * falling, 16 * falling)), 24) == (6, 8, 10)
+    assert share_out(torch.stack((falling, late)), 12) == (4, 8)
+    assert share_out(torch.stack((falling, falling)), 99) == (24, 24)
+    costs = torch.stack([2.0**n * falling for n in range(3)])
+    measured = costs[:, [quarters - 2 for quarters in MEASURED]]
+    torch.testing.assert_close(between(measured), costs)
+    measured[0, 3] = 1e9  # an accident of the samples
+    assert (between(measured).diff(dim=1) <= 0).all()
 
 
 def test_components_do_not_go_together_and_cost_the_same() -> None:
-    covariance = (mixing := normal(8, 8).double()) @ mixing.T + torch.eye(8)
+    covariance = (mixing := normal(8, 8).double()) @ mixing.T + 20 * torch.eye(8)
     cost = with_plain((mixing := normal(8, 3, seed=1).double()) @ mixing.T)
-    assert float(torch.linalg.eigvalsh(cost)[0]) == pytest.approx(PLAIN_SHARE * float(cost.diagonal().mean()))
+    assert float(cost.diagonal().mean()) == pytest.approx(1)
+    assert float(torch.linalg.eigvalsh(cost)[0]) == pytest.approx(PLAIN_SHARE)
     matrix = turn(cost, covariance)
     power = matrix.T @ covariance @ matrix
     torch.testing.assert_close(power, torch.diag(power.diagonal()), atol=1e-9, rtol=0)
@@ -100,12 +210,14 @@ def test_components_are_not_smaller_than_can_be_stored() -> None:
 
 
 def test_blocks_count_about_their_means(model: CausalWan) -> None:
-    moments, (heads, dim) = HeadMoments(model), (model.config.num_heads, model.config.head_dim)
-    k_THD, v_THD = normal(20, heads, dim) + 5, normal(20, heads, dim, seed=1)
-    for _ in range(2):
-        moments.add_block(0, k_THD, v_THD)
-    x_TE = torch.cat((k_THD[:, 1], v_THD[:, 1]), dim=-1)
-    torch.testing.assert_close(moments.joint_LHEE[0, 1].float(), 2 * 19 * torch.cov(x_TE.T), rtol=1e-4, atol=1e-4)
+    cost, (heads, dim) = HistoryCost(model.config, CPU), (model.config.num_heads, model.config.head_dim)
+    geometry = BlockGeometry(num_tokens=20, head_dim=dim, grid=(4, 5))
+    k_HXD, v_HXD = normal(heads, 40, dim) + 5, normal(heads, 40, dim, seed=1)
+    k_HXD[:, 20:] += 7
+    cost.see_history(geometry, [(k_HXD, v_HXD)] * 2)
+    x_NTE = torch.cat((k_HXD[1], v_HXD[1]), dim=-1).unflatten(0, (2, 20))
+    want_EE = sum(19 * torch.cov(x_TE.T) for x_TE in x_NTE)
+    torch.testing.assert_close(cost.covariance_LHEE[0, 1].float(), want_EE, rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_is_calibrated_and_renders_by_its_table(spec: ModelSpec) -> None:
@@ -127,18 +239,36 @@ def test_a_model_is_calibrated_and_renders_by_its_table(spec: ModelSpec) -> None
 
 def test_a_table_that_is_not_the_shots_is_refused(spec: ModelSpec, tmp_path: Path) -> None:
     shot = make_shot(spec, "pc2")
-    assert shot.history_basis == basis_hash(spec.path) and make_shot(spec).history_basis is None
+    assert shot.history_basis == read_table(spec) and make_shot(spec).history_basis is None
+    assert shot.history_basis is not None
     heads = range(2)
     with pytest.raises(ConfigError, match="is not the table that this film goes with"):
-        read_basis(spec, heads, CPU, "0" * 16)
+        read_basis(spec, heads, CPU, replace(shot.history_basis, hash="0" * 16))
     other = replace(spec, path=tmp_path)
     with pytest.raises(ConfigError, match=r"history_basis\.safetensors, which is not there; .* longtake calibrate"):
         make_shot(other, "pc2")
-    write_basis(torch.zeros(2, 2, 4, 4, dtype=torch.bfloat16), tmp_path / BASIS_NAME)
-    with pytest.raises(ConfigError, match="is of another model"):
-        read_basis(other, heads, CPU)
-    (tmp_path / BASIS_NAME).write_bytes(b"no table")
-    with pytest.raises(ConfigError, match="is damaged"):
-        read_basis(other, heads, CPU)
+    path, turn_LHEE, rates = tmp_path / BASIS_NAME, read_basis(spec, heads, CPU).turn_LHEE, shot.history_basis.quarters
+    write_basis(turn_LHEE[..., :4, :4], rates, path)
+    refused(other, "is of another model: .* longtake calibrate")
+    path.write_bytes(save({"turn": turn_LHEE.contiguous()}))
+    refused(other, "is of an earlier longtake: it has no rates by layer; .* longtake calibrate")
+    for bad in (rates[:2], ((1, 9), *rates[1:]), ((9, 25), *rates[1:]), tuple((9,) for _ in rates)):
+        write_basis(turn_LHEE, bad, path)
+        refused(other, "is damaged: its rates are none; .* longtake calibrate")
+    path.write_bytes(b"no table")
+    refused(other, "is damaged .*; .* longtake calibrate")
     with pytest.raises(ConfigError, match="cannot be written"):
-        write_basis(torch.zeros(1), tmp_path / "none" / BASIS_NAME)
+        write_basis(torch.zeros(1), (), tmp_path / "none" / BASIS_NAME)
+
+
+def refused(spec: ModelSpec, message: str) -> None:
+    """By what reads the matrices, and by a film that asks for them."""
+    for ask in (lambda: read_basis(spec, range(2), CPU), lambda: make_shot(spec, "pc2")):
+        with pytest.raises(ConfigError, match=message) as caught:
+            ask()
+        assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_film_without_a_history_calibrates_nothing(spec: ModelSpec) -> None:
+    with pytest.raises(ConfigError, match=r"no block of the film had a history; .* --blocks"):
+        calibrate([make_shot(spec)], 1, CPU, lambda line: None)
