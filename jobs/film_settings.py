@@ -18,7 +18,6 @@ SIZES = {"480p": (480, 832), "720p": (720, 1280)}
 KEEPS = ("all", "needed")
 DISK_IO = ("auto", "system", "deepnvme")
 DEFAULT_MODEL = "mini"
-DEFAULT_CODEC = "int4"  # on mini 0.2 dB below bf16 where a view returns; docs/codecs.md
 SETTINGS_KEYS = ("model", "weights", "codec", "attention", "size", "fps", "seed", "steps", "history", "cache")
 _HISTORY_KEYS = (
     "policy",
@@ -85,7 +84,7 @@ class Settings:
     model: str = DEFAULT_MODEL
     seed: int = 0
     weights: str | None = None
-    codec: str = DEFAULT_CODEC
+    codec: str | None = None
     attention: str | None = None
     size: tuple[int, int] | None = None
     fps: int | None = None

@@ -103,7 +103,7 @@ def _resolve_shot(film: Film, shot: Shot, model: ModelSpec, before: ShotConfig |
         ),
         sampler=_sampler(model, settings.steps),
         history=history,
-        cache=_cache(settings),
+        cache=_cache(settings, model),
         attention=settings.attention or "dense",
         after=shot.after,
         after_blocks=_after_blocks(film, shot, history, before),
@@ -215,10 +215,17 @@ def _sampler(model: ModelSpec, steps: int | None) -> SamplerConfig:
     return dataclasses.replace(model.sampler, timesteps=tuple(1000 * (steps - i) / steps for i in range(steps)))
 
 
-def _cache(settings: Settings) -> CacheConfig:
+def _default_codec(model: ModelSpec) -> str:
+    """With the model's table a history takes half of what int4 takes, and is as good (docs/codecs.md)."""
+    from longtake.engine.basis import BASIS_NAME  # imports torch
+
+    return "pc2" if (model.path / BASIS_NAME).is_file() else "int4"
+
+
+def _cache(settings: Settings, model: ModelSpec) -> CacheConfig:
     wanted = settings.cache
     given: dict[str, Any] = {
-        "codec": settings.codec,
+        "codec": settings.codec or _default_codec(model),
         "tiers": tuple(TierConfig(age=age, codec=codec) for age, codec in wanted.tiers or ()),
         "refresh": wanted.refresh,
         "first": wanted.first,

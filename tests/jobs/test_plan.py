@@ -95,6 +95,18 @@ def test_a_models_table_counts_where_a_codec_needs_it(spec: ModelSpec) -> None:
     assert turned.device_bytes - plain.device_bytes == turned.basis_bytes + turned.arena_bytes - plain.arena_bytes
 
 
+def test_the_default_codec_is_the_models(spec: ModelSpec) -> None:
+    """pc2 once there is a table."""
+    film = parse_film('[[shot]]\nname = "a"\nduration = "5s"\nprompt = "p"\n')
+    (before,) = plan_film(resolve(film, lambda name: spec))
+    spec.path.mkdir()
+    turn = torch.zeros(8, 4, 128, 128, dtype=torch.bfloat16)
+    write_basis(turn, ((9,) * 8, (12,) * 8, (16,) * 8), spec.path / "history_basis.safetensors")
+    (after,) = plan_film(resolve(film, lambda name: spec))
+    assert (before.codec, after.codec) == ("int4", "pc2")
+    assert after.bits_per_element <= 2.33 and after.arena_bytes < 0.55 * before.arena_bytes
+
+
 def test_what_shots_share_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A film of hundreds of shots is planned in seconds."""
     counted: list[tuple[int, int]] = []
