@@ -14,7 +14,8 @@ the plain norm in W keeps what these films did not show, and components that are
 larger, by as much at most. They are dealt in turn to two tensors, the largest first.
 
 Rates: a few blocks are stored at some rates and read again, and what their errors cost is summed up for each layer.
-Quarters of a bit then go, one after the other, where they take away most.
+Quarters of a bit then go, one after the other, where they take away most, until the bytes that are stored of such
+blocks are those of 2.33, 3 and 4 bits.
 
 Shape legend: L layers, H heads, T tokens of a block, X rows of history, D head dim, E = 2 D, R rates.
 """
@@ -109,10 +110,11 @@ class HistoryCost:
         turn_LHEE = torch.cat((turn_LHEE[..., 0::2], turn_LHEE[..., 1::2]), dim=-1).to(torch.bfloat16)
         costs_LR = self._costs(HistoryBasis(turn_LHEE))
         num_layers = len(costs_LR)
+        whole = WHOLE if num_layers >= DEEP else 1
         rates = []
-        for bits in BITS.values():
-            total = math.floor(4 * bits * num_layers)
-            rates.append(share_out(costs_LR, total // WHOLE * WHOLE if num_layers >= DEEP else total))
+        for name, bits in BITS.items():
+            fitting = (most_units(name, sample.geometry, bits * num_layers) for sample in self._samples)
+            rates.append(share_out(costs_LR, min(fitting) // whole * whole))
         return turn_LHEE, tuple(rates)
 
     def _draw(self, most: int) -> int:
@@ -130,6 +132,12 @@ class HistoryCost:
                     error_HTE = (stored(bound.at_rate(quarters), x_HTE) - x_HTE.float()).double()
                     costs_LR[layer, index] += float(((error_HTE @ self.cost_LHEE[layer]) * error_HTE).sum())
         return between(costs_LR)
+
+
+def most_units(name: str, geometry: BlockGeometry, bits: float) -> int:
+    """Units of a head's payloads that so many bits an element hold, all layers together."""
+    unit_bytes = PrincipalCodec(name, geometry, (LEAST_QUARTERS,)).unit_bytes
+    return int(bits * 2 * geometry.num_tokens * geometry.head_dim / 8 / unit_bytes)
 
 
 def stored(codec: PrincipalCodec, x_HTE: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ A cosine transform takes away what neighbouring tokens share, not what channels 
 views of the same tokens, share much. The matrices of a layer's heads come with the model (`longtake calibrate` makes
 them, engine/basis.py reads them): they turn keys and values together to principal components, after weighing them by
 what an error costs, so that an error of any component costs the same. Components are dealt in turn to two tensors of D
-channels, which `tc` stores as it does keys and values, with as many bits for each. Source of the idea: KV Cache
+channels, which `tc` stores as it does keys and values, with as many bits for each, and in codes of up to 7 bits: the
+largest components hold most, and with 6 they alone would say how small errors can be. Source of the idea: KV Cache
 Transform Coding, arXiv 2511.01815, whose principal components are calibrated too, of K and V apart.
 
 Layers do not count alike: with the matrices come the rates of the layers, in quarters of a bit an element. A payload of
@@ -34,7 +35,7 @@ from longtake.kernels.codec import BlockGeometry, Codec, PairCodec, Rates
 from longtake.kernels.errors import ConfigError
 from longtake.kernels.rotary import HeadRotary, Rotary, Turns, rotate_pairs
 from longtake.kernels.scaling import Scaling
-from longtake.kernels.transform import TransformCodec
+from longtake.kernels.transform import DEEPEST, TransformCodec
 
 BITS = {"pc2": 2.33, "pc3": 3.0, "pc4": 4.0}
 LEAST_QUARTERS, MOST_QUARTERS = 2, 24  # of a bit an element of one layer
@@ -85,7 +86,7 @@ class PrincipalCodec(Codec):
     def __init__(self, name: str, geometry: BlockGeometry, quarters: tuple[int, ...] = ()) -> None:
         super().__init__(name, geometry)
         self.quarters = quarters
-        self.coder = TransformCodec(geometry, BITS[name])
+        self.coder = TransformCodec(geometry, BITS[name], most_depth=DEEPEST)
         self._turn_HEE: Tensor | None = None
         self._back_HEE: Tensor | None = None
 
@@ -128,7 +129,8 @@ class PrincipalCodec(Codec):
         """The codec of a layer with so many quarters of a bit, LEAST_QUARTERS or more; its basis stays."""
         bound = copy.copy(self)
         bound.quarters = ()
-        bound.coder = TransformCodec(self.geometry, num_bytes=quarters * _unit_bytes(self.geometry) // 2)
+        section_bytes = quarters * _unit_bytes(self.geometry) // 2
+        bound.coder = TransformCodec(self.geometry, num_bytes=section_bytes, most_depth=DEEPEST)
         return bound
 
     def encode(self, k_THD: Tensor, v_THD: Tensor, out_HP: Tensor) -> None:

@@ -45,12 +45,15 @@ MEAN_BITS = {"tc2": 2.33, "tc3": 3.0, "tc4": 4.0}
 VALUES_MORE = 1 / 3  # bits that values have above the mean, and keys below it
 MOST_TILE_TOKENS = 64
 MOST_FALL, MOST_ROW, MOST_DEPTH = 15, 31, 6
+DEEPEST = 7  # that codes may have at all, for who asks for it
 TINY = 1e-20
 MOST_MEAN = 32752.0  # half of what a float16 can be
 
-# Best uniform quantiser of a unit Gaussian with 1 to 6 bits: step and mean squared error (Max, 1960).
-STEPS = (0.0, 1.5958, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041)
-ERRORS = (1.0, 0.3634, 0.1188, 0.03744, 0.01154, 0.003495, 0.00104)
+# Best uniform quantiser of a unit Gaussian with 1 to 6 bits: step and mean squared error (Max, 1960). With 7 bits the
+# step is a fifth above the best one: exponents are alike for a row and a column, and what is larger than they say is
+# cut off, which at such a depth would be most of the error.
+STEPS = (0.0, 1.5958, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0682)
+ERRORS = (1.0, 0.3634, 0.1188, 0.03744, 0.01154, 0.003495, 0.00104, 0.00039)
 
 
 class TransformCodec(HeadwiseCodec):
@@ -60,13 +63,22 @@ class TransformCodec(HeadwiseCodec):
         geometry: the block; without a grid its tokens are taken for a line.
         bits: an element, everything counted, that are not to be exceeded (small blocks do, by their header).
         num_bytes: of a section, a multiple of 16, instead of ``bits``: what no tile gets of them is zero.
+        most_depth: bits of a code, at most; up to DEEPEST.
 
     Raises:
         ConfigError: a section of ``num_bytes`` does not hold a block's header and a byte a tile.
     """
 
-    def __init__(self, geometry: BlockGeometry, bits: float = 0.0, *, num_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        geometry: BlockGeometry,
+        bits: float = 0.0,
+        *,
+        num_bytes: int | None = None,
+        most_depth: int = MOST_DEPTH,
+    ) -> None:
         super().__init__(geometry)
+        self.most_depth = most_depth
         tokens, dim = geometry.num_tokens, geometry.head_dim
         self.extent = (1, 1, tokens)
         if geometry.grid is not None:
@@ -76,7 +88,7 @@ class TransformCodec(HeadwiseCodec):
         self.num_tiles = tokens // self.tile_tokens
         budget = bits * tokens * dim / 8 if num_bytes is None else num_bytes
         header = self._layout(0).num_bytes
-        most = MOST_DEPTH * self.tile_tokens * dim // 8 - 1  # all codes as wide as can be, but for some bits
+        most = most_depth * self.tile_tokens * dim // 8 - 1  # all codes as wide as can be, but for some bits
         self.layout = self._layout(max(1, min(most, int((budget - header) / self.num_tiles))))
         while self.layout.num_bytes > budget and self.tile_bytes > 1:
             self.layout = self._layout(self.tile_bytes - 1)
@@ -142,14 +154,14 @@ class TransformCodec(HeadwiseCodec):
         view(payload_B, "channels").copy_(mean | fall.to(torch.int16))
         view(payload_B, "rows").copy_(row)
         view(payload_B, "unit").copy_(height_F.max())
-        view(payload_B, "plan").copy_(plan(row.unsqueeze(-1) + fall, 8 * self.tile_bytes))
+        view(payload_B, "plan").copy_(plan(row.unsqueeze(-1) + fall, 8 * self.tile_bytes, self.most_depth))
 
     def quantise_head(self, x_TD: Tensor, payload_B: Tensor) -> None:
         """Write gains and codes, given what `fit_head` wrote."""
         view = self.layout.view
         channels = view(payload_B, "channels")
         exponent_FD = view(payload_B, "rows").long().unsqueeze(-1) + (channels & 15)
-        depth_FD = depths(exponent_FD, view(payload_B, "plan"))
+        depth_FD = depths(exponent_FD, view(payload_B, "plan"), self.most_depth)
         sigma_FD = view(payload_B, "unit") * torch.exp2(-0.5 * exponent_FD)
         y_KFD = self._coefficients(x_TD, channels & -16) * _inverse(sigma_FD)
         gain = to_fp8(y_KFD.square().mean((1, 2)).sqrt())
@@ -168,7 +180,7 @@ class TransformCodec(HeadwiseCodec):
         channels = view(section_B, "channels")
         mean = (channels & -16).view(torch.float16).float()
         exponent_FD = view(section_B, "rows").long().unsqueeze(-1) + (channels & 15).unsqueeze(-2)
-        depth_FD = depths(exponent_FD, view(section_B, "plan"))
+        depth_FD = depths(exponent_FD, view(section_B, "plan"), self.most_depth)
         steps_FD = steps(section_B.device)[depth_FD] * torch.exp2(-0.5 * exponent_FD)
         steps_FD = steps_FD * view(section_B, "unit").unsqueeze(-1)
         codes_KFD = unpack_stream(view(section_B, "codes"), depth_FD)
@@ -233,42 +245,42 @@ def _inverse(x: Tensor) -> Tensor:
 
 
 @cache
-def _order(device: torch.device) -> tuple[Tensor, Tensor]:
+def _order(device: torch.device, most_depth: int) -> tuple[Tensor, Tensor]:
     """All pairs of an exponent and one more bit, most error taken away first.
 
     Returns:
-        The exponent of each pair, int64 [P], P = 6 N pairs of N exponents, and the bits of each exponent once 0 .. P
-        pairs have theirs, uint8 [P + 1, N].
+        The exponent of each pair, int64 [P], P = most_depth N pairs of N exponents, and the bits of each exponent once
+        0 .. P pairs have theirs, uint8 [P + 1, N].
     """
     count = MOST_FALL + MOST_ROW + 1
-    worth = [math.log2(ERRORS[bit] - ERRORS[bit + 1]) for bit in range(MOST_DEPTH)]
-    pairs = sorted(((n, bit) for n in range(count) for bit in range(MOST_DEPTH)), key=lambda p: p[0] - worth[p[1]])
+    worth = [math.log2(ERRORS[bit] - ERRORS[bit + 1]) for bit in range(most_depth)]
+    pairs = sorted(((n, bit) for n in range(count) for bit in range(most_depth)), key=lambda p: p[0] - worth[p[1]])
     exponent_P = torch.tensor([n for n, _ in pairs])
     bits = torch.zeros(len(pairs) + 1, count, dtype=torch.int64)
     bits[1:] = torch.nn.functional.one_hot(exponent_P, count).cumsum(0)
     return exponent_P.to(device), bits.to(torch.uint8).to(device)
 
 
-def depth_table(device: torch.device) -> Tensor:
-    """Bits of each exponent, 0 .. 46, once 0 .. 282 pairs have theirs: uint8 [283, 47]."""
-    return _order(device)[1]
+def depth_table(device: torch.device, most_depth: int = MOST_DEPTH) -> Tensor:
+    """Bits of each exponent, 0 .. 46, once 0 .. 282 pairs (with 6 bits at most) have theirs: uint8 [283, 47]."""
+    return _order(device, most_depth)[1]
 
 
 @cache
-def pair_exponents(device: torch.device) -> Tensor:
-    """Exponents of the pairs in their order, int32 [282]."""
-    return _order(device)[0].int()
+def pair_exponents(device: torch.device, most_depth: int = MOST_DEPTH) -> Tensor:
+    """Exponents of the pairs in their order, int32 [282] with 6 bits at most."""
+    return _order(device, most_depth)[0].int()
 
 
 @cache
 def steps(device: torch.device) -> Tensor:
-    """`STEPS`, float32 [7]."""
+    """`STEPS`, float32 [8]."""
     return torch.tensor(STEPS, device=device)
 
 
-def plan(exponent_FD: Tensor, num_bits: int) -> Tensor:
+def plan(exponent_FD: Tensor, num_bits: int, most_depth: int = MOST_DEPTH) -> Tensor:
     """What says which coefficient has how many bits, given that a tile has `num_bits`: int32 [2]."""
-    exponent_P, _ = _order(exponent_FD.device)
+    exponent_P, _ = _order(exponent_FD.device, most_depth)
     flat = exponent_FD.flatten()
     counts = torch.zeros(MOST_FALL + MOST_ROW + 1, dtype=torch.int64, device=flat.device)
     counts = counts.scatter_add(0, flat, torch.ones_like(flat))
@@ -280,9 +292,9 @@ def plan(exponent_FD: Tensor, num_bits: int) -> Tensor:
     return torch.stack((whole, before)).int()
 
 
-def depths(exponent_FD: Tensor, plan_2: Tensor) -> Tensor:
-    """Bits of each coefficient, int64 [..., F, D], 0 .. 6; a section's plan [..., 2]."""
-    table = depth_table(exponent_FD.device)
+def depths(exponent_FD: Tensor, plan_2: Tensor, most_depth: int = MOST_DEPTH) -> Tensor:
+    """Bits of each coefficient, int64 [..., F, D], 0 .. most_depth; a section's plan [..., 2]."""
+    table = depth_table(exponent_FD.device, most_depth)
     whole, before = plan_2[..., :1, None].long(), plan_2[..., 1:, None]
     index_FD = torch.arange(exponent_FD.shape[-2] * exponent_FD.shape[-1], device=exponent_FD.device)
     num_pairs = whole + (index_FD.view(exponent_FD.shape[-2:]) < before)
@@ -299,7 +311,7 @@ def pack_stream(codes_KFD: Tensor, depth_FD: Tensor, num_bytes: int) -> Tensor:
     """Codes (whole numbers of any dtype) one after another, uint8 [K, num_bytes]."""
     codes, start, depth = codes_KFD.flatten(1).int(), _starts(depth_FD), depth_FD.flatten()
     bits = torch.zeros(codes.shape[0], 8 * num_bytes + 1, dtype=torch.int32, device=codes.device)
-    for bit in range(MOST_DEPTH):
+    for bit in range(DEEPEST):
         place = torch.where(depth > bit, start + bit, 8 * num_bytes)  # one past the end: for what is not so wide
         bits.scatter_(1, place.expand(codes.shape), (codes >> bit) & 1)
     bits = bits[:, :-1]

@@ -118,7 +118,7 @@ def test_the_error_falls_with_the_rate() -> None:
     codec = make_codec("pc3", MINI, ((2, 4, 6, 9, 12, 16, 20, 24),) * 3)
     errors = [error(codec.of_layer(basis, layer), 1) for layer in range(8)]
     assert all(after < before for before, after in pairwise(errors))
-    assert errors[0] < 0.5 and errors[-1] < 0.04
+    assert errors[0] < 0.5 and errors[-1] < 0.025, "finer than codes of 6 bits, a 31st of what varies"
 
 
 def test_what_no_tile_gets_of_a_layers_payload_is_zero() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from longtake.kernels.codec import BlockGeometry, PairCodec, make_codec
 from longtake.kernels.transform import (
+    DEEPEST,
     ERRORS,
     MOST_DEPTH,
     TransformCodec,
@@ -74,22 +75,23 @@ def test_one_token_tiles_and_far_too_few_bits_still_decode() -> None:
     ).all()
 
 
-@pytest.mark.parametrize("num_bits", [0, 1, 37, 150, 239, 240, 1000])
-def test_a_tiles_bits_are_all_spent_on_what_takes_away_most_error(num_bits: int) -> None:
+@pytest.mark.parametrize("most_depth", [MOST_DEPTH, DEEPEST])
+@pytest.mark.parametrize("num_bits", [0, 1, 37, 150, 239, 240, 279, 280, 1000])
+def test_a_tiles_bits_are_all_spent_on_what_takes_away_most_error(num_bits: int, most_depth: int) -> None:
     """Against trying, one bit after the other, which takes away most."""
     draw = torch.Generator().manual_seed(num_bits)
     exponent_FD = torch.randint(0, 12, (5, 8), generator=draw)
-    depth_FD = depths(exponent_FD, plan(exponent_FD, num_bits))
-    assert depth_FD.sum() == min(num_bits, MOST_DEPTH * 40)
+    depth_FD = depths(exponent_FD, plan(exponent_FD, num_bits, most_depth), most_depth)
+    assert depth_FD.sum() == min(num_bits, most_depth * 40) and depth_FD.max() <= most_depth
 
     def left(depth: list[int]) -> float:
         exponents: list[int] = exponent_FD.flatten().tolist()
         return sum((ERRORS[b] * 0.5**n for b, n in zip(depth, exponents, strict=True)), 0.0)
 
     greedy = [0] * 40
-    for _ in range(min(num_bits, MOST_DEPTH * 40)):
+    for _ in range(min(num_bits, most_depth * 40)):
         tried = [
-            left([b + (i == j) for i, b in enumerate(greedy)]) if greedy[j] < MOST_DEPTH else math.inf
+            left([b + (i == j) for i, b in enumerate(greedy)]) if greedy[j] < most_depth else math.inf
             for j in range(40)
         ]
         greedy[tried.index(min(tried))] += 1
@@ -98,7 +100,7 @@ def test_a_tiles_bits_are_all_spent_on_what_takes_away_most_error(num_bits: int)
 
 def test_streams_hold_codes_of_any_width_without_gaps() -> None:
     draw = torch.Generator().manual_seed(0)
-    depth_FD = torch.randint(0, MOST_DEPTH + 1, (7, 5), generator=draw)
+    depth_FD = torch.randint(0, DEEPEST + 1, (7, 5), generator=draw)
     codes_KFD = (torch.rand(3, 7, 5, generator=draw) * 2.0**depth_FD).floor()
     num_bytes = -(-int(depth_FD.sum()) // 8)
     stream_KB = pack_stream(codes_KFD, depth_FD, num_bytes)
