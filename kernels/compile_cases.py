@@ -56,6 +56,7 @@ UNALIGNED = (
     "num_queries",
     "first_row",
     "rows",
+    "tiles",
     "height",
     "width",
     "num_pixels",
@@ -208,7 +209,6 @@ def transform_cases() -> Iterator[Case]:
 
 def principal_cases() -> Iterator[Case]:
     """Heads that are turned back, into bfloat16 and FP8 rows with values either way, and turned for encoding."""
-    launch = principal_triton.DEFAULT_LAUNCH
     for dim, pairs in ((64, 12), (128, 22)):
         for name, out, values_turned, back in (
             ("back", "bf16", False, True),
@@ -223,13 +223,13 @@ def principal_cases() -> Iterator[Case]:
                        **dict.fromkeys(("temporal", "spatial"), "*fp32" if back else "*bf16"),
                        **dict.fromkeys(("centre_k", "scale_k", "centre_v", "scale_v"), "*fp32"),
                        **dict.fromkeys(("stride_xh", "stride_xr", "stride_zh", "stride_zr"), "i32"),
-                       **sides("kv", "stride_oh", "stride_ox", "stride_od"), "first_row": "i32", "rows": "i32"},
+                       **sides("kv", "stride_oh", "stride_ox", "stride_od"),
+                       **dict.fromkeys(("first_row", "rows", "tiles"), "i32")},
                 constants={"D": dim, "PT": pairs * back, "tokens_per_frame": 1560 if back else 1,
                            "SCALED": out == "fp8e4nv", "K_TURNED": False, "V_TURNED": values_turned,
-                           "ROWS": launch.rows, "TILES": launch.tiles, "ALIGN": 8, "AHEAD": launch.ahead,
-                           "JOINED": back, "k_stride_od": 1, "v_stride_ox" if values_turned else "v_stride_od": 1},
-                options={"num_warps": launch.warps, "maxnreg": launch.registers, "num_stages": launch.stages},
-                local=32,  # so that two programs fit on a processor
+                           "ROWS": principal_triton.ROWS, "ALIGN": 8, "JOINED": back, "k_stride_od": 1,
+                           "v_stride_ox" if values_turned else "v_stride_od": 1},
+                options={"num_warps": principal_triton.WARPS, "num_stages": principal_triton.STAGES},
             )  # fmt: skip
 
 

@@ -2,8 +2,8 @@
 
 One kernel serves both ways. To unpack, rows are components as `tc`'s kernel leaves them in bfloat16, and become keys,
 with RoPE, and values, scaled for e4m3 if asked. To encode, rows are keys and values, and become components. Sums are
-float32, and rounded once. A program keeps the half of its head's matrix that makes its side, and walks over tiles of
-tokens; those that read the same rows run at the same time.
+float32, and rounded once. A program keeps its head's matrix in shared memory, 128 KB at D = 128, and walks over tiles
+of tokens; a tile's rows are on their way while the one before is multiplied and put in place.
 
 Shape legend: G slots, H heads, T tokens of a block, D head dim, E = 2 D, I = 2 H sections of a page, S bytes of a
 section, N blocks, X rows, R rows of a tile.
@@ -13,7 +13,7 @@ section, N blocks, X rows, R rows of a tile.
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator, no-untyped-call"
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -24,46 +24,29 @@ from torch import Tensor
 from longtake.kernels.rotary import HeadRotary, Rotary, Turns
 from longtake.kernels.rotary_triton import turns
 from longtake.kernels.scaling import Scaling
-from longtake.kernels.scaling_triton import emit, token_alignment
+from longtake.kernels.scaling_triton import put, token_alignment
 
 if TYPE_CHECKING:
     from longtake.kernels.transform import TransformCodec
 
 COMPONENTS = torch.bfloat16  # tc's kernel unpacks into it
-CHUNK_ELEMENTS = 1 << 26  # components that lie there at a time: those of 4 blocks of 4,680 tokens x 12 heads x 128
+CHUNK_ELEMENTS = 1 << 27  # components that lie there at a time: those of 9 blocks of 4,680 tokens x 12 heads x 128
+# An H200, 4 blocks of that size into FP8: 0.098 ms. A program of one side, two of them on a processor: 0.124 and more;
+# tiles on their way into shared memory instead of registers: 0.115.
+ROWS, WARPS, STAGES = 64, 8, 1
+START_TILES = 2  # that take as long as a program's start
 Target: TypeAlias = tuple[Tensor, Scaling | None]
 """Where rows go, [H, X, D], and how they are scaled."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TurnLaunch:
-    """How a launch is cut into programs.
-
-    Args:
-        rows: of a tile, 64 or 128.
-        tiles: that a program walks over.
-        warps: of a program.
-        registers: of a thread, at most; None: as many as it takes.
-        ahead: whether the next tile's rows are loaded into registers while this one's are put in place.
-        stages: tiles in shared memory, where they are not loaded ahead.
-    """
-
-    rows: int = 64
-    tiles: int = 8
-    warps: int = 8
-    registers: int | None = 128  # two programs of 8 warps at a time
-    ahead: bool = False
-    stages: int = 1
-
-
-DEFAULT_LAUNCH = TurnLaunch()
 
 
 @triton.jit
 def load_rows(
     x, z, tile, end, rows, stride_xr, stride_zr, D: tl.constexpr, ROWS: tl.constexpr, JOINED: tl.constexpr
 ):  # fmt: skip
-    """Rows of x, and beside them those of z: [ROWS, 2 D], 0 from tile `end` and row `rows` on."""
+    """Rows of x, and beside them those of z: [ROWS, 2 D], 0 from tile `end` and row `rows` on.
+
+    JOINED: z's channels follow x's.
+    """
     column, nth = tl.arange(0, 2 * D)[None, :], tl.arange(0, ROWS)[:, None]
     start = tl.cast(tile * ROWS, tl.int64)
     place = x + start * stride_xr + nth * stride_xr + column
@@ -74,59 +57,51 @@ def load_rows(
 
 
 @triton.jit
-def turn_side(
-    x, z, matrix, temporal, spatial, out, centre, scale, head,
-    stride_xh, stride_xr, stride_zh, stride_zr, stride_oh, stride_ox, stride_od, first_row, rows, tokens_per_frame,
-    FIRST: tl.constexpr, D: tl.constexpr, PT: tl.constexpr, SCALED: tl.constexpr, TURNED: tl.constexpr,
-    ROWS: tl.constexpr, TILES: tl.constexpr, ALIGN: tl.constexpr, AHEAD: tl.constexpr, JOINED: tl.constexpr,
-):  # fmt: skip
-    """TILES tiles of one head: rows of x and z, side by side, times columns FIRST .. FIRST + D of the head's matrix."""
-    x += head * stride_xh
-    z += head * stride_zh
-    component, nth = tl.arange(0, 2 * D), tl.arange(0, ROWS)
-    half = tl.load(matrix + (head * (2 * D) + component[:, None]) * (2 * D) + FIRST + tl.arange(0, D)[None, :])
-    begin = tl.program_id(1) * TILES
-    end = min(begin + TILES, tl.cdiv(rows, ROWS))
-    if AHEAD:
-        tokens = load_rows(x, z, begin, end, rows, stride_xr, stride_zr, D, ROWS, JOINED)
-    for tile in tl.range(begin, end):
-        if not AHEAD:
-            tokens = load_rows(x, z, tile, end, rows, stride_xr, stride_zr, D, ROWS, JOINED)
-        live = tile * ROWS + nth < rows // ALIGN * ALIGN  # the same number, seen to be aligned
-        start = first_row // ALIGN * ALIGN + tile * ROWS
-        if PT:
-            frame, place = (start + nth) // tokens_per_frame, (start + nth) % tokens_per_frame
-            cos, sin = turns(temporal, spatial, frame, place, live, D, PT, ROWS, 0, D)
-        y = tl.dot(tokens, half, input_precision="tf32x3")
-        if AHEAD:
-            tokens = load_rows(x, z, tile + 1, end, rows, stride_xr, stride_zr, D, ROWS, JOINED)
-        if PT:
-            real, imag = tl.split(tl.reshape(y, (ROWS, D // 2, 2)))
-            y = tl.reshape(tl.join(real * cos - imag * sin, real * sin + imag * cos), (ROWS, D))
-        rows_out = out + tl.cast(start, tl.int64) * stride_ox
-        emit(y, rows_out, head, nth, live, stride_oh, stride_ox, stride_od, centre, scale, D, SCALED, TURNED)
+def load_half(matrix, head, FIRST: tl.constexpr, D: tl.constexpr):
+    """Columns FIRST .. FIRST + D of a head's matrix, [2 D, D]."""
+    row, column = tl.arange(0, 2 * D)[:, None], FIRST + tl.arange(0, D)[None, :]
+    return tl.load(matrix + (head * (2 * D) + row) * (2 * D) + column)
 
 
-@triton.jit(do_not_specialize=["first_row", "rows"])  # histories and chunks differ in length: one build serves all
+@triton.jit(do_not_specialize=["first_row", "rows", "tiles"])  # one build for histories and chunks of any length
 def turn_kernel(
-    x, z, matrix, temporal, spatial, stride_xh, stride_xr, stride_zh, stride_zr, first_row, rows,
+    x, z, matrix, temporal, spatial, stride_xh, stride_xr, stride_zh, stride_zr, first_row, rows, tiles,
     out_k, centre_k, scale_k, k_stride_oh, k_stride_ox, k_stride_od,
     out_v, centre_v, scale_v, v_stride_oh, v_stride_ox, v_stride_od,
     tokens_per_frame: tl.constexpr, D: tl.constexpr, PT: tl.constexpr, SCALED: tl.constexpr,
-    K_TURNED: tl.constexpr, V_TURNED: tl.constexpr,
-    ROWS: tl.constexpr, TILES: tl.constexpr, ALIGN: tl.constexpr, AHEAD: tl.constexpr, JOINED: tl.constexpr,
+    K_TURNED: tl.constexpr, V_TURNED: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr, JOINED: tl.constexpr,
 ):  # fmt: skip
-    """All heads' first halves of their matrices' columns, with RoPE unless PT is 0, then the others; then next rows."""
-    num_heads = tl.num_programs(0) // 2
-    head = tl.program_id(0) % num_heads
-    if tl.program_id(0) < num_heads:
-        turn_side(x, z, matrix, temporal, spatial, out_k, centre_k, scale_k, head,
-                  stride_xh, stride_xr, stride_zh, stride_zr, k_stride_oh, k_stride_ox, k_stride_od, first_row, rows,
-                  tokens_per_frame, 0, D, PT, SCALED, K_TURNED, ROWS, TILES, ALIGN, AHEAD, JOINED)  # fmt: skip
-    else:
-        turn_side(x, z, matrix, temporal, spatial, out_v, centre_v, scale_v, head,
-                  stride_xh, stride_xr, stride_zh, stride_zr, v_stride_oh, v_stride_ox, v_stride_od, first_row, rows,
-                  tokens_per_frame, D, D, 0, SCALED, V_TURNED, ROWS, TILES, ALIGN, AHEAD, JOINED)  # fmt: skip
+    """Tiles of one head: the first D columns of the product, with RoPE unless PT is 0, and the others."""
+    head, nth = tl.program_id(0), tl.arange(0, ROWS)
+    k_half, v_half = load_half(matrix, head, 0, D), load_half(matrix, head, D, D)
+    if SCALED:
+        channel = head * D + tl.arange(0, D)
+        k_centre, k_factor = tl.load(centre_k + channel), 1.0 / tl.load(scale_k + head)
+        v_centre, v_factor = tl.load(centre_v + channel), 1.0 / tl.load(scale_v + head)
+    x += head * stride_xh
+    z += head * stride_zh
+    begin = tl.program_id(1) * tiles
+    end = min(begin + tiles, tl.cdiv(rows, ROWS))
+    following = load_rows(x, z, begin, end, rows, stride_xr, stride_zr, D, ROWS, JOINED)
+    for tile in tl.range(begin, end):
+        tokens = following
+        following = load_rows(x, z, tile + 1, end, rows, stride_xr, stride_zr, D, ROWS, JOINED)
+        k = tl.dot(tokens, k_half, input_precision="tf32x3")
+        v = tl.dot(tokens, v_half, input_precision="tf32x3")
+        live = tile * ROWS + nth < rows // ALIGN * ALIGN  # the same number, seen to be aligned
+        start = first_row // ALIGN * ALIGN + tile * ROWS
+        if PT:  # loaded behind the products: what is loaded before them is waited for before they begin
+            frame, place = (start + nth) // tokens_per_frame, (start + nth) % tokens_per_frame
+            cos, sin = turns(temporal, spatial, frame, place, live, D, PT, ROWS, 0, D)
+            real, imag = tl.split(tl.reshape(k, (ROWS, D // 2, 2)))
+            k = tl.reshape(tl.join(real * cos - imag * sin, real * sin + imag * cos), (ROWS, D))
+        if SCALED:
+            k = tl.clamp((k - k_centre[None, :]) * k_factor, -448.0, 448.0)
+            v = tl.clamp((v - v_centre[None, :]) * v_factor, -448.0, 448.0)
+        k_rows = out_k + tl.cast(start, tl.int64) * k_stride_ox
+        v_rows = out_v + tl.cast(start, tl.int64) * v_stride_ox
+        put(k, k_rows, head, nth, live, k_stride_oh, k_stride_ox, k_stride_od, D, K_TURNED)
+        put(v, v_rows, head, nth, live, v_stride_oh, v_stride_ox, v_stride_od, D, V_TURNED)
 
 
 def turn(
@@ -136,7 +111,6 @@ def turn(
     first: Target,
     second: Target,
     span: tuple[int, int, int],
-    launch: TurnLaunch = DEFAULT_LAUNCH,
 ) -> None:
     """Write rows times their head's matrix.
 
@@ -148,7 +122,6 @@ def turn(
             contiguous.
         second: where the others go, of the same type.
         span: which row of the outputs is the first, how many are written, and what both are multiples of.
-        launch: sizes of programs.
     """
     (x, z), (k, k_scaling), (v, v_scaling) = rows_HXD, first, second
     (num_heads, _, dim), (first_row, rows, unit) = x.shape, span
@@ -158,15 +131,28 @@ def turn(
     if rotary is not None:
         temporal, spatial = rotary.temporal_YP2, rotary.spatial_SQ2
         per_frame, pairs = rotary.tokens_per_frame, temporal.shape[1]
-    programs = 2 * num_heads, triton.cdiv(rows, launch.rows * launch.tiles)
-    turn_kernel[programs](
-        x, z, matrix_HEE, temporal, spatial, *x.stride()[:2], *z.stride()[:2], first_row, rows,
+    all_tiles = triton.cdiv(rows, ROWS)
+    tiles = share(all_tiles, num_heads, num_processors(x.device))
+    turn_kernel[num_heads, triton.cdiv(all_tiles, tiles)](
+        x, z, matrix_HEE, temporal, spatial, *x.stride()[:2], *z.stride()[:2], first_row, rows, tiles,
         *placed(k, k_scaling), *placed(v, v_scaling),
         tokens_per_frame=per_frame, D=dim, PT=pairs, SCALED=k_scaling is not None,
-        K_TURNED=k.stride(2) != 1, V_TURNED=v.stride(2) != 1,
-        ROWS=launch.rows, TILES=launch.tiles, ALIGN=token_alignment(unit), AHEAD=launch.ahead, JOINED=joined,
-        num_warps=launch.warps, maxnreg=launch.registers, num_stages=launch.stages,
+        K_TURNED=k.stride(2) != 1, V_TURNED=v.stride(2) != 1, ROWS=ROWS, ALIGN=token_alignment(unit), JOINED=joined,
+        num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
+
+
+@cache
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 where Triton's interpreter runs kernels."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def share(tiles: int, num_heads: int, processors: int) -> int:
+    """Tiles of a program, so that all heads' programs fill the processors evenly, in one round or a few."""
+    programs = [max(1, rounds * processors // num_heads) for rounds in range(1, 5)]
+    costs = [rounds * (triton.cdiv(tiles, count) + START_TILES) for rounds, count in enumerate(programs, 1)]
+    return int(triton.cdiv(tiles, programs[costs.index(min(costs))]))
 
 
 def placed(out_HXD: Tensor, scaling: Scaling | None) -> tuple[Any, ...]:
@@ -183,7 +169,6 @@ def materialise(
     values: Target,
     coder: TransformCodec,
     back_HEE: Tensor,
-    launch: TurnLaunch = DEFAULT_LAUNCH,
 ) -> None:
     """Unpack the slots' sections into components, some blocks at a time, and those into N*T rows of keys and values.
 
@@ -194,10 +179,10 @@ def materialise(
         values: likewise.
         coder: of the sections.
         back_HEE: turns components back.
-        launch: sizes of programs.
     """
     tokens, dim, sections = coder.geometry.num_tokens, coder.geometry.head_dim, sections_GIS.shape[1]
-    chunk = min(max(1, CHUNK_ELEMENTS // (sections * tokens * dim)), len(slots_N))
+    chunks = triton.cdiv(len(slots_N), max(1, CHUNK_ELEMENTS // (sections * tokens * dim)))
+    chunk = triton.cdiv(len(slots_N), chunks)
     y_IXD = torch.empty((chunk * tokens, sections, dim), dtype=COMPONENTS, device=back_HEE.device).transpose(0, 1)
     back_HEE = back_HEE.to(COMPONENTS)
     for block in range(0, len(slots_N), chunk):
@@ -208,9 +193,9 @@ def materialise(
             for head, one in enumerate(rotary.heads):
                 alone = slice(head, head + 1)
                 heads = of_head(keys, head), of_head(values, head)
-                turn((y1_HXD[alone], y2_HXD[alone]), back_HEE[alone], one, *heads, span, launch)
+                turn((y1_HXD[alone], y2_HXD[alone]), back_HEE[alone], one, *heads, span)
         else:
-            turn((y1_HXD, y2_HXD), back_HEE, rotary, keys, values, span, launch)
+            turn((y1_HXD, y2_HXD), back_HEE, rotary, keys, values, span)
 
 
 def of_head(target: Target, head: int) -> Target:
@@ -219,7 +204,7 @@ def of_head(target: Target, head: int) -> Target:
     return out_HXD[head : head + 1], None if scaling is None else scaling.of_head(head)
 
 
-def components(k_THD: Tensor, v_THD: Tensor, turn_HEE: Tensor, launch: TurnLaunch = DEFAULT_LAUNCH) -> Tensor:
+def components(k_THD: Tensor, v_THD: Tensor, turn_HEE: Tensor) -> Tensor:
     """Keys and values of a block to components, [T, H, E] of their type, which is one of 2 bytes."""
     k_THD, v_THD = (x if x.stride(2) == 1 else x.contiguous() for x in (k_THD, v_THD))
     tokens, num_heads, dim = k_THD.shape
@@ -227,5 +212,5 @@ def components(k_THD: Tensor, v_THD: Tensor, turn_HEE: Tensor, launch: TurnLaunc
     y_HTE = y_THE.transpose(0, 1)
     rows = k_THD.transpose(0, 1), v_THD.transpose(0, 1)
     matrix_HEE, span = turn_HEE.to(k_THD.dtype), (0, tokens, tokens)
-    turn(rows, matrix_HEE, None, (y_HTE[..., :dim], None), (y_HTE[..., dim:], None), span, launch)
+    turn(rows, matrix_HEE, None, (y_HTE[..., :dim], None), (y_HTE[..., dim:], None), span)
     return y_THE
