@@ -45,7 +45,7 @@ from longtake.kernels.rotary import rotary_table
 PROBES = 2  # random directions of each pass
 MOST_SAMPLES = 4  # blocks that are kept to measure rates by
 MEASURED = (2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24)  # quarters; between them costs fall evenly by factors
-PLAIN_SHARE = 0.003  # of the plain norm in what an error costs
+PLAIN_SHARE = 0.03  # of the plain norm in what an error costs
 TINY = 1e-30
 LEAST = 2.0**-6.5  # of the largest component's size: so far down reach the exponents that `tc` stores, 2^-7.5
 DEEP, WHOLE = 16, 4  # from so many layers on quarters are a multiple of so many: chunks on the disk divide them
