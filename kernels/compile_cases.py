@@ -29,7 +29,7 @@ from longtake.kernels import (
     vae_layers_triton,
 )
 from longtake.kernels.codec import BlockGeometry
-from longtake.kernels.transform import TransformCodec
+from longtake.kernels.transform import DEEPEST, MOST_DEPTH, TransformCodec
 
 ARENA = {
     "pages": "*u8",
@@ -156,7 +156,7 @@ def sides(names: str, *strides: str) -> dict[str, str]:
 
 
 def transform_cases() -> Iterator[Case]:
-    """The transform codec at Wan's size and mini's, and of a line of tokens in tiles of 11.
+    """The transform codec at Wan's size and mini's, of a line of tokens in tiles of 11, and as `pc` has it.
 
     Its plan is read, so one number of bits stands for all.
     """
@@ -164,12 +164,15 @@ def transform_cases() -> Iterator[Case]:
                      "table": "*u8", "order": "*i32", "steps": "*fp32", "quads": "*i32"}  # fmt: skip
     types |= dict.fromkeys(("k_stride_t", "k_stride_h", "v_stride_t", "v_stride_h", "num_words", "split"), "i32")
     types |= dict.fromkeys(("k_codes", "v_codes", "k_tile_bytes", "v_tile_bytes"), "i32")
-    for dim, tokens, grid, rotated in (
-        (64, 180, (6, 10), {"k": 12, "v": 0}),
-        (128, 4680, (30, 52), {"k": 22, "v": 0}),
-        (64, 77, None, {"line": 0}),
+    for family, dim, tokens, grid, rotated in (
+        ("tc", 64, 180, (6, 10), {"k": 12, "v": 0}),
+        ("tc", 128, 4680, (30, 52), {"k": 22, "v": 0}),
+        ("tc", 64, 77, None, {"line": 0}),
+        ("pc", 64, 180, (6, 10), {"y": 0}),
+        ("pc", 128, 4680, (30, 52), {"y": 0}),
     ):
-        codec = TransformCodec(BlockGeometry(num_tokens=tokens, head_dim=dim, grid=grid), 3.0)
+        geometry, depth = BlockGeometry(num_tokens=tokens, head_dim=dim, grid=grid), {"tc": MOST_DEPTH, "pc": DEEPEST}
+        codec = TransformCodec(geometry, 3.0, most_depth=depth[family])
         sizes, places = transform_triton.tiling(codec), transform_triton.places(codec)
         for what, pairs in rotated.items():
             for outs, target, fp8 in outputs(what, dim):
@@ -178,7 +181,7 @@ def transform_cases() -> Iterator[Case]:
                              "tokens_per_frame": math.prod(grid or (tokens,)), **sizes, **places, **fp8,
                              "ALIGN": scaling_triton.token_alignment(tokens)}  # fmt: skip
                 yield Case(
-                    name=f"tc materialise {what} {dim}{target}",
+                    name=f"{family} materialise {what} {dim}{target}",
                     kernel=transform_triton.materialise_kernel,
                     types=types | outs,
                     constants=constants,
@@ -199,7 +202,7 @@ def transform_cases() -> Iterator[Case]:
             (transform_encode_triton.quantise_kernel, encode.quantise_tiles, encode.quantise_warps),
         ):
             yield Case(
-                name=f"tc {kernel.__name__.removesuffix('_kernel')} {dim}{' line' * (grid is None)}",
+                name=f"{family} {kernel.__name__.removesuffix('_kernel')} {dim}{' line' * (grid is None)}",
                 kernel=kernel,
                 types=types | {"out": "*u8"},
                 constants={name: value for name, value in known.items() if name.isupper()} | {"TILES": tiles},

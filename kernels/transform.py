@@ -122,7 +122,7 @@ class TransformCodec(HeadwiseCodec):
 
     def pack_pair_into(self, other: TensorCodec, x_THD: Tensor, y_THD: Tensor, out_HB: Tensor) -> None:
         alike = self.has_kernels and x_THD.is_cuda and x_THD.dtype == y_THD.dtype and self.geometry == other.geometry
-        if not alike or not isinstance(other, TransformCodec):
+        if not alike or not isinstance(other, TransformCodec) or self.most_depth != other.most_depth:
             super().pack_pair_into(other, x_THD, y_THD, out_HB)
             return
         from longtake.kernels import transform_encode_triton

@@ -30,9 +30,9 @@ from torch import Tensor
 
 from longtake.kernels.transform import STEPS, depth_table, pair_exponents
 from longtake.kernels.transform_triton import (
+    EXPONENTS,
     MOST_FALL,
     MOST_ROW,
-    PAIRS,
     before_each,
     channel_mean,
     load_cosines,
@@ -164,8 +164,11 @@ def exponent_of(share, MOST: tl.constexpr):
 
 
 @triton.jit
-def share_out(exponent_FD, order, num_bits, F: tl.constexpr, FP: tl.constexpr, D: tl.constexpr):
+def share_out(
+    exponent_FD, order, num_bits, F: tl.constexpr, FP: tl.constexpr, D: tl.constexpr, DEPTH: tl.constexpr
+):  # fmt: skip
     """How many pairs (transform.py) have their bit for sure, the exponent of the next, and the bits left for it."""
+    PAIRS: tl.constexpr = EXPONENTS * DEPTH
     real = (tl.arange(0, FP) < F)[:, None]
     counts = tl.histogram(tl.reshape(tl.where(real, exponent_FD, BINS - 1), (FP * D,)), BINS)
     pair, bin = tl.arange(0, WAYS), tl.arange(0, BINS)
@@ -182,7 +185,7 @@ def plan_kernel(
     k, v, energies, totals, order, table, out, quads, k_stride_h, v_stride_h, stride_page, split,
     k_codes, v_codes, k_tile_bytes, v_tile_bytes,
     D: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr,
-    ROWS: tl.constexpr, UNIT: tl.constexpr, PLAN: tl.constexpr,
+    DEPTH: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr, PLAN: tl.constexpr,
 ):  # fmt: skip
     """Channels, rows, unit and plan of one head; of its quads, where they begin and four depths, [S, H, FP, Q]."""
     head, side = tl.program_id(0), tl.program_id(1)
@@ -208,7 +211,7 @@ def plan_kernel(
     unit = tl.max(height, 0)
     row = exponent_of(height / tl.maximum(unit, TINY), MOST_ROW)
     num_bits = 8 * choose(side, k_tile_bytes, v_tile_bytes)
-    whole, following, left = share_out(row[:, None] + fall[None, :], order, num_bits, F, FP, D)
+    whole, following, left = share_out(row[:, None] + fall[None, :], order, num_bits, F, FP, D, DEPTH)
     tl.store(header.to(tl.pointer_type(tl.int16)) + channel, (bits | fall).to(tl.int16))
     tl.store(header + ROWS + frequency, row.to(tl.uint8), mask=frequency < F)
     tl.store((header + UNIT).to(tl.pointer_type(tl.float32)), unit)
@@ -220,7 +223,7 @@ def plan_kernel(
     bits_of = tl.zeros((D // 4, FP), tl.int32)
     depth_of = tl.zeros((D // 4, FP), tl.int32)
     for i in tl.static_range(4):
-        depth = quad_depths(header, table, i, 0, whole, before, D, F, FP, ROWS, D // 4)
+        depth = quad_depths(header, table, i, 0, whole, before, D, F, FP, DEPTH, ROWS, D // 4)
         bits_of += depth
         depth_of |= depth << (16 + 3 * i)
     start = before_each(bits_of, tl.sum(bits_of, 0))
@@ -250,11 +253,14 @@ def reciprocal(x):
 
 
 @triton.jit
-def inverse_step(depth):
+def inverse_step(depth, DEPTH: tl.constexpr):
     """1 / step of a depth, 0 of 0: chosen, for what is loaded from a table would stand in other threads."""
     odd, two = depth & 1 != 0, depth & 2 != 0
     low = tl.where(odd, tl.where(two, RATES[3], RATES[1]), tl.where(two, RATES[2], 0.0))
-    return tl.where(depth & 4 != 0, tl.where(odd, RATES[5], tl.where(two, RATES[6], RATES[4])), low)
+    high = tl.where(odd, RATES[5], tl.where(two, RATES[6], RATES[4]))
+    if DEPTH > 6:
+        high = tl.where(odd & two, RATES[7], high)
+    return tl.where(depth & 4 != 0, high, low)
 
 
 @triton.jit
@@ -271,10 +277,11 @@ def nth_word(low, high, nth, i: tl.constexpr):
 
 
 @triton.jit
-def put_bits(stream, value_FQ, place_FQ, FP: tl.constexpr, Q: tl.constexpr):
-    """Or the bits of quads, 24 at most each, into words that are zero or have others' bits.
+def put_bits(stream, value_FQ, place_FQ, FP: tl.constexpr, Q: tl.constexpr, DEPTH: tl.constexpr):
+    """Or the bits of quads, 4 DEPTH at most each, into words that are zero or have others' bits.
 
-    Four quads that follow one another, 96 bits at most, are put together first: they lie in four words.
+    Four quads that follow one another are put together first. Those of 24 bits lie in four words; those of 28 may
+    reach into a fifth.
     """
     value, place = tl.reshape(value_FQ, (FP, Q // 4, 4)), tl.reshape(place_FQ, (FP, Q // 4, 4))
     first = tl.min(place, 2) >> 5
@@ -284,14 +291,18 @@ def put_bits(stream, value_FQ, place_FQ, FP: tl.constexpr, Q: tl.constexpr):
     odd = tl.join(nth_word(low, high, nth, 1), nth_word(low, high, nth, 3))
     word = tl.reshape(tl.join(even, odd), (FP, Q))
     which = tl.reshape(first[:, :, None] + tl.arange(0, 4)[None, None, :], (FP, Q))
-    tl.atomic_or(stream.to(tl.pointer_type(tl.int32)) + which, word, mask=word != 0, sem="relaxed")
+    words = stream.to(tl.pointer_type(tl.int32))
+    tl.atomic_or(words + which, word, mask=word != 0, sem="relaxed")
+    if DEPTH > 6:
+        fifth = nth_word(low, high, nth, 4)
+        tl.atomic_or(words + first + 4, fifth, mask=fifth != 0, sem="relaxed")
 
 
 @triton.jit
 def quantise_kernel(
     k, v, cosines, quads, out, k_stride_t, k_stride_h, v_stride_t, v_stride_h, stride_page, split,
     k_codes, v_codes, k_tile_bytes, v_tile_bytes,
-    D: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr,
+    D: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr, DEPTH: tl.constexpr,
     ROWS: tl.constexpr, GAINS: tl.constexpr, UNIT: tl.constexpr,
     TT: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -313,7 +324,8 @@ def quantise_kernel(
     place = (side * tl.num_programs(1) + head) * (FP * (D // 4)) + frequency[:, None] * (D // 4) + quad[None, :]
     known = tl.load(quads + place)
     start, d0, d1, d2, d3 = known & 0xFFFF, known >> 16 & 7, known >> 19 & 7, known >> 22 & 7, known >> 25 & 7
-    i0, i1, i2, i3 = inverse_step(d0), inverse_step(d1), inverse_step(d2), inverse_step(d3)
+    i0, i1 = inverse_step(d0, DEPTH), inverse_step(d1, DEPTH)
+    i2, i3 = inverse_step(d2, DEPTH), inverse_step(d3, DEPTH)
     parts = load_transform(x, cosines, of_row, F, FP)
     begin = tl.program_id(0) * TILES
     for tile in tl.range(begin, min(begin + TILES, K), disable_licm=True):
@@ -326,7 +338,7 @@ def quantise_kernel(
         y1, y3 = tl.split(odd)
         value = code_of(y0, i0, d0) | code_of(y1, i1, d1) << d0
         value |= (code_of(y2, i2, d2) | code_of(y3, i3, d3) << d2) << (d0 + d1)
-        put_bits(section, value, tile * tile_bits + start, FP, D // 4)
+        put_bits(section, value, tile * tile_bits + start, FP, D // 4, DEPTH)
 
 
 def encode(
@@ -340,7 +352,7 @@ def encode(
     Args:
         xs_THD: one or two of [T, H, D], of one type, D 64 or 128; last dim contiguous, or they are copied.
         out_HB: uint8 [H, bytes of all sections].
-        codecs: one for each.
+        codecs: one for each, with codes of as many bits at most.
         launch: sizes of programs.
     """
     xs_THD = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in xs_THD)
@@ -355,8 +367,8 @@ def encode(
     parts = dim // min(dim, launch.measure_channels)
     start(measure_kernel, (groups, num_heads, side * parts), launch.measure_warps, known, *x, codec.cosines(device),
           energies, totals, out_HB)  # fmt: skip
-    start(plan_kernel, (num_heads, side), launch.plan_warps, known, *x, energies, totals, pair_exponents(device),
-          depth_table(device), out_HB, quads)  # fmt: skip
+    start(plan_kernel, (num_heads, side), launch.plan_warps, known, *x, energies, totals,
+          pair_exponents(device, known["DEPTH"]), depth_table(device, known["DEPTH"]), out_HB, quads)  # fmt: skip
     known["TILES"] = launch.quantise_tiles
     programs = triton.cdiv(codec.num_tiles, launch.quantise_tiles), num_heads, side
     start(quantise_kernel, programs, launch.quantise_warps, known, *x, codec.cosines(device), quads, out_HB)

@@ -2,7 +2,7 @@
 
 What says where a code lies and what it is worth (depth, start, step of each coefficient) is the same for all tiles of a
 head's block: a program works it out once, for the tiles it then walks over. Codes are read in quads, four neighbouring
-channels of a frequency: at most 24 bits, cut out of two words; a code is worth something where it stands, so it is only
+channels of a frequency: at most 28 bits, cut out of two words; a code is worth something where it stands, so it is only
 masked. What a frequency and a channel are worth is left to the inverse transform's two sides, so that a coefficient is
 of order 1 in float16 whatever its exponent. One matrix product in float16 a tile: 2^-11 of the larger coefficients,
 where 4 bits leave 2^-4.
@@ -29,9 +29,9 @@ from longtake.kernels.rotary import Rotary
 from longtake.kernels.rotary_triton import turns
 from longtake.kernels.scaling import Scaling
 from longtake.kernels.scaling_triton import put
-from longtake.kernels.transform import MOST_DEPTH, MOST_TILE_TOKENS, depth_table, steps
 from longtake.kernels.transform import MOST_FALL as _MOST_FALL
 from longtake.kernels.transform import MOST_ROW as _MOST_ROW
+from longtake.kernels.transform import MOST_TILE_TOKENS, depth_table, steps
 
 if TYPE_CHECKING:
     from longtake.kernels.transform import TransformCodec
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 MOST_FALL = tl.constexpr(_MOST_FALL)
 MOST_ROW = tl.constexpr(_MOST_ROW)
 EXPONENTS = tl.constexpr(_MOST_FALL + _MOST_ROW + 1)
-PAIRS = tl.constexpr(EXPONENTS.value * MOST_DEPTH)
 STAGES = 1  # words are loaded ahead into registers: on Triton's way, through shared memory, 16 lanes meet in one bank
 
 
@@ -119,12 +118,13 @@ def quad_exponents(header, i, first, F: tl.constexpr, FP: tl.constexpr, ROWS: tl
 @triton.jit
 def quad_depths(
     header, table, i, first, whole, before,
-    D: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, ROWS: tl.constexpr, Q: tl.constexpr,
+    D: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
-    """Bits of channels first + 4q + i, int32 [Q, FP], in 0 .. 6."""
+    """Bits of channels first + 4q + i, int32 [Q, FP], in 0 .. DEPTH."""
     channel, frequency = first + 4 * tl.arange(0, Q)[:, None] + i, tl.arange(0, FP)[None, :]
     num_pairs = whole + (frequency * D + channel < before).to(tl.int32)
-    place = tl.minimum(tl.maximum(num_pairs, 0), PAIRS) * EXPONENTS + quad_exponents(header, i, first, F, FP, ROWS, Q)
+    num_pairs = tl.minimum(tl.maximum(num_pairs, 0), EXPONENTS * DEPTH)
+    place = num_pairs * EXPONENTS + quad_exponents(header, i, first, F, FP, ROWS, Q)
     return tl.where(frequency < F, tl.load(table + place).to(tl.int32), 0)
 
 
@@ -154,6 +154,7 @@ def materialise_kernel(
     stride_slot, stride_page, stride_oh, stride_ox, stride_od, tokens, tokens_per_frame: tl.constexpr,
     cosines, table, steps,
     D: tl.constexpr, PT: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, K: tl.constexpr, TILE_BYTES: tl.constexpr,
+    DEPTH: tl.constexpr,
     CHANNELS: tl.constexpr, ROWS: tl.constexpr, GAINS: tl.constexpr, UNIT: tl.constexpr, PLAN: tl.constexpr,
     TT: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     SCALED: tl.constexpr, TURNED: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr,
@@ -173,17 +174,17 @@ def materialise_kernel(
 
     plan = (header + PLAN).to(tl.pointer_type(tl.int32))
     whole, before = tl.load(plan), tl.load(plan + 1)
-    d0 = quad_depths(header, table, 0, first, whole, before, D, F, FP, ROWS, C // 4)
-    d1 = quad_depths(header, table, 1, first, whole, before, D, F, FP, ROWS, C // 4)
-    d2 = quad_depths(header, table, 2, first, whole, before, D, F, FP, ROWS, C // 4)
-    d3 = quad_depths(header, table, 3, first, whole, before, D, F, FP, ROWS, C // 4)
+    d0 = quad_depths(header, table, 0, first, whole, before, D, F, FP, DEPTH, ROWS, C // 4)
+    d1 = quad_depths(header, table, 1, first, whole, before, D, F, FP, DEPTH, ROWS, C // 4)
+    d2 = quad_depths(header, table, 2, first, whole, before, D, F, FP, DEPTH, ROWS, C // 4)
+    d3 = quad_depths(header, table, 3, first, whole, before, D, F, FP, DEPTH, ROWS, C // 4)
     own = d0 + d1 + d2 + d3
     sums = tl.sum(own, 0)
     start = tl.zeros_like(own)
     if C < D:  # the other half of the channels
         other = tl.zeros_like(own)
         for i in tl.static_range(4):
-            other += quad_depths(header, table, i, C - first, whole, before, D, F, FP, ROWS, C // 4)
+            other += quad_depths(header, table, i, C - first, whole, before, D, F, FP, DEPTH, ROWS, C // 4)
         start += tl.where(first > 0, tl.sum(other, 0), 0)[None, :]
         sums += tl.sum(other, 0)
     # whatever the section's bytes are, no code begins beyond the stream's end
@@ -223,7 +224,7 @@ def materialise_kernel(
 
 
 def tiling(codec: TransformCodec) -> dict[str, int]:
-    """Sizes of the codec's tiles, as its kernels take them.
+    """Sizes of the codec's tiles, and most bits of its codes, as its kernels take them.
 
     FP is 64 for small tiles too: of a product over 16, whose operands come from bytes, Triton 3.6 took half the terms,
     twice each, on an H200, and 3.7 lays them out alike (mended by pull request 11691 of Triton).
@@ -231,7 +232,7 @@ def tiling(codec: TransformCodec) -> dict[str, int]:
     tt, ty, tx = codec.tile
     _, height, width = codec.extent
     return {"D": codec.geometry.head_dim, "F": codec.tile_tokens, "FP": MOST_TILE_TOKENS, "TT": tt, "TY": ty, "TX": tx,
-            "HEIGHT": height, "WIDTH": width}  # fmt: skip
+            "HEIGHT": height, "WIDTH": width, "DEPTH": codec.most_depth}  # fmt: skip
 
 
 def places(codec: TransformCodec) -> dict[str, int]:
@@ -261,7 +262,7 @@ def materialise(
     channels = min(launch.channels, codec.geometry.head_dim)
     parts = codec.geometry.head_dim // channels * out_HXD.shape[0]
     materialise_kernel[triton.cdiv(num_tiles, launch.tiles), slots_N.shape[0], parts](
-        *arguments, codec.cosines(device), depth_table(device), steps(device),
+        *arguments, codec.cosines(device), depth_table(device, codec.most_depth), steps(device),
         K=num_tiles, TILES=launch.tiles, C=channels, num_warps=launch.warps, maxnreg=launch.registers,
         num_stages=STAGES, **constants, **tiling(codec), **places(codec),
     )  # fmt: skip

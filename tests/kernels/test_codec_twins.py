@@ -20,6 +20,7 @@ from longtake.kernels.rtn import RoundToNearest
 from longtake.kernels.scaling import Scaling, calibrate_reference
 from longtake.kernels.synthetic import random_basis
 from longtake.kernels.tensor_codec import TensorCodec
+from longtake.kernels.transform import TransformCodec, depths, plan
 from tests.kernels.twins import close, close_fp8, run_interpreted, structured, tables
 
 CODECS = ["fp32", "bf16", "int4", "rtn2", "int8"]  # encode to the same bytes as their references
@@ -80,18 +81,25 @@ def check_codec(name: str, tokens: int, dim: int, device: str, out_dtype: torch.
         assert torch.equal(alone[:, :rows], got[:, :rows])
 
 
+def transform_pair(name: str, tokens: int, dim: int) -> tuple[TransformCodec, TransformCodec]:
+    """Codecs of keys and values; "deep": with codes of 7 bits and many of them."""
+    if name == "deep":
+        k, v = (TransformCodec(geometry(tokens, dim), bits, most_depth=7) for bits in (5.6, 6.2))
+        return k, v
+    pair = make_codec(name, geometry(tokens, dim))
+    assert isinstance(pair, PairCodec) and isinstance(pair.k, TransformCodec) and isinstance(pair.v, TransformCodec)
+    return pair.k, pair.v
+
+
 def check_transform_encode(name: str, tokens: int, dim: int, device: str, dtype: torch.dtype) -> None:
     """K and V at once, and alone: the same bytes, nearly the reference's given the same fit; a fit as good as its."""
     from longtake.kernels import transform_encode_triton
-    from longtake.kernels.transform import TransformCodec, plan
 
-    pair = make_codec(name, geometry(tokens, dim))
-    assert isinstance(pair, PairCodec) and isinstance(pair.k, TransformCodec) and isinstance(pair.v, TransformCodec)
-    codecs = (pair.k, pair.v)
+    codecs = transform_pair(name, tokens, dim)
     x = structured(tokens, 3, dim, device, dtype)
     wave = torch.sin(0.1 * torch.arange(tokens, device=device))[:, None, None].to(x.dtype)
     xs = (x + 3 * wave, (x + wave).transpose(0, 1).contiguous().transpose(0, 1))  # of other strides
-    page = torch.full((3, pair.payload_bytes + 32), 0xAB, dtype=torch.uint8, device=device)
+    page = torch.full((3, codecs[0].num_bytes + codecs[1].num_bytes + 32), 0xAB, dtype=torch.uint8, device=device)
     transform_encode_triton.encode(xs, page[:, 16:-16], codecs)
     assert (page[:, :16] == 0xAB).all() and (page[:, -16:] == 0xAB).all(), "bytes beside the sections were written"
     for x, got, codec in zip(xs, page[:, 16:-16].split([codec.num_bytes for codec in codecs], 1), codecs, strict=True):
@@ -100,12 +108,17 @@ def check_transform_encode(name: str, tokens: int, dim: int, device: str, dtype:
         assert torch.equal(got, alone), "the same tensor gave other bytes"
         view = codec.layout.view
         exponent_HFD = view(got, "rows").long().unsqueeze(-1) + (view(got, "channels") & 15).unsqueeze(-2)
-        plans = torch.stack([plan(n_FD, 8 * codec.tile_bytes) for n_FD in exponent_HFD])
+        plans = torch.stack([plan(n_FD, 8 * codec.tile_bytes, codec.most_depth) for n_FD in exponent_HFD])
         assert torch.equal(view(got, "plan"), plans)
+        if name == "deep":
+            assert (depths(exponent_HFD, plans, 7) == 7).float().mean() > 0.1
         exact = x.transpose(0, 1).float()
         want = codec.pack(exact)
         error, reference = ((codec.unpack(s) - exact).norm() / exact.norm() for s in (got, want))
         assert error <= 1.02 * reference, f"error {error}, the reference's {reference}"
+        read_HXD, slots = torch.full_like(exact, torch.nan), torch.zeros(1, dtype=torch.int32, device=device)
+        codec.unpack_by_kernels(got[None], slots, None, read_HXD, None)
+        close(read_HXD, codec.unpack(got), "transform float32")
         fitted = got.clone()
         for field in ("codes", "gains"):
             view(fitted, field).view(torch.uint8).zero_()
@@ -149,7 +162,7 @@ def check_turn(tokens: int, dim: int, device: str) -> None:
                     got[:, first:last] = torch.nan
 
 
-def check_principal(name: str, tokens: int, dim: int, device: str) -> None:
+def check_principal(name: str, tokens: int, dim: int, device: str, quarters: int = 0) -> None:
     """Turned heads by kernels against the plain twin on the CPU: encoded as well, read alike, dense and in e4m3.
 
     By kernels, with blocks unpacked one by one and heads turned one by one, the same numbers.
@@ -158,7 +171,8 @@ def check_principal(name: str, tokens: int, dim: int, device: str) -> None:
     kv = [structured(tokens, heads, dim, "cpu", dtype), structured(tokens, heads, dim, "cpu", dtype).flip(0)]
     pages, read = [], []
     for where, by_kernels in (("cpu", False), (device, True)):
-        codec = make_codec(name, geometry(tokens, dim)).of_layer(random_basis(1, heads, dim, where), 0)
+        rates = ((quarters,),) * 3 if quarters else ()
+        codec = make_codec(name, geometry(tokens, dim), rates).of_layer(random_basis(1, heads, dim, where), 0)
         scalings = [calibrate_reference(x.to(where)) for x in kv]
         with interpreted_kernels(by_kernels and where == "cpu"):
             pages.append(torch.zeros(4, heads, codec.payload_bytes, dtype=torch.uint8, device=where))
@@ -207,7 +221,6 @@ def interpreted_kernels(on: bool) -> Iterator[None]:
     """Take kernels for CPU tensors: Triton's interpreter runs them, with components in float32."""
     from longtake.kernels import principal_triton, transform_encode_triton
     from longtake.kernels.principal import PrincipalCodec
-    from longtake.kernels.transform import TransformCodec
 
     def pack_pair(self: TransformCodec, other: TransformCodec, x: Tensor, y: Tensor, out_HB: Tensor) -> None:
         transform_encode_triton.encode((x, y), out_HB, (self, other))
@@ -259,7 +272,7 @@ def test_fp8_rows_equal_their_twins(name: str, tokens: int, dim: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("tokens", "dim"), [(180, 64), (77, 128), (4680, 128)])
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", [*TRANSFORMS, "deep"])
 def test_transform_encoder_is_as_good_as_its_twin(name: str, tokens: int, dim: int) -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         check_transform_encode(name, tokens, dim, "cuda", dtype)
@@ -270,6 +283,7 @@ def test_transform_encoder_is_as_good_as_its_twin(name: str, tokens: int, dim: i
 @pytest.mark.parametrize("name", ["pc2", "pc3", "pc4"])
 def test_turned_heads_equal_their_twins(name: str, tokens: int, dim: int) -> None:
     check_principal(name, tokens, dim, "cuda")
+    check_principal(name, tokens, dim, "cuda", quarters=20)
 
 
 @pytest.mark.gpu
@@ -304,6 +318,8 @@ def main() -> None:
         ("tc2", 180, 64, torch.float32),
         ("tc3", 77, 64, torch.float16),  # of bfloat16 matrices the interpreter multiplies the bits
         ("tc4", 240, 128, torch.float32),
+        ("deep", 240, 128, torch.float32),
+        ("deep", 77, 64, torch.float16),
     ):
         check_transform_encode(name, tokens, dim, "cpu", dtype)
         print("ok encode", name, tokens, dim)
@@ -312,8 +328,9 @@ def main() -> None:
     for tokens, dim in ((180, 64), (77, 128)):
         check_turn(tokens, dim, "cpu")
         print("ok turn", tokens, dim)
-    check_principal("pc2", 180, 64, "cpu")
-    print("ok pc2")
+    for quarters in (0, 20):
+        check_principal("pc2", 180, 64, "cpu", quarters)
+        print("ok pc2", quarters)
     for name in ("bf16", "rtn2"):
         check_fp8_rows(name, 36, 64, "cpu")
         print("ok fp8 rows", name)
