@@ -111,7 +111,7 @@ def check_transform_encode(name: str, tokens: int, dim: int, device: str, dtype:
         plans = torch.stack([plan(n_FD, 8 * codec.tile_bytes, codec.most_depth) for n_FD in exponent_HFD])
         assert torch.equal(view(got, "plan"), plans)
         if name == "deep":
-            assert (depths(exponent_HFD, plans, 7) == 7).float().mean() > 0.1
+            assert (depths(exponent_HFD, plans, 7) == 7).float().mean() > 0.03
         exact = x.transpose(0, 1).float()
         want = codec.pack(exact)
         error, reference = ((codec.unpack(s) - exact).norm() / exact.norm() for s in (got, want))
