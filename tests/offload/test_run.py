@@ -197,8 +197,12 @@ def test_segments_follow_the_blocks(tmp_path: Path) -> None:
     assert all("missing" in str(error) for error in verify(tmp_path))
 
 
-@pytest.mark.parametrize("rows", [(), (1, 4, 2)])
-def test_gangs_of_other_sizes_go_on_from_the_same_bytes(tmp_path: Path, rows: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("rows", "most"), [((), 60), ((1, 4, 2), 8 << 20), ((1, 4, 3), 60)])
+def test_gangs_of_other_sizes_go_on_from_the_same_bytes(
+    tmp_path: Path, rows: tuple[int, ...], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers of one row or of several, and chunks that begin and end within a layer."""
+    monkeypatch.setattr("longtake.offload.layout.MAX_CHUNK_BYTES", most)
     done = 0
     for num_ranks in (4, 2, 1, 4, 2):
         ranks = gang(tmp_path, num_ranks, rows)
