@@ -12,6 +12,7 @@ Shape legend: L layers, H heads, D head dim, E = 2 D.
 from __future__ import annotations
 
 import hashlib
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -42,7 +43,8 @@ def read_table(spec: ModelSpec) -> HistoryTable:
     """
     path, model = spec.path / BASIS_NAME, spec.transformer
     try:
-        content_hash = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        state = path.stat()
+        content_hash = _content_hash(path, state.st_mtime_ns, state.st_size)
     except FileNotFoundError as error:
         raise ConfigError(
             f"the codecs pc2, pc3 and pc4 need {path}, which is not there; to make it run  longtake calibrate FILM.toml"
@@ -65,6 +67,13 @@ def read_table(spec: ModelSpec) -> HistoryTable:
     if not lie_within or not ((quarters_CL >= LEAST_QUARTERS) & (quarters_CL <= MOST_QUARTERS)).all():
         raise ConfigError(f"{path} is damaged: its rates are none; {_AGAIN}")
     return HistoryTable(hash=content_hash, quarters=tuple(tuple(row) for row in quarters_CL.tolist()))
+
+
+@cache
+def _content_hash(path: Path, mtime_ns: int, size: int) -> str:
+    """Of a file as it was last written: a film of many shots asks for each, and a table of 14B is 210 MB."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def read_basis(
